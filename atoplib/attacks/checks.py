@@ -1,0 +1,57 @@
+"""Checks before and after an attack, so that a wrong number cannot be printed."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from atoplib.attacks.norms import NORMS, perturbation_size
+
+
+def require_eval_mode(model: nn.Module) -> None:
+    """Raise ValueError if the model or a part of it is in train mode: batch statistics and dropout falsify a verdict."""
+    wrong = next((name or "the model itself" for name, part in model.named_modules() if part.training), None)
+    if wrong is not None:
+        raise ValueError(f"the model must be in eval mode to be attacked, but {wrong} is in train mode; call model.eval()")
+
+
+def check_attack(
+    model: nn.Module, images: Float[Tensor, "batch 3 height width"], labels: Int[Tensor, " batch"]
+) -> None:
+    """Raise ValueError unless the model is in eval mode, the images lie in [0, 1] and every label has a logit."""
+    require_eval_mode(model)
+    if len(images) == 0:
+        raise ValueError("there are no images to attack")
+    if len(images) != len(labels):
+        raise ValueError(f"{len(images)} images, but {len(labels)} labels")
+    if labels.is_floating_point():
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(f"images must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}")
+    with torch.no_grad():
+        logits = model(images[:1])
+    if logits.ndim != 2:
+        raise ValueError(f"the model must return logits of shape (batch, classes), got {tuple(logits.shape)}")
+    if not torch.isfinite(logits).all():
+        raise ValueError("the model returns logits that are not finite; an attack would follow no gradient")
+    if int(labels.min()) < 0 or int(labels.max()) >= logits.shape[1]:
+        raise ValueError(
+            f"labels must lie in 0..{logits.shape[1] - 1} for this model, got {int(labels.min())}..{int(labels.max())}"
+        )
+
+
+def check_budget(
+    adversarial: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch 3 height width"],
+    eps: float,
+    norm: str,
+    tolerance: float = 1e-6,
+) -> None:
+    """Raise AssertionError if an attack's result leaves [0, 1] or the eps-ball, or holds NaN: a bug, never a number."""
+    assert norm in NORMS, norm
+    assert torch.isfinite(adversarial).all(), "the attack returned values that are not finite"
+    low, high = float(adversarial.min()), float(adversarial.max())
+    assert low >= 0 and high <= 1, f"the attack left [0, 1]: {low} to {high}"
+    largest = float(perturbation_size(adversarial - images, norm).max())
+    allowed = eps + tolerance * max(1.0, eps)
+    assert largest <= allowed, f"the attack left its budget: {norm} norm {largest} of {eps}"

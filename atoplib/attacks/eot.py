@@ -1,0 +1,52 @@
+"""Expectation over transformation (EOT): gradients averaged over the draws of a random model."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each image, in float32."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def input_gradient(
+    model: Model,
+    images: Float[Tensor, "batch 3 height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    loss: Loss = cross_entropy,
+    eot_samples: int = 1,
+    max_batch: int = 512,
+) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, " batch"]]:
+    """Gradient of each image's loss, averaged over ``eot_samples`` draws of the model.
+
+    Draws and images stand in one batch, at most ``max_batch`` of them at once: memory depends on neither number. The model
+    must throw new dice for each image of its batch, as ``AToPPipeline`` does.
+
+    Args:
+        model: images in [0, 1] -> logits.
+        loss: (logits, labels) -> one value an image.
+
+    Returns:
+        gradient and loss, both averaged over the draws.
+
+    Source: Athalye et al. 2018, section 4.2.
+    """
+    total = torch.zeros_like(images)
+    value = torch.zeros(len(images), device=images.device)
+    index = torch.arange(eot_samples * len(images), device=images.device) % len(images)
+    for part in index.split(max_batch):
+        copies = images.detach()[part].requires_grad_()
+        with torch.enable_grad():
+            losses = loss(model(copies), labels[part])
+            (gradient,) = torch.autograd.grad(losses.sum(), copies)
+        total.index_add_(0, part, gradient)
+        value.index_add_(0, part, losses.detach())
+    return total / eot_samples, value / eot_samples

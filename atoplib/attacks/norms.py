@@ -1,0 +1,65 @@
+"""What a norm means to an attack: a step, a projection, a random start, a size."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+NORMS = ("linf", "l2")
+
+
+def _check(norm: str) -> None:
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(NORMS)}")
+
+
+def perturbation_size(
+    perturbation: Float[Tensor, "batch 3 height width"], norm: str
+) -> Float[Tensor, " batch"]:
+    """The norm of each image's perturbation, in units of the image ([0, 1])."""
+    _check(norm)
+    flat = perturbation.flatten(1)
+    return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1)
+
+
+def steepest_step(
+    gradient: Float[Tensor, "batch 3 height width"], norm: str
+) -> Float[Tensor, "batch 3 height width"]:
+    """The step of norm 1 that raises the loss most: the sign (linf), the gradient over its own norm (l2).
+
+    A zero gradient gives a zero step. Source: Madry et al. 2018, section 2.1.
+    """
+    _check(norm)
+    if norm == "linf":
+        return gradient.sign()
+    size = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    return gradient / size
+
+
+def project(
+    images: Float[Tensor, "batch 3 height width"],
+    origin: Float[Tensor, "batch 3 height width"],
+    eps: float,
+    norm: str,
+) -> Float[Tensor, "batch 3 height width"]:
+    """The nearest point to ``images`` within ``eps`` of ``origin``, then clipped to [0, 1] (which never leaves the ball)."""
+    _check(norm)
+    if norm == "linf":
+        return torch.minimum(torch.maximum(images, origin - eps), origin + eps).clamp(0, 1)
+    perturbation = images - origin
+    size = perturbation.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    return (origin + perturbation * (eps / size).clamp_max(1)).clamp(0, 1)
+
+
+def random_start(
+    images: Float[Tensor, "batch 3 height width"], eps: float, norm: str, generator: torch.Generator | None
+) -> Float[Tensor, "batch 3 height width"]:
+    """A point within ``eps`` of each image: uniform in the cube (linf), uniform in the ball (l2); clipped to [0, 1]."""
+    _check(norm)
+    shape, device = images.shape, images.device
+    if norm == "linf":
+        noise = torch.rand(shape, generator=generator, device=device) * 2 - 1
+        return (images + eps * noise).clamp(0, 1)
+    direction = steepest_step(torch.randn(shape, generator=generator, device=device), "l2")
+    dimensions = images[0].numel()
+    radius = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) ** (1 / dimensions)
+    return (images + eps * radius * direction).clamp(0, 1)

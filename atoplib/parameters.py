@@ -1,0 +1,379 @@
+"""Parameters of the notebooks: their names, types, defaults, and what ``smoke`` makes of them.
+
+A notebook's first code cell holds the same defaults as literals, for papermill to override; its second cell calls ``check``,
+which stops it within a second if a name, a type or a value is wrong. papermill itself only warns of an unknown name.
+"""
+
+import ast
+import difflib
+import types
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Self, get_args, get_origin
+
+import torch
+
+from atoplib.attacks import PGDSettings
+from atoplib.data import Dataset, load_dataset
+from atoplib.losses import Objective
+from atoplib.runs import workspace_dir
+from atoplib.training import FineTuningAttack, TrainingSettings
+from atoplib.transforms import TransformSettings
+
+INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
+
+
+class ParameterError(ValueError):
+    """A notebook was given a parameter that cannot be; the message names it and says what is allowed."""
+
+
+def from_run(stage: str) -> Any:
+    """A field that names a run of another stage: ``latest``, a directory's name in the experiment, or a path."""
+    return field(default="latest", metadata={"stage": stage})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameters:
+    """What every notebook takes.
+
+    Attributes:
+        experiment: runs of one experiment stand in one folder and find each other, WORKSPACE/runs/EXPERIMENT.
+        dataset: a name of ``data.load_dataset``, or ``folder:PATH``.
+        image_size: edge in pixels that images are brought to; None keeps theirs.
+        max_train, max_test: use only so many images; None uses all.
+        seed: of everything random.
+        smoke: a few images and steps, to see that it runs; the numbers mean nothing.
+        device: ``auto`` (CUDA where present), ``cpu``, ``cuda``, ``cuda:1``, ...
+        data_dir, workspace: folders of downloads and of runs; "" is the project's own.
+    """
+
+    STAGE: ClassVar[str]
+    SMOKE: ClassVar[dict[str, Any]] = {}
+
+    experiment: str = "mnist"
+    dataset: str = "mnist5k"
+    image_size: int | None = None
+    max_train: int | None = None
+    max_test: int | None = None
+    seed: int = 0
+    smoke: bool = False
+    device: str = "auto"
+    data_dir: str = ""
+    workspace: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.experiment or Path(self.experiment).name != self.experiment or self.experiment.startswith("."):
+            raise ValueError(f"experiment must be a plain folder name, got {self.experiment!r}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must lie in 0..{2**31 - 1}, got {self.seed}")
+
+    @classmethod
+    def check(cls, namespace: Mapping[str, Any]) -> Self:
+        """The parameters in a notebook's namespace, checked, and shrunk if ``smoke`` is set.
+
+        Args:
+            namespace: the notebook's ``globals()``.
+
+        Raises:
+            ParameterError: for a name that papermill injected and this notebook does not have, a wrong type, or a value
+                that is not allowed.
+        """
+        injected = {
+            target.id
+            for source in namespace.get("In", [])
+            if source.lstrip().startswith(INJECTED)
+            for node in ast.parse(source).body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        known = {item.name for item in fields(cls)}
+        missing = sorted(known - set(namespace))
+        if missing:
+            raise ParameterError(f"the parameters cell was not run: {', '.join(missing)} not set. Run it first")
+        return cls.from_mapping({**{name: None for name in injected - known}, **{n: namespace[n] for n in known}})
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> Self:
+        """The parameters in a mapping (the others at their defaults), checked, and shrunk if ``smoke`` is set.
+
+        Raises ParameterError as ``check`` does.
+        """
+        types_of = {item.name: item.type for item in fields(cls)}
+        for name in values:
+            if name not in types_of:
+                near = difflib.get_close_matches(name, types_of, n=1)
+                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                raise ParameterError(
+                    f"{cls.STAGE} has no parameter {name!r}{hint}; allowed: {', '.join(sorted(types_of))}"
+                )
+        converted = {name: convert(name, value, types_of[name]) for name, value in values.items()}
+        try:
+            parameters = cls(**converted)
+            return replace(parameters, **cls.SMOKE) if parameters.smoke else parameters
+        except (ValueError, TypeError) as error:
+            raise ParameterError(f"{cls.STAGE}: {error}") from error
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of them, as JSON values."""
+        return asdict(self)
+
+    @property
+    def experiment_dir(self) -> Path:
+        """WORKSPACE/runs/EXPERIMENT; with ``smoke`` EXPERIMENT-smoke, so that it never passes for the real thing."""
+        return workspace_dir(self.workspace) / "runs" / (self.experiment + ("-smoke" if self.smoke else ""))
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where to compute; raises ValueError if it is not there."""
+        if self.device == "auto":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            device = torch.device(self.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ParameterError(f"device {self.device!r} cannot be used here ({reason}); allowed: auto, cpu") from error
+        return device
+
+    def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
+        """The data set, on the device if it is small."""
+        return load_dataset(
+            self.dataset,
+            data_dir=Path(self.data_dir) if self.data_dir else workspace_dir(self.workspace) / "data",
+            image_size=self.image_size,
+            device=self.torch_device,
+            max_train=self.max_train,
+            max_test=self.max_test,
+            progress=progress,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training(Parameters):
+    """What every training notebook takes: the fields of ``training.TrainingSettings``."""
+
+    epochs: int = 4
+    batch_size: int = 64
+    optimizer: str = "adam"
+    learning_rate: float = 0.002
+    schedule: str = "one_cycle"
+    weight_decay: float = 0.0
+    ema_decay: float = 0.99
+    grad_clip: float = 1.0
+    padding: int = 2
+    flip: bool = False
+    dtype: str = "auto"
+    max_steps: int | None = None
+
+    SMOKE = {"max_train": 128, "max_test": 64, "max_steps": 2, "batch_size": 16}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.training
+
+    @property
+    def training(self) -> TrainingSettings:
+        """How to train."""
+        names = {item.name for item in fields(TrainingSettings)}
+        return TrainingSettings(**{name: value for name, value in vars(self).items() if name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainClassifier(Training):
+    """01: architecture, and adversarial training if asked for."""
+
+    STAGE = "01_train_classifier"
+
+    classifier: str = "small_resnet"
+    classifier_options: dict = field(default_factory=lambda: {"width": 12, "stem_stride": 2})
+    label_smoothing: float = 0.0
+    adversarial: bool = False
+    eps: float = 0.3
+    norm: str = "linf"
+    attack_steps: int = 5
+    attack_alpha: float | None = None
+    epochs: int = 5
+    optimizer: str = "sgd"
+    learning_rate: float = 0.05
+    weight_decay: float = 0.0005
+    ema_decay: float = 0.0
+    grad_clip: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.attack
+
+    @property
+    def attack(self) -> PGDSettings | None:
+        """The attack of adversarial training; None trains normally."""
+        settings = PGDSettings(eps=self.eps, norm=self.norm, steps=self.attack_steps, alpha=self.attack_alpha)
+        return settings if self.adversarial else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PurifierTraining(Training):
+    """What both purifier notebooks take: the random transform and the GAN term."""
+
+    classifier_run: str = from_run(TrainClassifier.STAGE)
+    transform: str = "rt2"
+    missing_rate: float = 0.25
+    noise_std: float = 0.25
+    num_masks: int = 4
+    grid_size: int = 8
+    gan_weight: float = 0.0
+    gan_loss: str = "hinge"
+    discriminator_width: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.transform_settings, self.objective
+
+    @property
+    def transform_settings(self) -> TransformSettings:
+        """What destroys the perturbation."""
+        return TransformSettings(self.transform, self.missing_rate, self.noise_std, self.num_masks, self.grid_size)
+
+    @property
+    def objective(self) -> Objective:
+        """What the purifier is trained for: here, to rebuild images (AP)."""
+        return Objective("ap", gan_weight=self.gan_weight, gan_loss=self.gan_loss)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainPurifier(PurifierTraining):
+    """02: architecture of the purifier, and public weights to start from."""
+
+    STAGE = "02_pretrain_purifier"
+
+    purifier: str = "gated_unet"
+    purifier_options: dict = field(default_factory=lambda: {"width": 16, "fold": 4})
+    weights: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneAtop(PurifierTraining):
+    """03: the objective of AToP and the attack in its training."""
+
+    STAGE = "03_finetune_atop"
+
+    purifier_run: str = from_run(PretrainPurifier.STAGE)
+    variant: str = "ft_adv"
+    target: str = "clean"
+    classification_weight: float = 1.0
+    warmup_epochs: float = 0.0
+    attack_sees: str = "pipeline"
+    eps: float = 0.3
+    norm: str = "linf"
+    attack_steps: int = 3
+    attack_alpha: float | None = None
+    attack_eot: int = 1
+    ramp_epochs: float = 6.0
+    epochs: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self.attack
+
+    @property
+    def objective(self) -> Objective:
+        """What the purifier is trained for."""
+        return Objective(
+            self.variant,
+            self.target,
+            self.classification_weight,
+            self.warmup_epochs,
+            self.gan_weight,
+            self.gan_loss,
+        )
+
+    @property
+    def attack(self) -> FineTuningAttack:
+        """How x_adv is made."""
+        start = "clean" if self.attack_steps == 1 and self.attack_sees == "classifier" else "random"
+        settings = PGDSettings(self.eps, self.norm, self.attack_steps, self.attack_alpha, self.attack_eot, start)
+        return FineTuningAttack(settings, self.attack_sees, self.ramp_epochs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attacking(Parameters):
+    """What both notebooks that attack take."""
+
+    classifier_run: str = from_run(TrainClassifier.STAGE)
+    ap_run: str = from_run(PretrainPurifier.STAGE)
+    atop_run: str = from_run(FinetuneAtop.STAGE)
+    eps: float = 0.3
+    norm: str = "linf"
+    steps: int = 40
+    alpha: float | None = 0.02
+    eot_samples: int = 10
+    num_draws: int = 10
+    max_batch: int = 250
+
+    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "num_draws": 3}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if min(self.num_draws, self.max_batch) < 1:
+            raise ValueError(f"num_draws and max_batch must be at least 1, got {self.num_draws} and {self.max_batch}")
+        _ = self.attack
+
+    @property
+    def attack(self) -> PGDSettings:
+        """PGD's settings."""
+        return PGDSettings(self.eps, self.norm, self.steps, self.alpha, self.eot_samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Attacking):
+    """04: on how many images the numbers are measured."""
+
+    STAGE = "04_attack"
+
+    max_test: int | None = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visualize(Attacking):
+    """05: how many images are shown."""
+
+    STAGE = "05_visualize"
+
+    max_test: int | None = 6
+    show: str = "atop"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.show not in ("ap", "atop"):
+            raise ValueError(f"unknown show {self.show!r}; allowed: ap, atop")
+
+
+NOTEBOOKS: dict[str, type[Parameters]] = {
+    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize)
+}
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """A value as the type that a parameter has; text such as ``8/255`` or ``1e-3``, as a shell or YAML hands it on, becomes
+    a number where a number is wanted.
+
+    Raises:
+        ParameterError: if the type does not fit.
+    """
+    allowed = get_args(kind) if isinstance(kind, types.UnionType) else (get_origin(kind) or kind,)
+    if value is None and type(None) in allowed:
+        return None
+    if float in allowed:
+        if isinstance(value, str):
+            try:
+                numerator, _, denominator = value.partition("/")
+                return float(numerator) / float(denominator or 1)
+            except (ValueError, ZeroDivisionError):
+                pass
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, allowed) and (bool in allowed or not isinstance(value, bool)):
+        return value
+    wanted = " or ".join("None" if item is type(None) else item.__name__ for item in allowed)
+    raise ParameterError(f"parameter {name!r} must be of type {wanted}, got {value!r} ({type(value).__name__})")

@@ -1,0 +1,159 @@
+"""The defence as one module: random transform -> purifier -> frozen classifier."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atoplib.checkpoints import CheckpointError, load_checkpoint
+from atoplib.purifiers import stage_outputs
+from atoplib.transforms import Draw, TransformSettings, assemble, corrupt, sample_draw
+
+
+class AToPPipeline(nn.Module):
+    """f(g(t(x))): (B, 3, H, W) in [0, 1] -> logits, differentiable end to end (Lin et al. 2024, figure 1).
+
+    Every forward pass throws new dice, a draw of its own for each image of the batch; so a batch that holds an image k
+    times gets k independent draws. The dice come from a generator of the pipeline's own on the images' device, never from
+    the global one.
+
+    Args:
+        transform: what destroys the perturbation.
+        purifier: any module (B, 5, H, W) -> (B, 3, H, W) in [-1, 1], or a tuple of stages, the result last.
+        classifier: any module (B, 3, H, W) in [0, 1] -> logits. It is frozen: no gradient to its weights, and it stays in
+            eval mode whatever mode the pipeline is put in.
+        seed: of the pipeline's generator.
+    """
+
+    def __init__(
+        self, transform: TransformSettings, purifier: nn.Module, classifier: nn.Module, *, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.transform = transform
+        self.purifier = purifier
+        self.classifier = classifier.requires_grad_(False).eval()
+        self.seed = seed
+        self._generators: dict[torch.device, torch.Generator] = {}
+
+    def train(self, mode: bool = True) -> "AToPPipeline":
+        """Put the purifier into train or eval mode; the classifier stays in eval mode."""
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def reseed(self, seed: int) -> None:
+        """Start the pipeline's random numbers anew from ``seed``."""
+        self.seed = seed
+        self._generators.clear()
+
+    @contextmanager
+    def fixed_draws(self, seed: int) -> Iterator[None]:
+        """Within the block every call on a batch of one shape uses the same draw, a function of ``seed`` alone."""
+        kept, self._generators = self._generators, {}
+        self._fixed_seed: int | None = seed
+        try:
+            yield
+        finally:
+            self._fixed_seed = None
+            self._generators = kept
+
+    _fixed_seed = None
+
+    def draw(self, images: Float[Tensor, "batch 3 height width"]) -> Draw:
+        """Throw the dice for these images, the next of the pipeline's sequence (or the fixed ones)."""
+        device = images.device
+        if self._fixed_seed is not None:
+            generator = torch.Generator(device).manual_seed(self._fixed_seed)
+        else:
+            if device not in self._generators:
+                self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+            generator = self._generators[device]
+        return sample_draw(self.transform, images.shape, generator=generator, device=device, dtype=images.dtype)
+
+    def purify_stages(
+        self, images: Float[Tensor, "batch 3 height width"], draw: Draw
+    ) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
+        """Every stage of the purifier's output for one draw, [-1, 1], the result last."""
+        outputs = stage_outputs(self.purifier(corrupt(images, draw)))
+        return tuple(assemble(stage.float(), draw) for stage in outputs)
+
+    def purify(
+        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """g(t(x)), in and out in [0, 1] (out as far as g keeps its range); a ``draw`` given is used instead of new dice."""
+        result = self.purify_stages(images, self.draw(images) if draw is None else draw)[-1]
+        return to_unit(result)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        return self.classifier(self.purify(images, draw))
+
+
+def load_pipeline(
+    purifier_path: Path, classifier: nn.Module, *, device: torch.device | str = "cpu", seed: int = 0
+) -> AToPPipeline:
+    """The pipeline of a saved purifier, in eval mode, with the random transform that it was trained with.
+
+    Args:
+        purifier_path: a checkpoint whose header holds ``transform``, the fields of ``TransformSettings``.
+        classifier: any module, images in [0, 1] -> logits, on ``device``.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as ``checkpoints.load_checkpoint``, or if the header names no transform.
+    """
+    purifier, header = load_checkpoint(purifier_path, kind="purifier", device=device)
+    try:
+        transform = TransformSettings(**header["transform"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{purifier_path} does not say which random transform it belongs to ({error})") from error
+    purifier = purifier.to(memory_format=torch.channels_last)
+    return AToPPipeline(transform, purifier, classifier, seed=seed).eval()
+
+
+def to_unit(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
+    """From the purifier's [-1, 1] to the [0, 1] that classifiers read. Not clipped: a purifier without tanh may overshoot
+    by a little, and a clip would zero gradients that an attack needs."""
+    return (images + 1) / 2
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    images: Float[Tensor, "batch 3 height width"],
+    *,
+    num_draws: int = 1,
+    vote: str = "majority",
+    max_batch: int = 512,
+) -> Int[Tensor, " batch"]:
+    """Classes after a vote over ``num_draws`` forward passes of any module, with a new draw in each.
+
+    Args:
+        vote: ``majority`` (most frequent class, ties to the lower index) or ``mean_softmax``.
+        max_batch: images that are in memory at once.
+
+    Raises:
+        ValueError: for an unknown vote or num_draws < 1.
+    """
+    logits = draw_logits(model, images, num_draws=num_draws, max_batch=max_batch)
+    if vote == "majority":
+        return F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0).argmax(dim=1)
+    if vote == "mean_softmax":
+        return logits.softmax(dim=2).mean(dim=0).argmax(dim=1)
+    raise ValueError(f"unknown vote {vote!r}; allowed: majority, mean_softmax")
+
+
+@torch.no_grad()
+def draw_logits(
+    model: nn.Module, images: Float[Tensor, "batch 3 height width"], *, num_draws: int = 1, max_batch: int = 512
+) -> Float[Tensor, "draws batch classes"]:
+    """Logits of ``num_draws`` forward passes a image, draws and images in one batch, in float32."""
+    if num_draws < 1:
+        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    index = torch.arange(num_draws * len(images), device=images.device) % max(1, len(images))
+    logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
+    return logits.unflatten(0, (num_draws, len(images)))

@@ -1,0 +1,50 @@
+"""Purifiers g: networks that rebuild an image from what a random transform left of it.
+
+A purifier is any module (B, 5, H, W) -> (B, 3, H, W) or a tuple of such (coarse, fine; the last one is the result). Input:
+masked RGB on the [-1, 1] scale, a plane of ones, the mask (1 = missing). Output: RGB in [-1, 1].
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from atoplib.purifiers.deepfill import DeepFillV2, load_deepfill_weights
+from atoplib.purifiers.discriminator import PatchDiscriminator
+from atoplib.purifiers.gated_unet import GatedUNet
+
+__all__ = [
+    "PURIFIERS",
+    "DeepFillV2",
+    "GatedUNet",
+    "PatchDiscriminator",
+    "build_purifier",
+    "load_deepfill_weights",
+    "stage_outputs",
+]
+
+PURIFIERS: dict[str, Callable[..., nn.Module]] = {"gated_unet": GatedUNet, "deepfill_v2": DeepFillV2}
+
+
+def build_purifier(name: str, **options: int) -> nn.Module:
+    """Build the purifier ``name`` (a key of ``PURIFIERS``), freshly initialised.
+
+    Args:
+        options: what the architecture itself takes, such as ``width``.
+
+    Raises:
+        ValueError: for an unknown name or an option that the architecture lacks.
+    """
+    if name not in PURIFIERS:
+        raise ValueError(f"unknown purifier {name!r}; allowed: {', '.join(PURIFIERS)}")
+    try:
+        return PURIFIERS[name](**options)
+    except TypeError as error:
+        raise ValueError(f"purifier {name!r} does not take the options {options}: {error}") from error
+
+
+def stage_outputs(
+    output: Tensor | tuple[Tensor, ...],
+) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
+    """A purifier's output as a tuple of stages, the result last, whatever number of stages it has."""
+    return (output,) if isinstance(output, Tensor) else tuple(output)

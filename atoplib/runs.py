@@ -1,0 +1,213 @@
+"""A directory for each run: parameters, manifest, metrics, figures, checkpoints; every file written atomically.
+
+    WORKSPACE/runs/EXPERIMENT/STAGE-HASH/
+        manifest.json     status, git revision, versions, device, seed, inputs, seconds
+        parameters.json   what the notebook was run with
+        metrics.json      what it measured
+        figures/*.png     what it showed
+        *.safetensors     what it trained
+        state.pt          where an unfinished training goes on
+
+The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atoplib.checkpoints import write_json
+
+PLACES = ("workspace", "data_dir", "device")  # where a run happens does not change what it is
+PACKAGES = ("torch", "torchvision", "numpy", "torchattacks", "papermill")
+
+
+def run_name(stage: str, parameters: Mapping[str, Any]) -> str:
+    """STAGE-HASH: the directory's name, a function of the parameters without the places they name."""
+    kept = {name: value for name, value in parameters.items() if name not in PLACES}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return f"{stage}-{digest[:8]}"
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file, None where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def source_revision(folder: Path) -> str:
+    """The git revision of a folder, with ``+changes`` if it was edited since; ``unknown`` outside a checkout."""
+    command = ["git", "-C", str(folder)]
+    try:
+        revision = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
+        changes = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    if revision.returncode:
+        return "unknown"
+    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide numbers."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def device_description(device: torch.device) -> str:
+    """What computes: the name of the GPU, or the processor and its number of threads."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+@dataclass
+class Run:
+    """One run's directory. Made by ``open_run``."""
+
+    path: Path
+    manifest: dict[str, Any]
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def state_path(self) -> Path:
+        """Where an unfinished training goes on."""
+        return self.path / "state.pt"
+
+    def figure_path(self, name: str) -> Path:
+        """Where a picture is kept."""
+        return self.path / "figures" / f"{name}.png"
+
+    def record(self, **metrics: Any) -> None:
+        """Add to ``metrics.json``."""
+        self.metrics.update(metrics)
+        write_json(self.path / "metrics.json", self.metrics)
+
+    def input(self, **files: Path) -> None:
+        """Note in the manifest which files this run was computed from, with their hashes."""
+        for name, path in files.items():
+            with Path(path).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self.manifest["inputs"][name] = {"file": f"{path.parent.name}/{path.name}", "sha256": digest}
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def progress(self, line: str) -> None:
+        """Leave a line where someone who watches the run can read it."""
+        part = self.path / "progress.txt.part"
+        part.write_text(line + "\n")
+        os.replace(part, self.path / "progress.txt")
+
+
+@contextmanager
+def open_run(
+    experiment_dir: Path, stage: str, parameters: Mapping[str, Any], *, device: torch.device, source: Path | None = None
+) -> Iterator[Run]:
+    """The directory of the run with these parameters, new or found again; its manifest tells how the run ended.
+
+    Status: ``running`` inside the block, then ``complete``, ``failed`` (with the error) or ``interrupted``. What an earlier
+    run left there, state and results, stays until this one writes its own.
+
+    Args:
+        experiment_dir: WORKSPACE/runs/EXPERIMENT.
+        stage: the notebook's name, such as ``01_train_classifier``.
+        parameters: JSON values; those in ``PLACES`` are not part of the identity.
+        source: folder whose git revision is noted.
+    """
+    path = experiment_dir / run_name(stage, parameters)
+    path.mkdir(parents=True, exist_ok=True)
+    manifest: dict[str, Any] = {
+        "stage": stage,
+        "status": "running",
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "revision": source_revision(source or Path(__file__).parent),
+        "versions": package_versions(),
+        "device": device_description(device),
+        "platform": platform.platform(),
+        "seed": parameters.get("seed"),
+        "inputs": {},
+        "process": os.getpid(),
+    }
+    run = Run(path, manifest, read_json(path / "metrics.json") or {})
+    write_json(path / "parameters.json", dict(parameters))
+    write_json(path / "manifest.json", manifest)
+    started = time.monotonic()
+    try:
+        yield run
+    except BaseException as error:
+        manifest["status"] = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+        manifest["error"] = f"{type(error).__name__}: {error}"
+        raise
+    else:
+        manifest["status"] = "complete"
+    finally:
+        manifest["seconds"] = round(time.monotonic() - started, 2)
+        manifest["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        if sys.exc_info()[0] is None or path.is_dir():
+            write_json(path / "manifest.json", manifest)
+
+
+def finished_runs(experiment_dir: Path, stage: str) -> list[Path]:
+    """Complete runs of a stage, the newest last."""
+    found = []
+    for path in experiment_dir.glob(f"{stage}-*"):
+        manifest = read_json(path / "manifest.json")
+        if manifest and manifest.get("status") == "complete" and manifest.get("stage") == stage:
+            found.append((manifest.get("ended", ""), path))
+    return [path for _, path in sorted(found)]
+
+
+def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: Any) -> Path:
+    """The run that ``which`` names: ``latest`` (complete, its parameters as ``wanted``), a directory's name, or a path.
+
+    Raises:
+        FileNotFoundError: if there is none; the message says which notebook to run first.
+    """
+    if which != "latest":
+        for path in (experiment_dir / which, Path(which)):
+            if (path / "manifest.json").is_file():
+                return path
+        raise FileNotFoundError(f"there is no run {which!r} in {experiment_dir}, nor at that path; give 'latest' or a name")
+    for path in reversed(finished_runs(experiment_dir, stage)):
+        parameters = read_json(path / "parameters.json") or {}
+        if all(parameters.get(name) == value for name, value in wanted.items()):
+            return path
+    conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items())
+    raise FileNotFoundError(
+        f"{experiment_dir} holds no complete run of {stage}{conditions}: run the notebook {stage}.ipynb first, with the "
+        f"same experiment and smoke"
+    )
+
+
+def workspace_dir(workspace: str = "") -> Path:
+    """The folder that holds ``runs/`` and ``data/``: the one given, or the project's own, found upwards from here.
+
+    A notebook is run from its own folder by JupyterLab and from the caller's by papermill; both find the same.
+    """
+    if workspace:
+        return Path(workspace).expanduser().resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents):
+        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here

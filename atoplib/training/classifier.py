@@ -1,0 +1,48 @@
+"""Stage 1: the classifier, trained normally, and its rival: adversarial training (AT)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atoplib.attacks import PGDSettings, ascend
+from atoplib.data import Split, to_float
+from atoplib.training.loop import Batch, Step, Updater
+
+
+def classifier_step(
+    classifier: nn.Module, *, label_smoothing: float = 0.0, attack: PGDSettings | None = None
+) -> Step:
+    """The training step of a classifier: cross-entropy on clean images, or on adversarial ones (Madry et al. 2018).
+
+    Args:
+        classifier: images in [0, 1] -> logits.
+        label_smoothing: share of the label that is spread over all classes, in [0, 1).
+        attack: made against the classifier in eval mode at every step; None trains normally.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+
+    def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
+        images = batch.images
+        if attack is not None:
+            classifier.eval()
+            images = ascend(classifier, images, batch.labels, attack, generator=batch.generator)
+            classifier.train()
+        logits = classifier(images).float()
+        loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
+        updater.update("classifier", loss)
+        return {"loss": loss, "accuracy": (logits.argmax(dim=1) == batch.labels).float().mean()}
+
+    return step
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, split: Split, *, max_batch: int = 500) -> float:
+    """Share of a split's images that a model classifies correctly with one forward pass each, in float32."""
+    device = next(model.parameters()).device
+    correct: Float[Tensor, ""] = torch.zeros((), device=device)
+    for images, labels in zip(split.images.split(max_batch), split.labels.split(max_batch), strict=True):
+        logits = model(to_float(images.to(device)).contiguous(memory_format=torch.channels_last))
+        correct += (logits.argmax(dim=1) == labels.to(device)).sum()
+    return float(correct) / len(split.labels)

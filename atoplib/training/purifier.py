@@ -1,0 +1,119 @@
+"""Stages 2 and 3: pre-training of the purifier for inpainting (AP), and its adversarial fine-tuning (AToP)."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from atoplib.attacks import PGDSettings, ascend
+from atoplib.losses import Objective, atop_loss, discriminator_loss
+from atoplib.pipeline import AToPPipeline, to_unit
+from atoplib.training.loop import Batch, Step, Updater
+from atoplib.transforms import Draw
+
+SEES = ("classifier", "pipeline")
+MAX_COPIES = 512  # images x draws in memory at once, where the attack averages over draws
+
+
+@dataclass(frozen=True)
+class FineTuningAttack:
+    """How x_adv is made during fine-tuning.
+
+    Attributes:
+        attack: its norm, radius and steps; with ``eot_samples`` 1 an attack on the pipeline hits the very draw of t that
+            the loss will use, with more it averages over draws of its own.
+        sees: ``classifier`` (Lin et al. 2024, FGSM on f alone) or ``pipeline`` (through t and g as well).
+        ramp_epochs: eps grows linearly from 0 to its full size over so many epochs; a large eps from the start leaves the
+            purifier at chance.
+    """
+
+    attack: PGDSettings
+    sees: str = "pipeline"
+    ramp_epochs: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.sees not in SEES:
+            raise ValueError(f"unknown sees {self.sees!r}; allowed: {', '.join(SEES)}")
+        if not 0 <= self.ramp_epochs < float("inf"):
+            raise ValueError(f"ramp_epochs must be 0 or more, got {self.ramp_epochs}")
+
+    def at(self, epoch: float) -> PGDSettings:
+        """The attack after so many epochs: its eps and step size so far along the ramp."""
+        share = min(1.0, max(epoch / self.ramp_epochs, 0.01)) if self.ramp_epochs else 1.0
+        return replace(self.attack, eps=share * self.attack.eps, alpha=share * self.attack.step_size)
+
+    def make(
+        self, pipeline: AToPPipeline, batch: Batch, draw: Draw
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """x_adv for a batch; with one EOT sample the attack on the pipeline hits ``draw`` itself."""
+        target = pipeline
+        if self.sees == "classifier":
+            target = pipeline.classifier
+        elif self.attack.eot_samples == 1:
+            target = partial(pipeline, draw=draw)
+        copies = len(batch.images) if self.attack.eot_samples == 1 else MAX_COPIES
+        return ascend(
+            target, batch.images, batch.labels, self.at(batch.epoch), generator=batch.generator, max_batch=copies
+        )
+
+
+def purifier_step(
+    pipeline: AToPPipeline,
+    objective: Objective,
+    *,
+    attack: FineTuningAttack | None = None,
+    discriminator: nn.Module | None = None,
+) -> Step:
+    """The training step of a purifier, for every variant of the objective; ``ap`` is its pre-training.
+
+    Args:
+        pipeline: holds transform, purifier (trained under the name ``purifier``) and frozen classifier.
+        objective: which terms, with which weights.
+        attack: makes x_adv for ``ft_adv``.
+        discriminator: trained under the name ``discriminator``; needed if the objective has a GAN term.
+
+    Raises:
+        ValueError: if the objective needs an attack or a discriminator that is not given.
+    """
+    if objective.needs_adversarial and attack is None:
+        raise ValueError("the variant 'ft_adv' needs an attack")
+    if objective.gan_weight and discriminator is None:
+        raise ValueError("gan_weight is not 0: a discriminator is needed")
+
+    def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
+        clean, labels = batch.images, batch.labels
+        pipeline.reseed(int(torch.randint(2**62, (), generator=batch.generator, device=batch.generator.device)))
+        draw = pipeline.draw(clean)
+        adversarial = attack.make(pipeline, batch, draw) if objective.needs_adversarial else None
+        stages = pipeline.purify_stages(clean if adversarial is None else adversarial, draw)
+        logits = None
+        if objective.weight_of_classification(batch.epoch):
+            logits = pipeline.classifier(to_unit(stages[-1]))
+        scores = None
+        if objective.gan_weight:
+            mask = draw.masks[0] if not draw.composite else torch.ones_like(draw.masks[0])
+            scores = discriminator(torch.cat([stages[-1], mask], dim=1))
+        losses = atop_loss(
+            objective,
+            stages=stages,
+            clean=clean,
+            adversarial=adversarial,
+            logits=logits,
+            labels=labels,
+            fake_scores=scores,
+            epoch=batch.epoch,
+        )
+        updater.update("purifier", losses["loss"])
+        if objective.gan_weight:
+            wanted = adversarial if objective.needs_adversarial and objective.target == "adversarial" else clean
+            real = discriminator(torch.cat([wanted * 2 - 1, mask], dim=1))
+            fake = discriminator(torch.cat([stages[-1].detach(), mask], dim=1))
+            losses["discriminator"] = discriminator_loss(real, fake, objective.gan_loss)
+            updater.update("discriminator", losses["discriminator"])
+        if logits is not None:
+            losses["accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
+        return losses
+
+    return step

@@ -1,0 +1,135 @@
+"""GatedUNet is cheap, takes the sizes it promises, and learns digits instead of painting black."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from atoplib.data import load_dataset, to_float
+from atoplib.purifiers import PURIFIERS, DeepFillV2, GatedUNet, build_purifier, stage_outputs
+from atoplib.transforms import TransformSettings, corrupt, sample_draw
+
+
+def given_for(shape=(2, 5, 32, 32)):
+    given = torch.rand(shape) * 2 - 1
+    given[:, 3] = 1
+    given[:, 4] = 0
+    return given
+
+
+def test_at_its_default_width_an_image_of_32_px_costs_at_most_half_a_gflop():
+    with torch.device("meta"):
+        model, given = GatedUNet(), torch.empty(1, 5, 32, 32)
+    with FlopCounterMode(display=False) as flops:
+        model(given)
+    gflop = flops.get_total_flops() / 1e9
+    assert 0.05 < gflop <= 0.5
+    assert gflop == pytest.approx(0.19, abs=0.01), "its docstring says 0.19"
+
+
+@pytest.mark.parametrize(
+    "fold, size", [(2, (32, 32)), (2, (64, 32)), (2, (8, 8)), (2, (40, 56)), (4, (32, 32)), (4, (48, 16)), (1, (4, 12))], ids=str
+)
+def test_the_output_is_an_image_of_the_inputs_size(fold, size):
+    result = GatedUNet(width=4, fold=fold)(given_for((2, 5, *size)))
+    assert result.shape == (2, 3, *size) and result.isfinite().all()
+
+
+@pytest.mark.parametrize("fold, size", [(2, (36, 32)), (2, (32, 28)), (4, (24, 32)), (4, (32, 8))], ids=str)
+def test_a_size_that_it_cannot_halve_twice_is_refused(fold, size):
+    with pytest.raises(ValueError, match=f"divisible by {4 * fold}, got {size[0]} x {size[1]}"):
+        GatedUNet(width=4, fold=fold)(given_for((1, 5, *size)))
+
+
+@pytest.mark.parametrize("options", [{"width": 0}, {"blocks": -1}, {"fold": 0}], ids=str)
+def test_impossible_options_are_refused(options):
+    with pytest.raises(ValueError, match="width and fold must be at least 1, blocks at least 0"):
+        GatedUNet(**options)
+
+
+def test_fresh_weights_hand_on_a_visible_image_and_mid_grey_where_it_is_missing():
+    given = given_for()
+    given[:, 4, 8:16, 8:16] = 1
+    given[:, :3, 8:16, 8:16] = 0
+    result = GatedUNet(width=8)(given)
+    assert (result - given[:, :3]).abs().mean() < 0.25
+    assert result[:, :, 8:16, 8:16].mean().abs() < 0.1
+
+
+def test_the_output_is_the_identity_within_the_range_and_has_slope_a_tenth_outside():
+    model = GatedUNet(width=4)
+    nn.init.zeros_(model.to_rgb.weight)
+    nn.init.constant_(model.to_rgb.bias, 1.0)
+    given = torch.zeros(1, 5, 8, 8)
+    given[:, 0], given[:, 1], given[:, 2] = -0.75, 0.5, -2.5
+    given.requires_grad_()
+    result = model(given)
+    expected = torch.tensor([0.25, 0.9 + 0.1 * 1.5, -0.9 - 0.1 * 1.5]).view(1, 3, 1, 1).expand_as(result)
+    torch.testing.assert_close(result, expected)
+    (slope,) = torch.autograd.grad(result.sum(), given)
+    torch.testing.assert_close(slope[0, :3, 0, 0], torch.tensor([1.0, 0.1, 0.1]))
+
+
+def test_every_weight_gets_a_gradient():
+    model = GatedUNet(width=4)
+    model(given_for()).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_mask_and_image_of_the_whole_of_32_px_reach_the_centre():
+    given = given_for((1, 5, 32, 32)).requires_grad_()
+    (gradient,) = torch.autograd.grad(GatedUNet(width=4)(given)[0, :, 16, 16].sum(), given)
+    reach = gradient[0, [0, 1, 2, 4]].abs().sum(dim=0)
+    assert all(reach[row, column] > 0 for row in (0, 31) for column in (0, 31))
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    split = load_dataset("mnist5k", data_dir=tmp_path_factory.mktemp("data"), max_train=512).train
+    return to_float(split.images)
+
+
+def test_trained_by_l1_on_sparse_digits_it_does_not_collapse_to_black(digits):
+    torch.manual_seed(0)
+    model = GatedUNet(width=8, fold=4)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    generator = torch.Generator().manual_seed(0)
+    settings = TransformSettings("rt2", missing_rate=0.5, noise_std=0.25)
+    losses = []
+    for step in range(40):
+        images = digits[64 * (step % 8) : 64 * (step % 8 + 1)]
+        draw = sample_draw(settings, images.shape, generator=generator)
+        result = model(corrupt(images, draw))
+        loss = (result - (2 * images - 1)).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    target = 2 * images - 1
+    black = (-1 - target).abs().mean().item()
+    assert losses[-1] < 0.75 * black, f"loss {losses[-1]:.3f}, an all-black output has {black:.3f}"
+    stroke = target > 0.5
+    assert result[stroke].mean() > 0.3, "the strokes of the digits are gone"
+    assert result[target < -0.99].mean() < -0.8
+
+
+def test_the_purifiers_are_built_by_name_with_their_options():
+    assert set(PURIFIERS) == {"gated_unet", "deepfill_v2"}
+    model = build_purifier("gated_unet", width=4, blocks=1, fold=4)
+    assert isinstance(model, GatedUNet) and model.fold == 4 and len(model.bottleneck) == 1
+    assert isinstance(build_purifier("deepfill_v2", width=4), DeepFillV2)
+
+
+def test_an_unknown_purifier_or_option_is_refused():
+    with pytest.raises(ValueError, match="unknown purifier 'unet'; allowed: gated_unet, deepfill_v2"):
+        build_purifier("unet")
+    with pytest.raises(ValueError, match="purifier 'gated_unet' does not take the options {'depth': 3}"):
+        build_purifier("gated_unet", depth=3)
+
+
+def test_any_number_of_stages_becomes_a_tuple_with_the_result_last():
+    coarse, fine = torch.zeros(1, 3, 2, 2), torch.ones(1, 3, 2, 2)
+    assert stage_outputs(fine) == (fine,)
+    for output in ((coarse, fine), [coarse, fine]):
+        first, last = stage_outputs(output)
+        assert first is coarse and last is fine
