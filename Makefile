@@ -56,13 +56,13 @@ $(STAMP): requirements.lock pyproject.toml
 	    rm -f "$(STAMP)"; \
 	else \
 	    if [ -n "$$(ls -A "$(VENV)" 2>/dev/null)" ] && [ ! -e "$(OURS)" ]; then \
-	        echo "$(VENV) exists and was not made by this Makefile: remove it, or choose another place with VENV=DIR." >&2; \
+	        echo "$(VENV) exists and was not made by this Makefile: remove it, or choose another with VENV=DIR." >&2; \
 	        exit 1; \
 	    fi; \
 	    found=""; without_venv=""; \
 	    for python in $(CANDIDATES); do \
 	        "$$python" -c "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))" >/dev/null 2>&1 \
-            || continue; \
+	            || continue; \
 	        "$$python" -c "import ensurepip, venv" >/dev/null 2>&1 && { found="$$python"; break; }; \
 	        without_venv="$${without_venv:-$$python}"; \
 	    done; \
@@ -87,7 +87,7 @@ $(STAMP): requirements.lock pyproject.toml
 	   && $(RUN) -c "import torch, torchvision, jupyterlab, papermill"; \
 	then printf '%s\n' "$(CURDIR)" > "$@"; \
 	else \
-	    echo "The installation did not finish (see above). Run make again: it starts over, and downloads are cached." >&2; \
+	    echo "The installation did not finish (see above). Run make again: it starts over; downloads are cached." >&2; \
 	    exit 1; \
 	fi
 

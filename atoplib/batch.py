@@ -117,8 +117,7 @@ def plan(recipe: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -> lis
         names_of_runs[name] = run_name(name, parameters.as_dict())
         run_dir = parameters.experiment_dir / names_of_runs[name]
         stages.append(Stage(notebooks_dir / f"{name}.ipynb", parameters, values, run_dir))
-    unused = sorted(set(shared) | set(overrides) - used)
-    unused = [name for name in unused if name not in used]
+    unused = sorted({*shared, *overrides} - used, key=str)
     if unused:
         raise RecipeError(f"{recipe}: no notebook has the parameter {', '.join(map(repr, unused))}")
     return stages
@@ -142,10 +141,11 @@ def execute(stage: Stage, watch: Callable[[str], None]) -> None:
         NotebookFailed: if it stopped with an error; what it computed stays.
     """
     stage.run_dir.mkdir(parents=True, exist_ok=True)
-    (stage.run_dir / "progress.txt").unlink(missing_ok=True)
+    part = stage.run_dir / "notebook.part.ipynb"
+    for left_over in (part, stage.run_dir / "progress.txt"):
+        left_over.unlink(missing_ok=True)
     parameters_file = stage.run_dir / "papermill.yaml"
     write_atomically(parameters_file, lambda part: part.write_text(yaml.safe_dump(stage.values, sort_keys=False)))
-    part = stage.run_dir / "notebook.part.ipynb"
     log_path = stage.run_dir / "papermill.log"
     with tempfile.TemporaryDirectory(prefix="atop-ipython-") as ipython_dir, log_path.open("w") as log:
         # Notebooks that run side by side would otherwise share one history database.
@@ -285,7 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("recipe", help="a name in notebooks/recipes, such as mnist, or the path of a YAML file")
     parser.add_argument("--workspace", default="", help="folder for runs/ and data/ (default: the project's own)")
     parser.add_argument("--smoke", action="store_true", help="a few images and steps, to see that everything runs")
-    parser.add_argument("-p", action="append", nargs=2, metavar=("NAME", "VALUE"), help="a parameter that wins over the recipe's")
+    parser.add_argument(
+        "-p", action="append", nargs=2, metavar=("NAME", "VALUE"), help="a parameter that wins over the recipe's"
+    )
     options = parser.parse_args(arguments)
     notebooks_dir = Path(__file__).resolve().parent.parent / "notebooks"
     try:

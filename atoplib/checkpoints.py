@@ -32,25 +32,25 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     Raises:
         OSError: with the path and what to do, when the disk is full or the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    part = Path(name)
+    part = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        part = Path(name)
+        os.close(handle)
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
         part.chmod(0o644)
         os.replace(part, path)
     except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        part.unlink(missing_ok=True)
         raise OSError(
             f"could not write {path}: {error}. What was there before is untouched; free some disk space or choose "
             f"another folder, then run again"
         ) from error
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -116,7 +116,7 @@ def load_checkpoint(path: Path, *, kind: str, device: torch.device | str = "cpu"
         raise CheckpointError(f"{path} holds a {header.get('kind')}, not a {kind}")
     try:
         module = BUILDERS[kind](header["architecture"], **header["options"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path} names an architecture that cannot be built: {error}") from error
     load_weights(module, safetensors.torch.load_file(path), path)
     return module.to(device).eval(), header
@@ -138,14 +138,12 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: Path)
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Save a training's state (tensors, numbers, strings, lists, dicts), keeping the one before as ``*.previous``."""
-    previous = path.with_name(path.name + ".previous")
-
-    def write(part: Path) -> None:
-        torch.save(state, part)
-        if path.exists():
-            os.replace(path, previous)
-
-    write_atomically(path, write)
+    newest = path.with_name(path.name + ".newest")
+    write_atomically(newest, lambda part: torch.save(state, part))
+    # Only now, with the new state safe on the disk: a disk that is full leaves both older ones where they are.
+    if path.exists():
+        os.replace(path, path.with_name(path.name + ".previous"))
+    os.replace(newest, path)
 
 
 def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -160,8 +158,11 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
             continue
         try:
             state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise TypeError(f"it holds a {type(state).__name__}, not a state")
         except Exception as error:  # a damaged file may raise anything: EOFError, RuntimeError, UnpicklingError, ...
-            problems.append(f"{candidate} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
+            reason = next(iter(str(error).splitlines()), "")
+            problems.append(f"{candidate} cannot be read ({type(error).__name__}: {reason})")
             continue
         return state, f"{problems[0]}; went on from the state before it" if problems else None
     if problems:

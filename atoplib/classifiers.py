@@ -42,6 +42,8 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 32, stem_stride: int = 1) -> None:
         super().__init__()
+        if width < 1 or stem_stride < 1:
+            raise ValueError(f"width and stem_stride must be at least 1, got width={width}, stem_stride={stem_stride}")
         self.stem = conv_norm(3, width, stride=stem_stride)
         self.down1 = conv_norm(width, 2 * width, stride=2)
         self.block1 = nn.Sequential(conv_norm(2 * width, 2 * width), nn.ReLU(), conv_norm(2 * width, 2 * width))
@@ -109,7 +111,9 @@ def resnet_32px(depth: int, num_classes: int) -> nn.Module:
 
 def resnet_large(depth: int, num_classes: int) -> nn.Module:
     """torchvision's ResNet with the ImageNet stem, freshly initialised, for images of 128 px and more."""
-    from torchvision.models import get_model  # here, because the other classifiers do without its three seconds of import
+    from torchvision.models import (
+        get_model,  # here, because the other classifiers do without its three seconds of import
+    )
 
     return get_model(f"resnet{depth}", weights=None, num_classes=num_classes)
 

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks import PGDSettings, pgd
+from atoplib.attacks import PGDSettings, check_attack, pgd
 from atoplib.pipeline import draw_logits
 from atoplib.progress import Report
 
@@ -137,6 +137,8 @@ def evaluate(
 
     Source: Lin et al. 2024, section 4; Lee & Kim 2023 (PGD + EOT through the whole pipeline).
     """
+    for model in (classifier, *defences.values()):
+        check_attack(model, images, labels)  # all of them before the first runs: no statistics move, no hour is lost
     names = ["transfer", *defences]
     total = attack.steps * len(names)
 

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 import torch
 
 from atoplib.attacks import PGDSettings
+from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
 from atoplib.losses import Objective
+from atoplib.purifiers import build_purifier
 from atoplib.runs import workspace_dir
 from atoplib.training import FineTuningAttack, TrainingSettings
 from atoplib.transforms import TransformSettings
@@ -67,6 +69,10 @@ class Parameters:
             raise ValueError(f"experiment must be a plain folder name, got {self.experiment!r}")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed must lie in 0..{2**31 - 1}, got {self.seed}")
+        for name in ("image_size", "max_train", "max_test"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 (or None), got {value}")
 
     @classmethod
     def check(cls, namespace: Mapping[str, Any]) -> Self:
@@ -103,7 +109,7 @@ class Parameters:
         types_of = {item.name: item.type for item in fields(cls)}
         for name in values:
             if name not in types_of:
-                near = difflib.get_close_matches(name, types_of, n=1)
+                near = difflib.get_close_matches(str(name), types_of, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
                 raise ParameterError(
                     f"{cls.STAGE} has no parameter {name!r}{hint}; allowed: {', '.join(sorted(types_of))}"
@@ -112,7 +118,7 @@ class Parameters:
         try:
             parameters = cls(**converted)
             return replace(parameters, **cls.SMOKE) if parameters.smoke else parameters
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
             raise ParameterError(f"{cls.STAGE}: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
@@ -126,12 +132,12 @@ class Parameters:
 
     @property
     def torch_device(self) -> torch.device:
-        """Where to compute; raises ValueError if it is not there."""
+        """Where to compute; raises ParameterError if it is not there."""
         if self.device == "auto":
             return torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(self.device)
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise ParameterError(f"device {self.device!r} cannot be used here ({reason}); allowed: auto, cpu") from error
@@ -154,10 +160,10 @@ class Parameters:
 class Training(Parameters):
     """What every training notebook takes: the fields of ``training.TrainingSettings``."""
 
-    epochs: int = 4
+    epochs: int = 3
     batch_size: int = 64
     optimizer: str = "adam"
-    learning_rate: float = 0.002
+    learning_rate: float = 0.003
     schedule: str = "one_cycle"
     weight_decay: float = 0.0
     ema_decay: float = 0.99
@@ -167,7 +173,7 @@ class Training(Parameters):
     dtype: str = "auto"
     max_steps: int | None = None
 
-    SMOKE = {"max_train": 128, "max_test": 64, "max_steps": 2, "batch_size": 16}
+    SMOKE = {"max_train": 64, "max_test": 16, "max_steps": 2, "batch_size": 8}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -188,7 +194,7 @@ class TrainClassifier(Training):
 
     classifier: str = "small_resnet"
     classifier_options: dict = field(default_factory=lambda: {"width": 12, "stem_stride": 2})
-    label_smoothing: float = 0.0
+    label_smoothing: float = 0.1
     adversarial: bool = False
     eps: float = 0.3
     norm: str = "linf"
@@ -204,6 +210,12 @@ class TrainClassifier(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.attack
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if set(self.classifier_options) & {"num_classes", "mean", "std"}:
+            raise ValueError("classifier_options: num_classes, mean and std come from the data, leave them out")
+        with torch.device("meta"):  # no memory, no time: it only tells whether the options fit
+            build_classifier(self.classifier, num_classes=2, mean=(0, 0, 0), std=(1, 1, 1), **self.classifier_options)
 
     @property
     def attack(self) -> PGDSettings | None:
@@ -218,8 +230,8 @@ class PurifierTraining(Training):
 
     classifier_run: str = from_run(TrainClassifier.STAGE)
     transform: str = "rt2"
-    missing_rate: float = 0.25
-    noise_std: float = 0.25
+    missing_rate: float = 0.1
+    noise_std: float = 0.1
     num_masks: int = 4
     grid_size: int = 8
     gan_weight: float = 0.0
@@ -229,6 +241,8 @@ class PurifierTraining(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.transform_settings, self.objective
+        if self.discriminator_width < 1:
+            raise ValueError(f"discriminator_width must be at least 1, got {self.discriminator_width}")
 
     @property
     def transform_settings(self) -> TransformSettings:
@@ -248,8 +262,15 @@ class PretrainPurifier(PurifierTraining):
     STAGE = "02_pretrain_purifier"
 
     purifier: str = "gated_unet"
-    purifier_options: dict = field(default_factory=lambda: {"width": 16, "fold": 4})
+    purifier_options: dict = field(default_factory=lambda: {"width": 24, "fold": 4})
     weights: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        with torch.device("meta"):  # as for the classifier
+            build_purifier(self.purifier, **self.purifier_options)
+        if self.weights and self.purifier != "deepfill_v2":
+            raise ValueError(f"weights are of DeepFillV2: they need purifier = 'deepfill_v2', got {self.purifier!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,15 +282,15 @@ class FinetuneAtop(PurifierTraining):
     purifier_run: str = from_run(PretrainPurifier.STAGE)
     variant: str = "ft_adv"
     target: str = "clean"
-    classification_weight: float = 1.0
+    classification_weight: float = 2.0
     warmup_epochs: float = 0.0
     attack_sees: str = "pipeline"
     eps: float = 0.3
     norm: str = "linf"
-    attack_steps: int = 3
+    attack_steps: int = 2
     attack_alpha: float | None = None
     attack_eot: int = 1
-    ramp_epochs: float = 6.0
+    ramp_epochs: float = 7.0
     epochs: int = 10
 
     def __post_init__(self) -> None:
@@ -300,6 +321,7 @@ class FinetuneAtop(PurifierTraining):
 class Attacking(Parameters):
     """What both notebooks that attack take."""
 
+    max_train: int | None = 64
     classifier_run: str = from_run(TrainClassifier.STAGE)
     ap_run: str = from_run(PretrainPurifier.STAGE)
     atop_run: str = from_run(FinetuneAtop.STAGE)

@@ -53,15 +53,14 @@ class AToPPipeline(nn.Module):
     @contextmanager
     def fixed_draws(self, seed: int) -> Iterator[None]:
         """Within the block every call on a batch of one shape uses the same draw, a function of ``seed`` alone."""
-        kept, self._generators = self._generators, {}
-        self._fixed_seed: int | None = seed
+        kept, outer = self._generators, self._fixed_seed
+        self._generators, self._fixed_seed = {}, seed
         try:
             yield
         finally:
-            self._fixed_seed = None
-            self._generators = kept
+            self._generators, self._fixed_seed = kept, outer
 
-    _fixed_seed = None
+    _fixed_seed: int | None = None
 
     def draw(self, images: Float[Tensor, "batch 3 height width"]) -> Draw:
         """Throw the dice for these images, the next of the pipeline's sequence (or the fixed ones)."""
@@ -79,7 +78,7 @@ class AToPPipeline(nn.Module):
     ) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
         """Every stage of the purifier's output for one draw, [-1, 1], the result last."""
         outputs = stage_outputs(self.purifier(corrupt(images, draw)))
-        return tuple(assemble(stage.float(), draw) for stage in outputs)
+        return tuple(assemble(stage.to(torch.promote_types(stage.dtype, torch.float32)), draw) for stage in outputs)
 
     def purify(
         self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -113,10 +113,11 @@ class Run:
         write_json(self.path / "manifest.json", self.manifest)
 
     def progress(self, line: str) -> None:
-        """Leave a line where someone who watches the run can read it."""
+        """Leave a line where someone who watches the run can read it; on a full disk the run goes on without."""
         part = self.path / "progress.txt.part"
-        part.write_text(line + "\n")
-        os.replace(part, self.path / "progress.txt")
+        with suppress(OSError):
+            part.write_text(line + "\n")
+            os.replace(part, self.path / "progress.txt")
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def open_run(
         manifest["status"] = "complete"
     finally:
         manifest["seconds"] = round(time.monotonic() - started, 2)
-        manifest["ended"] = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")  # tells the latest run
         if sys.exc_info()[0] is None or path.is_dir():
             write_json(path / "manifest.json", manifest)
 

@@ -1,5 +1,7 @@
 """Classifiers have the published sizes and shapes, and normalise by themselves."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
@@ -37,13 +39,12 @@ def test_a_published_architecture_has_the_published_number_of_weights_for_10_cla
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
-@pytest.mark.parametrize("num_classes", [2, 100])
-def test_every_classifier_gives_one_row_of_logits_an_image(name, num_classes):
+def test_every_classifier_gives_one_row_of_logits_an_image(name):
     size = 128 if name.endswith("_large") else 32
-    assert on_meta(name, num_classes)(torch.empty(3, 3, size, size, device="meta")).shape == (3, num_classes)
+    assert on_meta(name, 7)(torch.empty(3, 3, size, size, device="meta")).shape == (3, 7)
 
 
-@pytest.mark.parametrize("name, expected", [("resnet18", 4), ("resnet50", 4), ("wide_resnet_28_10", 8), ("resnet18_large", 8)])
+@pytest.mark.parametrize("name, expected", [("resnet18", 4), ("wide_resnet_28_10", 8), ("resnet18_large", 8)])
 def test_the_last_feature_map_has_the_published_size(name, expected):
     model = on_meta(name)
     sizes = []
@@ -56,7 +57,9 @@ def test_the_last_feature_map_has_the_published_size(name, expected):
     assert sizes[0] == (128 if name.endswith("_large") else 32)
 
 
-@pytest.mark.parametrize("options, size", [({}, 32), ({"stem_stride": 2}, 32), ({"width": 8}, 64), ({"width": 4}, 36)], ids=str)
+@pytest.mark.parametrize(
+    "options, size", [({}, 32), ({"stem_stride": 2}, 32), ({"width": 8}, 64), ({"width": 4}, 36)], ids=str
+)
 def test_the_small_resnet_takes_its_options_and_other_sizes(options, size):
     model = build("small_resnet", 7, **options).eval()
     logits = model(torch.rand(2, 3, size, size))
@@ -73,8 +76,9 @@ def test_the_small_resnet_costs_what_it_says():
     assert strided.get_total_flops() < 0.5 * flops.get_total_flops()
 
 
-@pytest.mark.parametrize("model", [SmallResNet(4, width=4), WideResNet(4, depth=10, widen_factor=1)], ids=["small", "wide"])
-def test_every_weight_takes_part_and_the_loss_falls_in_training(model):
+@pytest.mark.parametrize("build", [partial(SmallResNet, 4, width=4), partial(WideResNet, 4, depth=10, widen_factor=1)])
+def test_every_weight_takes_part_and_the_loss_falls_in_training(build):
+    model = build()
     images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
     images[torch.arange(16), :, :8, :8] = (labels / 4).view(-1, 1, 1, 1)
     optimizer = torch.optim.Adam(model.parameters(), 0.01)
@@ -108,7 +112,9 @@ def test_normalisation_is_saved_with_the_weights_but_not_trained():
 
 
 @pytest.mark.parametrize(
-    "mean, std", [((0.5,), (0.5,)), ((0.5,) * 3, (0.5, 0.0, 0.5)), ((0.5,) * 3, (0.5, -1.0, 0.5)), ((0.5,) * 4, (0.5,) * 3)], ids=str
+    "mean, std",
+    [((0.5,), (0.5,)), ((0.5,) * 3, (0.5, 0.0, 0.5)), ((0.5,) * 3, (0.5, -1.0, 0.5)), ((0.5,) * 4, (0.5,) * 3)],
+    ids=str,
 )
 def test_an_impossible_normalisation_is_refused(mean, std):
     with pytest.raises(ValueError, match="mean and std need 3 values each, std above 0"):

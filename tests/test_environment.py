@@ -187,7 +187,7 @@ def make(root: Path, *arguments: str, python: str | None = None) -> subprocess.C
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS"))}
     python = python or str(root.parent / "python-fake")
     command = ["make", "setup", f"PYTHON={python}", *arguments]
-    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
 
 
 @needs_make

@@ -18,7 +18,7 @@ from atoplib.losses import (
 from atoplib.purifiers import GatedUNet, PatchDiscriminator
 
 REAL = torch.tensor([[2.0, 0.5], [1.0, -1.0]])
-FAKE = torch.tensor([[-2.0, -0.5], [0.0, 3.0]])
+FAKE = torch.tensor([[-2.0, -0.5], [0.0, 2.0]])
 
 
 def scores(values=FAKE):
@@ -36,15 +36,15 @@ def test_reconstruction_is_the_mean_absolute_difference_summed_over_stages():
 
 
 def test_hinge_losses_agree_with_hand_computed_values():
-    # relu(1 - real): 0, 0.5, 0, 2; relu(1 + fake): 0, 0.5, 1, 4; mean of fake: 0.125
-    assert discriminator_loss(REAL, FAKE, "hinge").item() == pytest.approx(2.5 / 4 + 5.5 / 4)
-    assert generator_loss(scores(), "hinge").item() == pytest.approx(-0.125)
+    # relu(1 - real): 0, 0.5, 0, 2; relu(1 + fake): 0, 0.5, 1, 3; mean of fake: -0.125
+    assert discriminator_loss(REAL, FAKE, "hinge").item() == pytest.approx(2.5 / 4 + 4.5 / 4)
+    assert generator_loss(scores(), "hinge").item() == pytest.approx(0.125)
 
 
 def test_least_squares_losses_agree_with_hand_computed_values():
-    # (real - 1)^2: 1, 0.25, 0, 4; fake^2: 4, 0.25, 0, 9; (fake - 1)^2: 9, 2.25, 1, 4
-    assert discriminator_loss(REAL, FAKE, "least_squares").item() == pytest.approx((5.25 / 4 + 13.25 / 4) / 2)
-    assert generator_loss(scores(), "least_squares").item() == pytest.approx(16.25 / 4 / 2)
+    # (real - 1)^2: 1, 0.25, 0, 4; fake^2: 4, 0.25, 0, 4; (fake - 1)^2: 9, 2.25, 1, 1
+    assert discriminator_loss(REAL, FAKE, "least_squares").item() == pytest.approx((5.25 / 4 + 8.25 / 4) / 2)
+    assert generator_loss(scores(), "least_squares").item() == pytest.approx(13.25 / 4 / 2)
 
 
 @pytest.mark.parametrize("kind", ["hinge", "least_squares"])
@@ -66,7 +66,7 @@ def test_the_gan_term_of_the_generator_refuses_scores_without_a_graph():
     with pytest.raises(ValueError, match="detached"):
         generator_loss(FAKE)
     with torch.no_grad():  # a validation wants the number only
-        assert generator_loss(FAKE).item() == pytest.approx(-0.125)
+        assert generator_loss(FAKE).item() == pytest.approx(0.125)
 
 
 def gan_setting():
@@ -138,8 +138,8 @@ def test_each_variant_adds_up_its_own_terms(variant, target, gan_weight):
         expected["classification"] = CROSS_ENTROPY
         loss += 0.05 * CROSS_ENTROPY
     if gan_weight:
-        expected["gan"] = -0.125
-        loss += gan_weight * -0.125
+        expected["gan"] = 0.125
+        loss += gan_weight * 0.125
     assert {name: value.item() for name, value in terms.items()} == pytest.approx({"loss": loss, **expected})
 
 

@@ -32,7 +32,7 @@ def patches_of(masks, grid=8):
 
 
 @pytest.mark.parametrize("name", ["rt1", "rt2"])
-@pytest.mark.parametrize("rate", [0.0, 0.1, 0.25, 0.5, 0.77, 0.99])
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.25, 0.4, 0.5, 0.99])
 def test_each_image_misses_exactly_floor_of_r_times_64_whole_patches(name, rate):
     masks = draw_for(name, (5, 3, 32, 32), missing_rate=rate).masks
     assert masks.shape == (1, 5, 1, 32, 32)
@@ -234,7 +234,14 @@ def test_gradients_agree_with_finite_differences():
     settings = TransformSettings("rt3", noise_std=0.1, grid_size=2, num_masks=2)
     draw = sample_draw(settings, (1, 3, 4, 4), generator=seeded(), dtype=torch.float64)
     images = (images_of((1, 3, 4, 4), torch.float64) * 0.2 + 0.4).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: assemble(corrupt(x, draw)[:, :3].tanh() + x.repeat(2, 1, 1, 1), draw), images)
+
+    def purified(x):  # by a purifier that mixes the pixels, so that a missing one is filled in from the others
+        given = corrupt(x, draw)
+        return assemble(torch.tanh(given[:, :3] + given.mean(dim=(1, 2, 3), keepdim=True)), draw)
+
+    assert torch.autograd.gradcheck(purified, images)
+    (gradient,) = torch.autograd.grad(purified(images).sum(), images)
+    assert gradient.abs().min() > 0
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ def check_attack(
         raise ValueError("there are no images to attack")
     if len(images) != len(labels):
         raise ValueError(f"{len(images)} images, but {len(labels)} labels")
-    if labels.is_floating_point():
-        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels must be int64, got {labels.dtype}")
     low, high = float(images.min()), float(images.max())
     if not (low >= 0 and high <= 1):
         raise ValueError(f"images must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}")

@@ -48,5 +48,5 @@ def input_gradient(
             losses = loss(model(copies), labels[part])
             (gradient,) = torch.autograd.grad(losses.sum(), copies)
         total.index_add_(0, part, gradient)
-        value.index_add_(0, part, losses.detach())
+        value.index_add_(0, part, losses.detach().to(value.dtype))
     return total / eot_samples, value / eot_samples

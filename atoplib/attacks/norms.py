@@ -31,8 +31,10 @@ def steepest_step(
     _check(norm)
     if norm == "linf":
         return gradient.sign()
-    size = gradient.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    return gradient / size
+    tiny = torch.finfo(gradient.dtype).tiny
+    # first by the largest entry: the squares of a saturated model's gradients underflow
+    gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+    return gradient / gradient.flatten(1).norm(dim=1).clamp_min(tiny).view(-1, 1, 1, 1)
 
 
 def project(

@@ -7,6 +7,7 @@ training that was cut off goes on exactly as if it had not been.
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import chain
 from math import cos, isfinite, pi
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,8 +80,9 @@ class TrainingSettings:
             raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        if min(self.weight_decay, self.grad_clip, self.padding) < 0:
-            raise ValueError("weight_decay, grad_clip and padding must be 0 or more")
+        for name in ("weight_decay", "grad_clip", "padding"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
         if self.max_steps is not None and self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
 
@@ -194,12 +196,12 @@ def fit(
 
     Args:
         step_function: computes losses and calls ``Updater.update``; returns the means to report, ``loss`` among them.
-        networks: by name, on their device.
+        networks: by name, on their device; they are put into train mode.
         split: training images.
         state_path: where the state is saved every ``save_every`` seconds, at the end, and when interrupted; a state that
             is there already is resumed, a finished one just loaded.
         identity: what makes this training this one; a state that was saved under another identity is refused.
-        progress: called after every step with images done and in all.
+        progress: called at the start, every few steps and at the end of an epoch, with images done and in all by this call.
         notify: called with a sentence when something a person should know happens (a damaged state was passed over).
         validate: called with the first network (averaged, in eval mode) after every epoch; its numbers join the history.
 
@@ -230,9 +232,10 @@ def fit(
         if note and notify:
             notify(note)
         if state is not None:
-            if state["identity"] != fingerprint:
+            if state.get("identity") != fingerprint:
                 raise ValueError(
-                    f"{state_path} was saved by another training (other settings or data); choose another run directory"
+                    f"{state_path} was saved by another training (other settings, data or inputs); choose another run "
+                    f"directory, or delete that file to start anew"
                 )
             for name, network in networks.items():
                 load_weights(network, state["networks"][name], state_path)
@@ -241,14 +244,17 @@ def fit(
                 averaged.load_state_dict(state["averaged"])
             step, history, sums, seconds_before = state["step"], state["history"], state["sums"], state["seconds"]
             sums = {name: value.to(device) for name, value in sums.items()}
+    for network in networks.values():
+        network.train()
     started = time.monotonic()
     last_saved = started
 
     def save() -> None:
+        tensors = (t for network in networks.values() for t in chain(network.parameters(), network.buffers()))
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+            raise diverged()
         if state_path is None:
             return
-        if not all(bool(torch.isfinite(p).all()) for network in networks.values() for p in network.parameters()):
-            raise diverged()
         save_state(
             state_path,
             {
@@ -270,9 +276,25 @@ def fit(
             f"state is {kept}. Try a lower learning_rate (now {settings.learning_rate}) or dtype='float32'"
         )
 
-    resumed_at, between_steps = step, True
+    def report(numbers: dict[str, float]) -> None:
+        if progress is not None and total > resumed_at:
+            size = settings.batch_size
+            progress((step - resumed_at) * size, (total - resumed_at) * size, "images", numbers)
+
+    resumed_at, epochs_before, between_steps = step, len(history), True
     try:
-        while step < total:
+        report({})
+        while True:
+            # Here, not after the step: a training that was cut off before this was done does it when it goes on.
+            if sums and (step == total or step % steps_per_epoch == 0):
+                count = (step - 1) % steps_per_epoch + 1
+                means = {name: float(value) / count for name, value in sums.items()}
+                numbers = validate((averaged.module if averaged else result).eval()) if validate else {}
+                result.train()
+                means |= {**numbers, "seconds": seconds_before + time.monotonic() - started}
+                history, sums = [*history, {"epoch": step / steps_per_epoch, **means}], {}
+            if step == total:
+                break
             epoch = step // steps_per_epoch
             batches = epoch_batches(
                 split, settings.batch_size, seed=settings.seed, epoch=epoch, start=step % steps_per_epoch
@@ -297,27 +319,17 @@ def fit(
                     loss = losses["loss"].detach().item()
                     if not isfinite(loss):
                         raise diverged()
-                    if progress is not None:
-                        done = (step - resumed_at) * settings.batch_size
-                        progress(done, (total - resumed_at) * settings.batch_size, "images", {"loss": loss})
+                    report({"loss": loss})
                     if time.monotonic() - last_saved > save_every:
                         save()
                         last_saved = time.monotonic()
-                if step == total or step % steps_per_epoch == 0:
-                    count = (step - 1) % steps_per_epoch + 1
-                    means = {name: float(value) / count for name, value in sums.items()}
-                    seconds = seconds_before + time.monotonic() - started
-                    numbers = validate((averaged.module if averaged else result).eval()) if validate else {}
-                    result.train()
-                    history.append({"epoch": step / steps_per_epoch, **means, **numbers, "seconds": seconds})
-                    sums = {}
-                    if step == total:
-                        break
+                if step == total:
+                    break
     except KeyboardInterrupt:
         if between_steps:  # half a step cannot be resumed exactly: then the last regular save stands
             save()
         raise
-    if step > resumed_at:
+    if step > resumed_at or len(history) > epochs_before:
         save()
     if averaged is not None:
         result.load_state_dict(averaged.module.state_dict())

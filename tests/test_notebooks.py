@@ -1,0 +1,77 @@
+"""The notebooks themselves, executed: by papermill through the recipe runner, and cell by cell by nbval."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+from papermill.parameterize import parameterize_notebook
+
+from atoplib.batch import main
+from atoplib.parameters import NOTEBOOKS
+
+ROOT = Path(__file__).resolve().parent.parent
+STAGES = list(NOTEBOOKS)
+
+
+def scores(workspace: Path) -> list[dict]:
+    """What the attack notebook measured in a workspace, without its timings."""
+    (path,) = workspace.glob("runs/mnist-smoke/04_attack-*/metrics.json")
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(path.read_text())["scores"]]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the recipe mnist ran in smoke size."""
+    workspace = tmp_path_factory.mktemp("demo")
+    assert main(["mnist", "--smoke", "--workspace", str(workspace)]) == 0
+    return workspace
+
+
+def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> None:
+    for stage in STAGES:
+        (run,) = demo.glob(f"runs/mnist-smoke/{stage}-*")
+        cells = nbformat.read(run / "notebook.ipynb", as_version=4).cells
+        assert all(cell.get("execution_count") for cell in cells if cell.cell_type == "code"), stage
+        assert "<html" in (run / "notebook.html").read_text()
+        assert list((run / "figures").glob("*.png")), stage
+        assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_a_second_call_reuses_what_is_done(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")}
+    assert main(["mnist", "--smoke", "--workspace", str(demo)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("done before") == len(STAGES)
+    assert "| AToP" in printed and "notebook.html" in printed
+    assert {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")} == before
+
+
+def test_every_notebook_passes_nbval_and_a_fresh_directory_gives_the_same_numbers(demo: Path, tmp_path: Path) -> None:
+    copies = []
+    for stage in STAGES:
+        notebook = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / f"{stage}.ipynb"))
+        notebook = parameterize_notebook(notebook, {"smoke": True, "workspace": str(tmp_path)})
+        for cell in notebook.cells:  # papermill's marks are not part of the format that nbval reads
+            cell.metadata.pop("papermill", None)
+        copies.append(tmp_path / f"{stage}.ipynb")
+        nbformat.write(notebook, copies[-1])
+    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir"]
+    command += [str(tmp_path), *map(str, copies)]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    assert scores(tmp_path) == scores(demo)
+
+
+def test_a_mistyped_parameter_stops_a_notebook_with_a_sentence(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks/01_train_classifier.ipynb")]
+    command += [str(tmp_path / "out.ipynb"), "-k", "python3", "--no-progress-bar"]
+    command += ["-p", "epochz", "3", "-p", "workspace", str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "no parameter 'epochz' (did you mean 'epochs'?)" in ended.stderr
+    assert not (tmp_path / "runs").exists()
