@@ -10,6 +10,7 @@ notebook as ``notebook.ipynb`` and ``notebook.html``.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,24 @@ from atoplib.figures import format_table
 from atoplib.parameters import NOTEBOOKS, ParameterError, Parameters
 from atoplib.progress import format_seconds
 from atoplib.runs import read_json, run_name, workspace_dir
+
+# papermill, but for its signals. A Ctrl-C in a terminal reaches it along with us, another one (`kill`, an editor's stop)
+# does not: so it ignores that one and heeds ours, once, as if it were a Ctrl-C. It then interrupts the cell that is
+# running, which saves what it has, and ends its kernel; a kernel without its papermill may run on for ever.
+PAPERMILL = """
+import signal
+import sys
+
+def stop(*_):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+signal.signal(signal.SIGTERM, stop)
+from papermill.__main__ import papermill
+sys.exit(papermill())
+"""
+STOP_SECONDS = 60  # for a notebook to end after a Ctrl-C
 
 
 class RecipeError(ValueError):
@@ -124,9 +143,9 @@ def plan(recipe: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -> lis
 
 
 def papermill_command(stage: Stage, parameters_file: Path, output: Path) -> list[str]:
-    """The command that executes a stage; anybody can give it by hand."""
+    """The command that executes a stage; by hand it is ``papermill NOTEBOOK OUTPUT -k python3 -f PARAMETERS``."""
     return [
-        *(sys.executable, "-m", "papermill", str(stage.notebook), str(output)),
+        *(sys.executable, "-c", PAPERMILL, str(stage.notebook), str(output)),
         *("-k", "python3", "-f", str(parameters_file), "--no-progress-bar"),
     ]
 
@@ -159,7 +178,10 @@ def execute(stage: Stage, watch: Callable[[str], None]) -> None:
                 time.sleep(0.5)
         except BaseException:
             process.terminate()
-            process.wait(timeout=30)
+            try:
+                process.wait(timeout=STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
             raise
     manifest = read_json(stage.run_dir / "manifest.json") or {}
     if process.returncode or manifest.get("status") != "complete":
@@ -183,15 +205,15 @@ def last_lines(path: Path, count: int = 5) -> str:
 
 
 def failing_cell(notebook: Path) -> str | None:
-    """The error of the first cell that failed: its type and message, or None."""
+    """The error of the first cell that failed: its number as Jupyter shows it, type and message; None if none did."""
     try:
         cells = json.loads(notebook.read_text())["cells"]
     except (OSError, ValueError, KeyError):
         return None
-    for number, cell in enumerate(cells):
+    for cell in cells:
         for output in cell.get("outputs", []):
             if output.get("output_type") == "error":
-                return f"cell {number}: {output.get('ename')}: {output.get('evalue')}"
+                return f"In [{cell.get('execution_count')}]: {output.get('ename')}: {output.get('evalue')}"
     return None
 
 
@@ -289,6 +311,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "-p", action="append", nargs=2, metavar=("NAME", "VALUE"), help="a parameter that wins over the recipe's"
     )
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's SIGTERM ends a recipe as Ctrl-C does
     notebooks_dir = Path(__file__).resolve().parent.parent / "notebooks"
     try:
         overrides = parse_overrides(options.p) | ({"smoke": True} if options.smoke else {})

@@ -36,29 +36,29 @@ def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride:
 class SmallResNet(nn.Module):
     """A fast ResNet for 32 px: widths w, 2w, 4w, 8w at 32, 16, 8 and 4 px, residual blocks where they pay most.
 
-    The full resolution is left after one convolution; that is where the time goes on a CPU. ``stem_stride=2`` leaves it
-    at once, for digits. With ``width=32`` an image costs 0.106 GFLOP.
+    Each change of resolution is a max-pooling after a convolution: on CIFAR-10 that learns faster than strides do, for the
+    same work. ``stem_stride=2`` leaves the full resolution at once, for digits. ``width=24`` costs 0.107 GFLOP an image.
     """
 
-    def __init__(self, num_classes: int, width: int = 32, stem_stride: int = 1) -> None:
+    def __init__(self, num_classes: int, width: int = 24, stem_stride: int = 1) -> None:
         super().__init__()
         if width < 1 or stem_stride < 1:
             raise ValueError(f"width and stem_stride must be at least 1, got width={width}, stem_stride={stem_stride}")
         self.stem = conv_norm(3, width, stride=stem_stride)
-        self.down1 = conv_norm(width, 2 * width, stride=2)
-        self.block1 = nn.Sequential(conv_norm(2 * width, 2 * width), nn.ReLU(), conv_norm(2 * width, 2 * width))
-        self.down2 = conv_norm(2 * width, 4 * width, stride=2)
-        self.down3 = conv_norm(4 * width, 8 * width, stride=2)
-        self.block3 = nn.Sequential(conv_norm(8 * width, 8 * width), nn.ReLU(), conv_norm(8 * width, 8 * width))
+        self.down1 = conv_norm(width, 2 * width)
+        self.block1 = nn.Sequential(conv_norm(2 * width, 2 * width), nn.ReLU(), conv_norm(2 * width, 2 * width), nn.ReLU())
+        self.down2 = conv_norm(2 * width, 4 * width)
+        self.down3 = conv_norm(4 * width, 8 * width)
+        self.block3 = nn.Sequential(conv_norm(8 * width, 8 * width), nn.ReLU(), conv_norm(8 * width, 8 * width), nn.ReLU())
         self.head = nn.Linear(8 * width, num_classes)
 
     def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         x = F.relu(self.stem(x))
-        x = F.relu(self.down1(x))
-        x = F.relu(x + self.block1(x))
-        x = F.relu(self.down2(x))
-        x = F.relu(self.down3(x))
-        x = F.relu(x + self.block3(x))
+        x = F.max_pool2d(F.relu(self.down1(x)), 2)
+        x = x + self.block1(x)
+        x = F.max_pool2d(F.relu(self.down2(x)), 2)
+        x = F.max_pool2d(F.relu(self.down3(x)), 2)
+        x = x + self.block3(x)
         return self.head(x.mean(dim=(2, 3)))
 
 

@@ -3,6 +3,7 @@
 Images are on the [-1, 1] scale that purifiers write, unless said otherwise.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,7 +107,7 @@ def atop_loss(
     adversarial: Float[Tensor, "batch 3 height width"] | None = None,
     logits: Float[Tensor, "batch classes"] | None = None,
     labels: Int[Tensor, " batch"] | None = None,
-    fake_scores: Float[Tensor, "batch scores"] | None = None,
+    discriminate: Callable[[Float[Tensor, "batch 3 height width"]], Float[Tensor, "batch scores"]] | None = None,
     epoch: float = 0,
 ) -> dict[str, Float[Tensor, ""]]:
     """L(g) and its terms, for one batch whose terms share one draw of t.
@@ -116,7 +117,8 @@ def atop_loss(
         clean, adversarial: x and x_adv in [0, 1]; the latter only for the target ``adversarial``.
         logits: f(g(t(x_adv))) (of the clean input for FT-clean); needed once the classification term applies.
         labels: y.
-        fake_scores: the discriminator's scores of the result, with gradient; needed if ``gan_weight`` is not 0.
+        discriminate: an image on [-1, 1] -> the discriminator's scores; needed if ``gan_weight`` is not 0. It is called
+            here, so that the scores are those of the result and the GAN term's gradient arrives at the purifier.
         epoch: how far the training is, in epochs.
 
     Returns:
@@ -142,8 +144,10 @@ def atop_loss(
         terms["classification"] = F.cross_entropy(logits, labels)
         loss = loss + weight * terms["classification"]
     if objective.gan_weight:
-        if fake_scores is None:
-            raise ValueError("gan_weight is not 0, but the discriminator's scores are missing")
-        terms["gan"] = generator_loss(fake_scores, objective.gan_loss)
+        if discriminate is None:
+            raise ValueError("gan_weight is not 0, but there is no discriminator to score the result")
+        if not stages[-1].requires_grad and torch.is_grad_enabled():
+            raise ValueError("the purifier's output is detached: the GAN term would have no gradient")
+        terms["gan"] = generator_loss(discriminate(stages[-1]), objective.gan_loss)
         loss = loss + objective.gan_weight * terms["gan"]
     return {"loss": loss, **terms}

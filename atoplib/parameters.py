@@ -262,7 +262,7 @@ class PretrainPurifier(PurifierTraining):
     STAGE = "02_pretrain_purifier"
 
     purifier: str = "gated_unet"
-    purifier_options: dict = field(default_factory=lambda: {"width": 24, "fold": 4})
+    purifier_options: dict = field(default_factory=lambda: {"width": 16, "fold": 4})
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -290,8 +290,8 @@ class FinetuneAtop(PurifierTraining):
     attack_steps: int = 2
     attack_alpha: float | None = None
     attack_eot: int = 1
-    ramp_epochs: float = 7.0
-    epochs: int = 10
+    ramp_epochs: float = 5.0
+    epochs: int = 8
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,6 +330,7 @@ class Attacking(Parameters):
     steps: int = 40
     alpha: float | None = 0.02
     eot_samples: int = 10
+    stop_after: int = 3
     num_draws: int = 10
     max_batch: int = 250
 
@@ -344,7 +345,9 @@ class Attacking(Parameters):
     @property
     def attack(self) -> PGDSettings:
         """PGD's settings."""
-        return PGDSettings(self.eps, self.norm, self.steps, self.alpha, self.eot_samples)
+        return PGDSettings(
+            self.eps, self.norm, self.steps, self.alpha, self.eot_samples, stop_after=self.stop_after
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,8 +392,8 @@ def convert(name: str, value: Any, kind: Any) -> Any:
     if float in allowed:
         if isinstance(value, str):
             try:
-                numerator, _, denominator = value.partition("/")
-                return float(numerator) / float(denominator or 1)
+                numerator, slash, denominator = value.partition("/")
+                return float(numerator) / (float(denominator) if slash else 1)
             except (ValueError, ZeroDivisionError):
                 pass
         elif isinstance(value, int | float) and not isinstance(value, bool):

@@ -199,9 +199,11 @@ def with_batch(setting: FineTuning, batch_size: int) -> FineTuning:
 def smoke_sized(setting: FineTuning) -> FineTuning:
     """The same step, on so few and small images that it takes a fraction of a second."""
     size = min(setting.image_size, 64)
-    options = setting.purifier_options | {"width": 4}
-    small = replace(setting, image_size=size, purifier_options=options, discriminator_width=4)
-    return with_batch(small, min(setting.training.batch_size, 4))
+    purifier = setting.purifier_options | {"width": 4}
+    classifier = setting.classifier_options | ({"width": 4} if "width" in setting.classifier_options else {})
+    setting = replace(setting, image_size=size, discriminator_width=4)
+    setting = replace(setting, classifier_options=classifier, purifier_options=purifier)
+    return with_batch(setting, min(setting.training.batch_size, 4))
 
 
 def fine_tuning(setting: FineTuning, form: Format, device: torch.device) -> Workload:
@@ -324,8 +326,8 @@ def peak_of(peaks: Iterable[Measurement], dtype: torch.dtype) -> float:
 
 def number(value: float) -> str:
     """Three significant digits, never in powers of ten."""
-    digits = 2 - floor(log10(value)) if value > 0 else 0
-    return f"{round(value, digits):.{max(0, digits)}f}"
+    value = float(f"{value:.3g}")
+    return f"{value:.{max(0, 2 - floor(log10(value))) if value > 0 else 0}f}"
 
 
 def with_range(values: tuple[float, float, float]) -> str:
@@ -424,7 +426,7 @@ def find_device(name: str) -> torch.device:
     """``auto`` is CUDA where present; raises ArgumentTypeError for a device that is not there."""
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda") from error

@@ -146,9 +146,7 @@ def test_the_attack_works_inside_no_grad():
 def test_a_generator_fixes_the_random_start_and_spares_the_global_one(base):
     model, images = smooth_model(), images_of()
     before = torch.get_rng_state()
-    first, again, other = (
-        pgd(model, images, MANY, replace(base, steps=2), generator=seeded(seed)) for seed in (1, 1, 2)
-    )
+    first, again, other = (pgd(model, images, MANY, replace(base, steps=2), generator=seeded(seed)) for seed in (1, 1, 2))
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first, again) and not torch.equal(first, other)
 
@@ -161,6 +159,78 @@ def test_the_loss_that_is_raised_can_be_chosen():
 
     found = pgd(model, images, LABELS, replace(LINF, steps=1, start="clean"), loss=toward_class_1)
     torch.testing.assert_close(found, best_attack(model, images, torch.zeros_like(LABELS), LINF.eps, "linf"))
+
+
+def test_the_iterates_that_a_callback_keeps_do_not_change_afterwards():
+    kept = []
+    settings = replace(LINF, steps=3, start="clean")
+    pgd(smooth_model(), images_of(), MANY, settings, callback=lambda _s, _n, adversarial, _l: kept.append(adversarial))
+    assert not torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
+
+
+def path_of(model, images, labels, settings):
+    """The whole path of an attack that never stops early: the images before the first step and after each."""
+    path = [images]
+    pgd(model, images, labels, settings, callback=lambda _s, _n, adversarial, _l: path.append(adversarial.clone()))
+    return torch.stack(path)
+
+
+STEPWISE = PGDSettings(eps=0.08, steps=8, alpha=0.02, start="clean")
+
+
+@pytest.mark.parametrize("stop_after", [1, 3])
+def test_an_image_stops_once_it_was_wrong_in_so_many_steps_in_a_row_and_no_other_does(stop_after):
+    model, images = smooth_model(), images_of((12, 3, 4, 4))
+    labels = model(images).argmax(dim=1)
+    labels[3] = (labels[3] + 1) % 5  # wrong from the start
+    path = path_of(model, images, labels, STEPWISE)
+    wrong = torch.stack([model(x).argmax(dim=1) != labels for x in path])
+    ends = []
+    for image in range(12):
+        in_a_row = 0
+        for step in range(STEPWISE.steps):
+            in_a_row = in_a_row + 1 if wrong[step, image] else 0
+            if in_a_row == stop_after:
+                break
+        ends.append(step + 1)
+    assert ends[3] == stop_after and len(set(ends)) > 2 and STEPWISE.steps in ends
+    seen = []
+    model.register_forward_pre_hook(lambda _model, given: seen.append(len(given[0])))
+    found = pgd(model, images, labels, replace(STEPWISE, stop_after=stop_after))
+    torch.testing.assert_close(found, torch.stack([path[end, image] for image, end in enumerate(ends)]))
+    assert sum(seen) - 1 == sum(ends), "an image that had stopped was computed again"
+    assert (model(found).argmax(dim=1) != labels)[[end < STEPWISE.steps for end in ends]].all()
+
+
+class Scripted(TwoClasses):
+    """Of the draws of one image of class 0, so many are right at each step."""
+
+    def __init__(self, right_draws):
+        super().__init__()
+        self.right_draws = iter([0, *right_draws])  # the first call is the check before the attack
+
+    def forward(self, images):
+        right = next(self.right_draws)
+        favoured = torch.tensor([[10.0, 0.0]] * right + [[0.0, 10.0]] * (len(images) - right))
+        return super().forward(images) + favoured
+
+
+@pytest.mark.parametrize(
+    "right_draws, steps",
+    [([0] * 6, 2), ([1] * 6, 6), ([4] * 6, 6), ([0, 3, 0, 4, 0, 0], 6), ([4, 0, 1, 0, 0, 0], 5)],
+    ids=str,
+)
+def test_every_draw_must_be_wrong_twice_in_a_row_where_stop_after_is_2(right_draws, steps):
+    settings = PGDSettings(eps=0.1, steps=6, eot_samples=4, stop_after=2)
+    seen = []
+    pgd(
+        Scripted(right_draws).eval(),
+        images_of((1, 3, 4, 4)),
+        torch.tensor([0]),
+        settings,
+        callback=lambda step, *_: seen.append(step),
+    )
+    assert seen == list(range(1, steps + 1))
 
 
 @pytest.mark.parametrize("max_batch", [1, 4, 7, 512])
@@ -195,27 +265,30 @@ class PlannedNoise(nn.Module):
 def test_the_eot_gradient_is_the_mean_of_the_gradients_of_separate_draws(max_batch):
     images, noise = images_of(), torch.randn(4 * 6, *SHAPE[1:]) * 0.3
     model = PlannedNoise(noise).eval()
-    gradient, loss = input_gradient(model, images, MANY, eot_samples=4, max_batch=max_batch)
+    found = input_gradient(model, images, MANY, eot_samples=4, max_batch=max_batch)
     assert model.count == 4 * 6
-    gradients, losses = [], []
+    gradients, losses, right = [], [], []
     for draw in noise.unflatten(0, (4, 6)):
         copies = images.clone().requires_grad_()
-        values = F.cross_entropy(model.body(copies + draw), MANY, reduction="none")
+        logits = model.body(copies + draw)
+        values = F.cross_entropy(logits, MANY, reduction="none")
         gradients.append(torch.autograd.grad(values.sum(), copies)[0])
         losses.append(values.detach())
+        right.append((logits.argmax(dim=1) == MANY).float())
     assert not torch.allclose(gradients[0], gradients[1], rtol=0.01)
-    torch.testing.assert_close(gradient, torch.stack(gradients).mean(dim=0))
-    torch.testing.assert_close(loss, torch.stack(losses).mean(dim=0))
+    torch.testing.assert_close(found.gradient, torch.stack(gradients).mean(dim=0))
+    torch.testing.assert_close(found.loss, torch.stack(losses).mean(dim=0))
+    torch.testing.assert_close(found.right, torch.stack(right).mean(dim=0))
 
 
 def test_more_eot_draws_of_a_pipeline_bring_the_gradient_nearer_to_its_mean():
     purifier = nn.Sequential(nn.Conv2d(5, 3, 3, padding=1), nn.Tanh())
     pipeline = AToPPipeline(TransformSettings("rt2", noise_std=0.2, grid_size=4), purifier, smooth_model()).eval()
     images = images_of()
-    mean, _ = input_gradient(pipeline, images, MANY, eot_samples=2000)
+    mean = input_gradient(pipeline, images, MANY, eot_samples=2000).gradient
 
     def distance(draws):
-        return (input_gradient(pipeline, images, MANY, eot_samples=draws)[0] - mean).norm().item()
+        return (input_gradient(pipeline, images, MANY, eot_samples=draws).gradient - mean).norm().item()
 
     one, sixteen = sum(distance(1) for _ in range(8)) / 8, sum(distance(16) for _ in range(8)) / 8
     assert sixteen == pytest.approx(one / 4, rel=0.25)  # 1 / sqrt(draws): each copy has dice of its own
@@ -224,11 +297,11 @@ def test_more_eot_draws_of_a_pipeline_bring_the_gradient_nearer_to_its_mean():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_a_loss_of_another_precision_can_be_raised(dtype):
     model, images = smooth_model(), images_of()
-    gradient, loss = input_gradient(model, images, MANY, loss=lambda logits, _: logits[:, 0].to(dtype), eot_samples=2)
-    expected, value = input_gradient(model, images, MANY, loss=lambda logits, _: logits[:, 0])
-    assert loss.dtype == gradient.dtype == torch.float32
-    torch.testing.assert_close(gradient, expected)
-    torch.testing.assert_close(loss, value, rtol=0.01, atol=0.01)
+    found = input_gradient(model, images, MANY, loss=lambda logits, _: logits[:, 0].to(dtype), eot_samples=2)
+    expected = input_gradient(model, images, MANY, loss=lambda logits, _: logits[:, 0])
+    assert found.loss.dtype == found.gradient.dtype == torch.float32
+    torch.testing.assert_close(found.gradient, expected.gradient)
+    torch.testing.assert_close(found.loss, expected.loss, rtol=0.01, atol=0.01)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
@@ -278,9 +351,7 @@ def test_a_projection_at_the_border_of_the_box_stays_in_box_and_ball(norm, eps):
     check_budget(project(origin + torch.randn(SHAPE), origin, eps, norm), origin, eps, norm)
 
 
-@pytest.mark.parametrize(
-    "size, eps", [(32, 0.05), (32, 0.5), (32, 5.0), (256, 0.05), (256, 0.5), (256, 5.0), (256, 40.0)]
-)
+@pytest.mark.parametrize("size, eps", [(32, 0.05), (32, 0.5), (32, 5.0), (256, 0.05), (256, 0.5), (256, 5.0), (256, 40.0)])
 def test_rounding_does_not_break_the_l2_budget_of_large_images(size, eps):
     origin = torch.full((2, 3, size, size), 0.5)
     origin += torch.rand(origin.shape, generator=seeded()) * 0.1
@@ -353,6 +424,7 @@ def test_an_l2_result_beyond_its_budget_never_passes():
         ({"eot_samples": 0}, "steps and eot_samples must be at least 1, got 20 and 0"),
         ({"alpha": 0.0}, "alpha must be above 0"),
         ({"alpha": float("nan")}, "alpha must be above 0"),
+        ({"stop_after": -1}, r"stop_after must be 0 \(never\) or more, got -1"),
         ({"start": "zero"}, "unknown start 'zero'; allowed: random, clean"),
     ],
     ids=str,

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoplib.classifiers import CLASSIFIERS, Normalize, SmallResNet, WideResNet, build_classifier
+from atoplib.classifiers import CLASSIFIERS, Normalize, SmallResNet, WideBlock, WideResNet, build_classifier
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -70,7 +70,7 @@ def test_the_small_resnet_takes_its_options_and_other_sizes(options, size):
 def test_the_small_resnet_costs_what_it_says():
     with FlopCounterMode(display=False) as flops:
         on_meta("small_resnet")(torch.empty(1, 3, 32, 32, device="meta"))
-    assert flops.get_total_flops() / 1e9 == pytest.approx(0.106, abs=0.001)
+    assert flops.get_total_flops() / 1e9 == pytest.approx(0.107, abs=0.001)
     with FlopCounterMode(display=False) as strided:
         on_meta("small_resnet", stem_stride=2)(torch.empty(1, 3, 32, 32, device="meta"))
     assert strided.get_total_flops() < 0.5 * flops.get_total_flops()
@@ -91,6 +91,15 @@ def test_every_weight_takes_part_and_the_loss_falls_in_training(build):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("channels, stride", [(4, 1), (8, 1), (4, 2)])
+def test_the_shortcut_of_a_wide_block_is_the_identity_or_reads_the_activated_input(channels, stride):
+    block, x = WideBlock(4, channels, stride).eval(), torch.randn(2, 4, 8, 8)
+    nn.init.normal_(block.norm1.bias)
+    nn.init.zeros_(block.conv2.weight)
+    expected = x if (channels, stride) == (4, 1) else block.shortcut(block.norm1(x).relu())
+    torch.testing.assert_close(block(x), expected)
 
 
 def test_the_first_layer_normalises_as_one_does_by_hand():

@@ -81,7 +81,7 @@ def gan_setting():
 def test_the_gradient_of_the_gan_term_alone_reaches_every_weight_of_the_purifier(kind):
     purifier, output, discriminate = gan_setting()
     objective = Objective("ap", gan_weight=1.0, gan_loss=kind)
-    terms = atop_loss(objective, stages=(output,), clean=torch.rand(2, 3, 16, 16), fake_scores=discriminate(output))
+    terms = atop_loss(objective, stages=(output,), clean=torch.rand(2, 3, 16, 16), discriminate=discriminate)
     terms["gan"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in purifier.parameters())
 
@@ -95,16 +95,25 @@ def test_a_step_along_the_gan_gradient_raises_the_scores():
 
 
 def test_a_detached_image_is_refused_although_the_discriminator_keeps_its_own_graph():
-    purifier, output, discriminate = gan_setting()
-    fake_scores = discriminate(output.detach())
-    assert fake_scores.requires_grad, "the discriminator's weights give the scores a graph"
-    with pytest.raises(ValueError, match="detached"):
-        atop_loss(
-            Objective("ap", gan_weight=1.0),
-            stages=(output,),
-            clean=torch.rand(2, 3, 16, 16),
-            fake_scores=fake_scores,
-        )
+    _, output, discriminate = gan_setting()
+    assert discriminate(output.detach()).requires_grad, "the discriminator's weights give the scores a graph"
+    given = {"clean": torch.rand(2, 3, 16, 16), "discriminate": discriminate}
+    with pytest.raises(ValueError, match="output is detached"):
+        atop_loss(Objective("ap", gan_weight=1.0), stages=(output.detach(),), **given)
+
+
+def test_the_gan_term_scores_the_last_stage():
+    coarse, fine = (flat_image(value).requires_grad_() for value in (0.0, 0.5))
+    seen = []
+
+    def discriminate(image):
+        seen.append(image)
+        return image.mean(dim=(1, 2, 3))[:, None]
+
+    terms = atop_loss(
+        Objective("ap", gan_weight=1.0), stages=(coarse, fine), clean=flat_image(0.5), discriminate=discriminate
+    )
+    assert seen == [fine] and terms["gan"].item() == -0.5
 
 
 CLEAN, ADVERSARIAL, OUTPUT = 0.75, 0.25, 0.0  # on [-1, 1]: 0.5, -0.5, 0
@@ -121,14 +130,14 @@ def terms_of(objective, stages=None, **given):
 def test_each_variant_adds_up_its_own_terms(variant, target, gan_weight):
     objective = Objective(variant, target, classification_weight=0.05, gan_weight=gan_weight)
     # unlike distances to the two targets, so that a mix-up shows
-    stages = (flat_image(0.25),)
+    stages = (flat_image(0.25).requires_grad_(),)
     terms = terms_of(
         objective,
         stages,
         adversarial=flat_image(ADVERSARIAL),
         logits=LOGITS,
         labels=LABELS,
-        fake_scores=scores(),
+        discriminate=lambda image: scores(),
     )
     adversarial_target = variant == "ft_adv" and target == "adversarial"
     reconstruction = 0.75 if adversarial_target else 0.25
@@ -141,6 +150,14 @@ def test_each_variant_adds_up_its_own_terms(variant, target, gan_weight):
         expected["gan"] = 0.125
         loss += gan_weight * 0.125
     assert {name: value.item() for name, value in terms.items()} == pytest.approx({"loss": loss, **expected})
+
+
+@pytest.mark.parametrize("kind, value", [("hinge", 0.125), ("least_squares", 13.25 / 8)])
+def test_the_gan_term_is_of_the_asked_kind(kind, value):
+    stages = (flat_image(OUTPUT).requires_grad_(),)
+    terms = terms_of(Objective("ap", gan_weight=2.0, gan_loss=kind), stages, discriminate=lambda image: scores())
+    assert terms["gan"].item() == pytest.approx(value)
+    assert terms["loss"].item() == pytest.approx(0.5 + 2 * value)
 
 
 def test_only_ft_adv_needs_adversarial_images():
@@ -183,7 +200,7 @@ def test_reported_terms_are_not_weighted_and_the_loss_has_a_gradient():
         (Objective("ft_adv", "adversarial", classification_weight=0.0), {}, "needs the adversarial images"),
         (Objective("ft_clean"), {"labels": LABELS}, "logits or labels are missing"),
         (Objective("ft_clean"), {"logits": LOGITS}, "logits or labels are missing"),
-        (Objective("ap", gan_weight=1.0), {}, "discriminator's scores are missing"),
+        (Objective("ap", gan_weight=1.0), {}, "there is no discriminator"),
     ],
     ids=["adversarial", "logits", "labels", "scores"],
 )

@@ -1,6 +1,7 @@
 """Expectation over transformation (EOT): gradients averaged over the draws of a random model."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,14 @@ def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " 
     return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
+class InputGradient(NamedTuple):
+    """Means over the draws, for each image: gradient of the loss, the loss, and the share of draws that are right."""
+
+    gradient: Float[Tensor, "batch 3 height width"]
+    loss: Float[Tensor, " batch"]
+    right: Float[Tensor, " batch"]
+
+
 def input_gradient(
     model: Model,
     images: Float[Tensor, "batch 3 height width"],
@@ -24,7 +33,7 @@ def input_gradient(
     loss: Loss = cross_entropy,
     eot_samples: int = 1,
     max_batch: int = 512,
-) -> tuple[Float[Tensor, "batch 3 height width"], Float[Tensor, " batch"]]:
+) -> InputGradient:
     """Gradient of each image's loss, averaged over ``eot_samples`` draws of the model.
 
     Draws and images stand in one batch, at most ``max_batch`` of them at once: memory depends on neither number. The model
@@ -34,19 +43,19 @@ def input_gradient(
         model: images in [0, 1] -> logits.
         loss: (logits, labels) -> one value an image.
 
-    Returns:
-        gradient and loss, both averaged over the draws.
-
     Source: Athalye et al. 2018, section 4.2.
     """
     total = torch.zeros_like(images)
     value = torch.zeros(len(images), device=images.device)
+    right = torch.zeros(len(images), device=images.device)
     index = torch.arange(eot_samples * len(images), device=images.device) % len(images)
     for part in index.split(max_batch):
         copies = images.detach()[part].requires_grad_()
         with torch.enable_grad():
-            losses = loss(model(copies), labels[part])
+            logits = model(copies)
+            losses = loss(logits, labels[part])
             (gradient,) = torch.autograd.grad(losses.sum(), copies)
         total.index_add_(0, part, gradient)
         value.index_add_(0, part, losses.detach().to(value.dtype))
-    return total / eot_samples, value / eot_samples
+        right.index_add_(0, part, (logits.detach().argmax(dim=1) == labels[part]).float())
+    return InputGradient(total / eot_samples, value / eot_samples, right / eot_samples)

@@ -25,6 +25,8 @@ class PGDSettings:
         alpha: step size in the same units; None: 2.5 * eps / steps, and eps for a single step.
         eot_samples: draws of the model that each gradient is averaged over, at least 1.
         start: ``random`` (uniform in the ball) or ``clean``.
+        stop_after: an image leaves the batch once every draw has been wrong in so many steps in a row, which saves the time
+            of images that are broken anyhow; 0: never.
     """
 
     eps: float
@@ -33,6 +35,7 @@ class PGDSettings:
     alpha: float | None = None
     eot_samples: int = 1
     start: str = "random"
+    stop_after: int = 0
 
     def __post_init__(self) -> None:
         if self.norm not in NORMS:
@@ -45,6 +48,8 @@ class PGDSettings:
             raise ValueError(f"steps and eot_samples must be at least 1, got {self.steps} and {self.eot_samples}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha must be above 0 (or None), got {self.alpha}")
+        if self.stop_after < 0:
+            raise ValueError(f"stop_after must be 0 (never) or more, got {self.stop_after}")
         if self.start not in ("random", "clean"):
             raise ValueError(f"unknown start {self.start!r}; allowed: random, clean")
 
@@ -71,14 +76,29 @@ def ascend(
     adversarial = images.detach()
     if settings.start == "random":
         adversarial = random_start(images, settings.eps, settings.norm, generator)
+    adversarial = adversarial.clone()
+    active = torch.arange(len(images), device=images.device)
+    wrong_in_a_row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+    losses = torch.zeros(len(images), device=images.device)
     for step in range(settings.steps):
-        gradient, value = input_gradient(
-            model, adversarial, labels, loss=loss, eot_samples=settings.eot_samples, max_batch=max_batch
+        if len(active) == 0:
+            break
+        found = input_gradient(
+            model,
+            adversarial[active],
+            labels[active],
+            loss=loss,
+            eot_samples=settings.eot_samples,
+            max_batch=max_batch,
         )
-        adversarial = adversarial + settings.step_size * steepest_step(gradient, settings.norm)
-        adversarial = project(adversarial, images, settings.eps, settings.norm)
+        moved = adversarial[active] + settings.step_size * steepest_step(found.gradient, settings.norm)
+        adversarial[active] = project(moved, images[active], settings.eps, settings.norm)
+        losses[active] = found.loss
         if callback is not None:
-            callback(step + 1, settings.steps, adversarial, value)
+            callback(step + 1, settings.steps, adversarial.clone(), losses.clone())
+        if settings.stop_after:
+            wrong_in_a_row[active] = torch.where(found.right > 0, 0, wrong_in_a_row[active] + 1)
+            active = active[wrong_in_a_row[active] < settings.stop_after]
     return adversarial.detach()
 
 

@@ -4,8 +4,10 @@ Every random number of a step is a function of (seed, step) alone, and every lea
 training that was cut off goes on exactly as if it had not been.
 """
 
+import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from math import cos, isfinite, pi
@@ -176,6 +178,34 @@ class Updater:
         optimizer.step()
 
 
+class Interruption:
+    """Holds a first Ctrl-C back until ``check`` is called, so that no step is cut in half; a second one comes at once.
+
+    Outside the main thread, where Python allows no handler (and delivers no Ctrl-C), it does nothing.
+    """
+
+    def __enter__(self) -> "Interruption":
+        self.asked, self.before = False, None
+        with suppress(ValueError):
+            self.before = signal.signal(signal.SIGINT, self.ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
+
+    def ask(self, *_: object) -> None:
+        """The signal's handler."""
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def check(self) -> None:
+        """Raise the KeyboardInterrupt that was held back, if there was one."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
 Step = Callable[[Batch, Updater], dict[str, Tensor]]
 
 
@@ -193,6 +223,8 @@ def fit(
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
 ) -> list[dict[str, float]]:
     """Train ``networks`` in place; the first one is the result and, with ``ema_decay``, ends as its average.
+
+    Ctrl-C takes effect after the step that is running, when the state is saved; a second Ctrl-C does not wait for that.
 
     Args:
         step_function: computes losses and calls ``Updater.update``; returns the means to report, ``loss`` among them.
@@ -283,54 +315,57 @@ def fit(
 
     resumed_at, epochs_before, between_steps = step, len(history), True
     try:
-        report({})
-        while True:
-            # Here, not after the step: a training that was cut off before this was done does it when it goes on.
-            if sums and (step == total or step % steps_per_epoch == 0):
-                count = (step - 1) % steps_per_epoch + 1
-                means = {name: float(value) / count for name, value in sums.items()}
-                numbers = validate((averaged.module if averaged else result).eval()) if validate else {}
-                result.train()
-                means |= {**numbers, "seconds": seconds_before + time.monotonic() - started}
-                history, sums = [*history, {"epoch": step / steps_per_epoch, **means}], {}
-            if step == total:
-                break
-            epoch = step // steps_per_epoch
-            batches = epoch_batches(
-                split, settings.batch_size, seed=settings.seed, epoch=epoch, start=step % steps_per_epoch
-            )
-            for images, labels in batches:
-                generator = torch.Generator(device).manual_seed((settings.seed << 32) + step)
-                images, labels = images.to(device), labels.to(device)
-                images = augment(images, generator=generator, padding=settings.padding, flip=settings.flip)
-                images = to_float(images).contiguous(memory_format=torch.channels_last)
-                batch = Batch(images, labels, generator, step / steps_per_epoch)
-                updater.set_learning_rate(learning_rate_at(step, total, settings))
-                between_steps = False
-                with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                    losses = step_function(batch, updater)
-                if averaged is not None:
-                    averaged.update_parameters(result)
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, 0) + value.detach().float()
-                step += 1
-                between_steps = True
-                if step % CHECK_EVERY == 0 or step == total or step % steps_per_epoch == 0:
-                    loss = losses["loss"].detach().item()
-                    if not isfinite(loss):
-                        raise diverged()
-                    report({"loss": loss})
-                    if time.monotonic() - last_saved > save_every:
-                        save()
-                        last_saved = time.monotonic()
+        with Interruption() as interruption:
+            report({})
+            while True:
+                # Here, not after the step: a training that was cut off before this was done does it when it goes on.
+                if sums and (step == total or step % steps_per_epoch == 0):
+                    count = (step - 1) % steps_per_epoch + 1
+                    means = {name: float(value) / count for name, value in sums.items()}
+                    numbers = validate((averaged.module if averaged else result).eval()) if validate else {}
+                    result.train()
+                    means |= {**numbers, "seconds": seconds_before + time.monotonic() - started}
+                    history, sums = [*history, {"epoch": step / steps_per_epoch, **means}], {}
                 if step == total:
                     break
+                epoch = step // steps_per_epoch
+                batches = epoch_batches(
+                    split, settings.batch_size, seed=settings.seed, epoch=epoch, start=step % steps_per_epoch
+                )
+                for images, labels in batches:
+                    generator = torch.Generator(device).manual_seed((settings.seed << 32) + step)
+                    images, labels = images.to(device), labels.to(device)
+                    images = augment(images, generator=generator, padding=settings.padding, flip=settings.flip)
+                    images = to_float(images).contiguous(memory_format=torch.channels_last)
+                    batch = Batch(images, labels, generator, step / steps_per_epoch)
+                    updater.set_learning_rate(learning_rate_at(step, total, settings))
+                    between_steps = False
+                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                        losses = step_function(batch, updater)
+                    if averaged is not None:
+                        averaged.update_parameters(result)
+                    for name, value in losses.items():
+                        sums[name] = sums.get(name, 0) + value.detach().float()
+                    step += 1
+                    between_steps = True
+                    if step % CHECK_EVERY == 0 or step == total or step % steps_per_epoch == 0:
+                        loss = losses["loss"].detach().item()
+                        if not isfinite(loss):
+                            raise diverged()
+                        report({"loss": loss})
+                        if time.monotonic() - last_saved > save_every:
+                            save()
+                            last_saved = time.monotonic()
+                    interruption.check()
+                    if step == total:
+                        break
     except KeyboardInterrupt:
         if between_steps:  # half a step cannot be resumed exactly: then the last regular save stands
             save()
         raise
     if step > resumed_at or len(history) > epochs_before:
         save()
+    interruption.check()
     if averaged is not None:
         result.load_state_dict(averaged.module.state_dict())
     return history

@@ -82,6 +82,10 @@ def purifier_step(
     if objective.gan_weight and discriminator is None:
         raise ValueError("gan_weight is not 0: a discriminator is needed")
 
+    def score(image: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[Tensor, "batch scores"]:
+        mask = draw.masks[0] if not draw.composite else torch.ones_like(draw.masks[0])
+        return discriminator(torch.cat([image, mask], dim=1))
+
     def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
         clean, labels = batch.images, batch.labels
         pipeline.reseed(int(torch.randint(2**62, (), generator=batch.generator, device=batch.generator.device)))
@@ -91,10 +95,6 @@ def purifier_step(
         logits = None
         if objective.weight_of_classification(batch.epoch):
             logits = pipeline.classifier(to_unit(stages[-1]))
-        scores = None
-        if objective.gan_weight:
-            mask = draw.masks[0] if not draw.composite else torch.ones_like(draw.masks[0])
-            scores = discriminator(torch.cat([stages[-1], mask], dim=1))
         losses = atop_loss(
             objective,
             stages=stages,
@@ -102,14 +102,13 @@ def purifier_step(
             adversarial=adversarial,
             logits=logits,
             labels=labels,
-            fake_scores=scores,
+            discriminate=partial(score, draw=draw) if objective.gan_weight else None,
             epoch=batch.epoch,
         )
         updater.update("purifier", losses["loss"])
         if objective.gan_weight:
             wanted = adversarial if objective.needs_adversarial and objective.target == "adversarial" else clean
-            real = discriminator(torch.cat([wanted * 2 - 1, mask], dim=1))
-            fake = discriminator(torch.cat([stages[-1].detach(), mask], dim=1))
+            real, fake = score(wanted * 2 - 1, draw), score(stages[-1].detach(), draw)
             losses["discriminator"] = discriminator_loss(real, fake, objective.gan_loss)
             updater.update("discriminator", losses["discriminator"])
         if logits is not None:

@@ -1,0 +1,204 @@
+"""The speed benchmark counts the work that is done, and its tables say what was measured."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from atoplib.classifiers import build_classifier
+from atoplib.purifiers import GatedUNet
+from benchmarks import training_speed as speed
+
+CPU = torch.device("cpu")
+NCHW, CHANNELS_LAST, BFLOAT16 = speed.FORMATS
+
+
+def forward_flops(network, *shape):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.rand(*shape))
+    return counter.get_total_flops()
+
+
+def small_native():
+    return speed.smoke_sized(speed.recipe_settings("cifar10"))
+
+
+def measured(name="step", form=NCHW, images=10, flops=4_000_000_000, seconds=(2.0, 1.0, 4.0)):
+    return speed.Measurement(name, form, images, flops, seconds)
+
+
+def rows_of(text):
+    """Every table of a Markdown text as a list of dicts, by the first column's header."""
+    tables, header = {}, None
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else None
+        if cells is None:
+            header = None
+        elif header is None:
+            header = cells
+            tables[header[0]] = []
+        elif set(cells) != {"---"}:
+            tables[header[0]].append(dict(zip(header, cells, strict=True)))
+    return tables
+
+
+def first_number(text):
+    return float(re.match(r"[0-9.]+", text)[0])
+
+
+@pytest.mark.parametrize("form", speed.FORMATS, ids=lambda form: form.name)
+def test_the_convolution_does_the_work_it_claims_in_its_format(form):
+    workload = speed.convolution(form, CPU, channels=4, size=6, batch=2)
+    assert workload.flops == 3 * forward_flops(torch.nn.Conv2d(4, 4, 3, padding=1, bias=False), 2, 4, 6, 6)
+    assert speed.count_flops(workload.call) == workload.flops
+
+
+def test_a_step_through_the_pipeline_costs_what_its_passes_cost():
+    setting = small_native()
+    assert setting.attack.sees == "pipeline" and not setting.objective.gan_weight
+    batch, options = setting.training.batch_size, setting.purifier_options
+    network = GatedUNet(**options)
+    purifier = forward_flops(network, batch, 5, 32, 32)
+    first = forward_flops(network.encode1, batch, 5 * network.fold**2, 32 // network.fold, 32 // network.fold)
+    unit = {"num_classes": 10, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    frozen = build_classifier(setting.classifier, **unit, **setting.classifier_options)
+    classifier = forward_flops(frozen, batch, 3, 32, 32)
+    # forward and the gradient at the input, through both, for every step of the attack
+    attack = setting.attack.attack.steps * 2 * (purifier + classifier)
+    # the purifier's weights too, but no gradient at its input
+    learning = 3 * purifier - first + 2 * classifier
+    assert speed.count_flops(speed.fine_tuning(setting, NCHW, CPU).call) == attack + learning
+
+    alone = speed.fine_tuning(speed.on_the_classifier_alone(setting), NCHW, CPU)
+    assert speed.count_flops(alone.call) == 2 * classifier + learning
+
+
+@pytest.mark.parametrize("form", speed.FORMATS, ids=lambda form: form.name)
+def test_every_convolution_of_a_step_computes_in_the_format(form, monkeypatch):
+    outputs = []
+
+    def forward(self, images):
+        outputs.append(self._conv_forward(images, self.weight, self.bias))
+        return outputs[-1]
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", forward)
+    speed.fine_tuning(small_native(), form, CPU).call()
+    assert {output.dtype for output in outputs} == {form.dtype}
+    assert all(output.is_contiguous(memory_format=form.memory) for output in outputs)
+
+
+def test_a_loss_that_is_not_finite_is_not_timed():
+    setting = small_native()
+    broken = replace(setting, training=replace(setting.training, learning_rate=1e30, grad_clip=0.0))
+    call = speed.fine_tuning(broken, NCHW, CPU).call
+    with pytest.raises(RuntimeError, match="not finite"):
+        for _ in range(3):
+            call()
+
+
+def test_the_paper_s_setting_is_the_paper_s():
+    setting = speed.with_batch(speed.recipe_settings("cifar10-paper"), 2)
+    assert setting.name == "DeepFillV2 (width 48) + resnet18_large, 256 px, FGSM on the classifier alone, batch 2"
+    assert setting.objective.gan_weight == 1 and setting.discriminator_width == 64
+    assert setting.transform.name == "rt2"
+
+
+def test_workloads_take_turns_and_emulated_ones_fewer():
+    calls = []
+    usual = speed.Workload("usual", NCHW, 1, lambda: calls.append("u"), flops=6)
+    rare = speed.Workload("rare", BFLOAT16, 1, lambda: calls.append("r"), flops=6, max_repetitions=2)
+    results = speed.measure([usual, rare], repetitions=3, device=CPU, min_seconds=0)
+    assert "".join(calls) == "uur" + "ur" + "ur" + "u"
+    assert [len(result.seconds) for result in results] == [3, 2]
+    assert all(second >= 0 for result in results for second in result.seconds)
+
+
+def test_tables_say_median_and_range_and_share_of_the_faster_layout_in_the_same_dtype():
+    peaks = [
+        measured("peak", NCHW, flops=8_000_000_000, seconds=(1.0, 2.0, 4.0)),  # 4 GFLOP/s
+        measured("peak", CHANNELS_LAST, flops=8_000_000_000, seconds=(0.8, 0.8, 4.0)),  # 10 GFLOP/s
+        measured("peak", BFLOAT16, flops=8_000_000_000, seconds=(0.2,)),  # 40 GFLOP/s
+    ]
+    steps = [measured(), measured(form=BFLOAT16, seconds=(0.5,)), measured("paper's", images=1, seconds=(8.0,))]
+    steps.append(measured("paper's", form=BFLOAT16, images=1, seconds=(4.0,)))
+    (peak_rows,) = rows_of(speed.peak_table(peaks, CPU)).values()
+    assert [row["GFLOP/s"] for row in peak_rows[:2]] == ["4.00 (2.00 to 8.00)", "10.0 (2.00 to 10.0)"]
+    assert [row["repetitions"] for row in peak_rows] == ["3", "3", "1"]
+
+    (step_rows,) = rows_of(speed.step_table(steps, peaks)).values()
+    assert step_rows[0] == {
+        "fine-tuning step": "step",
+        "format": "float32 NCHW",
+        "images/s": "5.00 (2.50 to 10.0)",
+        "GFLOP/image": "0.400",
+        "GFLOP/s": "2.00",
+        "share of the peak": "20.0 %",
+    }
+    assert [row["share of the peak"] for row in step_rows] == ["20.0 %", "20.0 %", "5.0 %", "2.5 %"]
+
+    (ratios,) = rows_of(speed.ratio_table(steps, "paper's")).values()
+    assert [tuple(row.values()) for row in ratios] == [
+        ("step", "bfloat16 channels-last over float32 NCHW", "4.00"),
+        ("paper's", "bfloat16 channels-last over float32 NCHW", "2.00"),
+        ("step", "over the paper's setting, float32 NCHW", "40.0"),
+        ("step", "over the paper's setting, bfloat16 channels-last", "80.0"),
+    ]
+    assert len(rows_of(speed.ratio_table(steps, None))["images/s of"]) == 2
+
+
+@pytest.mark.parametrize(
+    "value, text", [(0.01234, "0.0123"), (0.9996, "1.00"), (9.996, "10.0"), (42.04, "42.0"), (1234.5, "1230"), (0, "0")]
+)
+def test_numbers_have_three_digits(value, text):
+    assert speed.number(value) == text
+
+
+def test_smoke_prints_machine_facts_and_tables_that_agree_with_each_other(capsys):
+    threads = torch.get_num_threads()
+    speed.main(["--smoke", "--repetitions", "2", "--device", "cpu"])
+    text = capsys.readouterr().out
+    assert torch.get_num_threads() == threads
+    assert "numbers mean nothing" in text
+    assert f"- threads: {threads}" in text and torch.__version__ in text
+
+    tables = rows_of(text)
+    peak_rows, step_rows = tables["convolution peak, forward and backward"], tables["fine-tuning step"]
+    assert [row["format"].removesuffix(", emulated") for row in peak_rows] == [form.name for form in speed.FORMATS]
+    forms = [form.name for form in speed.FORMATS if speed.is_native(form, CPU)]
+    assert [row["format"] for row in step_rows] == 3 * forms
+    for row in step_rows:
+        dtype = row["format"].split()[0]
+        peak = max(first_number(line["GFLOP/s"]) for line in peak_rows if line["format"].startswith(dtype))
+        rate, share = first_number(row["GFLOP/s"]), first_number(row["share of the peak"])
+        assert share == pytest.approx(100 * rate / peak, rel=0.02, abs=0.1)
+        assert rate == pytest.approx(first_number(row["images/s"]) * first_number(row["GFLOP/image"]), rel=0.03)
+    speeds = {(row["fine-tuning step"], row["format"]): first_number(row["images/s"]) for row in step_rows}
+    (paper,) = {name for name, _ in speeds if name.startswith("DeepFillV2")}
+    assert len(tables["images/s of"]) == 3 * (len(forms) - 1) + 2 * len(forms)
+    for row in tables["images/s of"]:
+        name, compared = row["images/s of"], row["compared"]
+        if " over " in compared:
+            form, other = compared.split(" over ")
+            expected = speeds[name, form] / speeds[name, other]
+        else:
+            form = compared.rpartition(", ")[2]
+            expected = speeds[name, form] / speeds[paper, form]
+        assert first_number(row["ratio"]) == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    "argv, sentence",
+    [
+        (["--repetitions", "0"], "whole number of at least 1, got '0'"),
+        (["--threads", "two"], "whole number of at least 1, got 'two'"),
+        (["--paper-batch", "-1"], "whole number of at least 1, got '-1'"),
+        (["--device", "abacus"], "'abacus' cannot be used here"),
+    ],
+)
+def test_a_wrong_argument_is_refused_with_a_sentence(argv, sentence, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(argv)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
