@@ -111,9 +111,7 @@ class Parameters:
             if name not in types_of:
                 near = difflib.get_close_matches(str(name), types_of, n=1)
                 hint = f" (did you mean {near[0]!r}?)" if near else ""
-                raise ParameterError(
-                    f"{cls.STAGE} has no parameter {name!r}{hint}; allowed: {', '.join(sorted(types_of))}"
-                )
+                raise ParameterError(f"{cls.STAGE} has no parameter {name!r}{hint}; allowed: {', '.join(sorted(types_of))}")
         converted = {name: convert(name, value, types_of[name]) for name, value in values.items()}
         try:
             parameters = cls(**converted)
@@ -345,9 +343,7 @@ class Attacking(Parameters):
     @property
     def attack(self) -> PGDSettings:
         """PGD's settings."""
-        return PGDSettings(
-            self.eps, self.norm, self.steps, self.alpha, self.eot_samples, stop_after=self.stop_after
-        )
+        return PGDSettings(self.eps, self.norm, self.steps, self.alpha, self.eot_samples, stop_after=self.stop_after)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,7 @@ class AToPPipeline(nn.Module):
         seed: of the pipeline's generator.
     """
 
-    def __init__(
-        self, transform: TransformSettings, purifier: nn.Module, classifier: nn.Module, *, seed: int = 0
-    ) -> None:
+    def __init__(self, transform: TransformSettings, purifier: nn.Module, classifier: nn.Module, *, seed: int = 0) -> None:
         super().__init__()
         self.transform = transform
         self.purifier = purifier

@@ -108,9 +108,7 @@ class Measurement:
         return self.flops / median(self.seconds)
 
 
-def convolution(
-    form: Format, device: torch.device, *, channels: int = 64, size: int = 32, batch: int = 64
-) -> Workload:
+def convolution(form: Format, device: torch.device, *, channels: int = 64, size: int = 32, batch: int = 64) -> Workload:
     """A 3x3 convolution alone, forward and backward (to images and weights): its work is three times the forward's."""
     generator = torch.Generator(device).manual_seed(0)
 
@@ -228,9 +226,7 @@ def fine_tuning(setting: FineTuning, form: Format, device: torch.device) -> Work
 
     training = setting.training
     pipeline = AToPPipeline(setting.transform, networks["purifier"], classifier).train()
-    step = purifier_step(
-        pipeline, setting.objective, attack=setting.attack, discriminator=networks.get("discriminator")
-    )
+    step = purifier_step(pipeline, setting.objective, attack=setting.attack, discriminator=networks.get("discriminator"))
     updater = Updater(networks, training)
     averaged = average(networks["purifier"], training.ema_decay) if training.ema_decay else None
     generator = torch.Generator(device).manual_seed(0)

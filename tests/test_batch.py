@@ -68,7 +68,8 @@ def test_a_notebook_names_its_run_as_the_recipe_expects(name, smoke, tmp_path):
     for stage in plan(find_recipe(name, FOLDER), FOLDER, {"workspace": str(tmp_path), **smoke}):
         # What papermill hands on, and the defaults of the notebook's own cell for the rest.
         handed_on = yaml.safe_load(yaml.safe_dump(stage.values))
-        namespace = {**type(stage.parameters)().as_dict(), **handed_on, "In": [f"# Parameters\nworkspace = {str(tmp_path)!r}"]}
+        cell = f"# Parameters\nworkspace = {str(tmp_path)!r}"
+        namespace = {**type(stage.parameters)().as_dict(), **handed_on, "In": [cell]}
         inside = type(stage.parameters).check(namespace)
         assert inside.experiment_dir / run_name(inside.STAGE, inside.as_dict()) == stage.run_dir
 
@@ -90,9 +91,10 @@ def test_own_parameters_win_over_shared_ones_and_overrides_over_both(tmp_path):
 
 
 def test_another_setting_of_an_early_notebook_gives_every_later_one_a_new_run(tmp_path):
+    path = find_recipe("mnist", FOLDER)
     names = [
-        [stage.run_dir.name for stage in plan(find_recipe("mnist", FOLDER), FOLDER, {"workspace": str(tmp_path), "epochs": n})]
-        for n in (2, 3)
+        [stage.run_dir.name for stage in plan(path, FOLDER, {"workspace": str(tmp_path), "epochs": epochs})]
+        for epochs in (2, 3)
     ]
     assert not set(names[0]) & set(names[1])
 
@@ -372,5 +374,3 @@ def test_a_notebook_that_fails_stops_the_recipe_with_its_own_error(tmp_path, cap
     (folder,) = (tmp_path / "runs" / "mnist-smoke").iterdir()
     cells = nbformat.read(folder / "notebook.part.ipynb", as_version=4).cells
     assert any(output.output_type == "error" for cell in cells for output in cell.get("outputs", []))
-
-

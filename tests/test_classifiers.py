@@ -64,7 +64,7 @@ def test_the_small_resnet_takes_its_options_and_other_sizes(options, size):
     model = build("small_resnet", 7, **options).eval()
     logits = model(torch.rand(2, 3, size, size))
     assert logits.shape == (2, 7) and logits.isfinite().all()
-    assert model[1].stem[0].out_channels == options.get("width", 32)
+    assert model[1].stem[0].out_channels == options.get("width", 24)
 
 
 def test_the_small_resnet_costs_what_it_says():

@@ -344,9 +344,7 @@ class TestFolder:
 
     def test_limit_decodes_only_the_images_it_takes(self, tree):
         seen = []
-        dataset = load(
-            tree, max_train=2, max_test=1, progress=lambda done, total, unit: seen.append((done, total, unit))
-        )
+        dataset = load(tree, max_train=2, max_test=1, progress=lambda done, total, unit: seen.append((done, total, unit)))
         assert seen == [(2, 2, "train images"), (1, 1, "test images")]
         whole = load(tree).train
         matches = [[torch.equal(image, other) for other in whole.images] for image in dataset.train.images]

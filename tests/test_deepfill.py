@@ -49,9 +49,7 @@ def random_input(batch, height, width, seed=0):
 
 def parity_case(suffix):
     with np.load(PARITY) as arrays:
-        image, mask, coarse, fine = (
-            torch.from_numpy(arrays[name + suffix]) for name in ("image", "mask", "coarse", "fine")
-        )
+        image, mask, coarse, fine = (torch.from_numpy(arrays[name + suffix]) for name in ("image", "mask", "coarse", "fine"))
     return purifier_input(image, mask.expand(len(image), -1, -1, -1)), coarse, fine
 
 
@@ -263,9 +261,7 @@ def test_each_kind_of_file_loads(model, tmp_path, name, width):
     torch.save(FORMATS[name](model.state_dict()), tmp_path / "weights.pth")
     loaded = load_deepfill_weights(tmp_path / "weights.pth", width=width)
     tolerance = 1e-2 if name == "half" else 0
-    torch.testing.assert_close(
-        dict(loaded.state_dict()), dict(model.state_dict()), rtol=tolerance, atol=tolerance / 100
-    )
+    torch.testing.assert_close(dict(loaded.state_dict()), dict(model.state_dict()), rtol=tolerance, atol=tolerance / 100)
 
 
 def test_the_old_torch_format_loads(model, tmp_path):

@@ -59,9 +59,7 @@ def test_each_verdict_counts_what_its_name_says():
     right = LOGITS.softmax(dim=2).mean(dim=0).argmax(dim=1) == 0
     assert right.tolist() == [True, False, True, True, False], "the votes by softmax and by majority should differ"
     low, high = wilson_interval(3, 5)
-    expected = Score(
-        "a", "b", 5, 3, 3 / 5, low, high, majority=3 / 5, mean_softmax=3 / 5, worst_of_n=1 / 5, seconds=2.5
-    )
+    expected = Score("a", "b", 5, 3, 3 / 5, low, high, majority=3 / 5, mean_softmax=3 / 5, worst_of_n=1 / 5, seconds=2.5)
     for name, value in vars(expected).items():
         assert getattr(result, name) == pytest.approx(value), name
     assert result.accuracy == result.one_shot

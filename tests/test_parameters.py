@@ -1,4 +1,4 @@
-"""A notebook's parameters are those of its dataclass, and a wrong one stops it with a sentence before anything is computed."""
+"""A notebook's parameters are those of its dataclass, and a wrong one stops it with a sentence before it computes."""
 
 import ast
 import json
@@ -43,7 +43,8 @@ def namespace(kind: type, injected: str = "", **changes: object) -> dict[str, ob
     changed = {}
     exec(injected, changed)
     changed.pop("__builtins__")
-    return {**kind().as_dict(), **changes, **changed, "In": ["", "epochs = 1", f"# Parameters\n{injected}\n"], "torch": torch}
+    cells = ["", "epochs = 1", f"# Parameters\n{injected}\n"]
+    return {**kind().as_dict(), **changes, **changed, "In": cells, "torch": torch}
 
 
 def test_every_notebook_has_its_parameters_and_the_other_way_round():
@@ -176,8 +177,9 @@ def test_numbers_as_a_shell_or_yaml_hands_them_on_are_understood(value, number):
 
 
 def test_two_ways_to_write_a_number_name_the_same_run():
-    assert TrainClassifier.from_mapping({"eps": "8/255"}).as_dict() == TrainClassifier.from_mapping({"eps": 8 / 255}).as_dict()
-    assert TrainClassifier.from_mapping({"eps": 1}).as_dict() == TrainClassifier.from_mapping({"eps": 1.0}).as_dict()
+    for one, other in (("8/255", 8 / 255), (1, 1.0)):
+        first, second = (TrainClassifier.from_mapping({"eps": eps}) for eps in (one, other))
+        assert first.as_dict() == second.as_dict()
 
 
 NAN = float("nan")

@@ -69,9 +69,7 @@ def test_the_classifier_is_frozen_and_the_purifier_is_not():
 
 
 def test_the_classifier_stays_in_eval_mode_in_every_mode_of_the_pipeline():
-    pipeline = pipeline_of(
-        purifier=nn.Sequential(nn.Conv2d(5, 3, 1), nn.BatchNorm2d(3)), classifier=classifier_of().train()
-    )
+    pipeline = pipeline_of(purifier=nn.Sequential(nn.Conv2d(5, 3, 1), nn.BatchNorm2d(3)), classifier=classifier_of().train())
     for mode in (True, False, True):
         assert pipeline.train(mode) is pipeline
         assert pipeline.training == mode
@@ -137,9 +135,7 @@ def test_an_image_repeated_in_a_batch_gets_independent_draws(name):
             assert not torch.equal(given[i, 4], given[j, 4]), "the same mask twice"
             seen_twice = (given[i, 4] + given[j, 4] == 0).expand(3, -1, -1)
             if name != "rt1":
-                assert (given[i, :3][seen_twice] != given[j, :3][seen_twice]).float().mean() > 0.8, (
-                    "the same noise twice"
-                )
+                assert (given[i, :3][seen_twice] != given[j, :3][seen_twice]).float().mean() > 0.8, "the same noise twice"
 
 
 @pytest.mark.parametrize("name", RANDOM)
@@ -323,9 +319,7 @@ def test_an_unknown_vote_or_no_draws_are_refused():
 
 def saved_purifier(path, **header):
     purifier = GatedUNet(width=4, blocks=0)
-    save_checkpoint(
-        path, purifier, kind="purifier", architecture="gated_unet", options={"width": 4, "blocks": 0}, **header
-    )
+    save_checkpoint(path, purifier, kind="purifier", architecture="gated_unet", options={"width": 4, "blocks": 0}, **header)
     return purifier
 
 

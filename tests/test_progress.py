@@ -104,5 +104,6 @@ def test_in_a_notebook_one_output_is_updated(clock, monkeypatch, capsys):
     line(0, 2)
     clock.seconds += 1
     line(2, 2)
-    assert [text["text/plain"] for text in shown] == ["training:   0 % (0/2 it), 0 s", "training: 100 % (2/2 it), 2 it/s, 1 s"]
+    lines = [text["text/plain"] for text in shown]
+    assert lines == ["training:   0 % (0/2 it), 0 s", "training: 100 % (2/2 it), 2 it/s, 1 s"]
     assert capsys.readouterr() == ("", "")

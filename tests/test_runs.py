@@ -147,7 +147,8 @@ def test_a_run_is_found_by_its_name_and_by_its_path(tmp_path):
 @pytest.mark.parametrize("folder", [".", "nowhere"])
 def test_a_missing_run_names_the_notebook_to_run_first(tmp_path, folder):
     make_run(tmp_path, "02_pretrain_purifier")
-    with pytest.raises(FileNotFoundError, match=r"no complete run of 01_train_classifier, adversarial = False: run the notebook 01_train_classifier\.ipynb first"):
+    message = r"no complete run of 01_train_classifier, adversarial = False: run the notebook 01_train_classifier\.ipynb"
+    with pytest.raises(FileNotFoundError, match=message):
         find_run(tmp_path / folder, "01_train_classifier", adversarial=False)
 
 
@@ -173,7 +174,8 @@ def test_the_revision_tells_whether_the_source_was_edited(tmp_path):
     assert source_revision(tmp_path) == revision
     (tmp_path / "a").write_text("2")
     assert source_revision(tmp_path) == f"{revision}+changes"
-    assert read_json(make_run(tmp_path / "runs") / "manifest.json")["revision"] == source_revision(Path(runs.__file__).parent)
+    recorded = read_json(make_run(tmp_path / "runs") / "manifest.json")["revision"]
+    assert recorded == source_revision(Path(runs.__file__).parent)
 
 
 def test_a_machine_without_git_can_run_too(monkeypatch, tmp_path):
@@ -198,4 +200,4 @@ def test_every_file_of_a_run_is_json_that_any_reader_takes(tmp_path):
         with pytest.raises(ValueError):
             run.record(loss=float("nan"))
     for path in run.path.glob("*.json"):
-        json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{path} holds {name}"))
+        json.loads(path.read_text(), parse_constant=lambda name, path=path: pytest.fail(f"{path} holds {name}"))

@@ -161,9 +161,7 @@ def test_an_interrupted_training_ends_bit_by_bit_like_one_that_was_not(kind, ste
 @pytest.mark.parametrize("kind", KINDS[1:])
 def test_a_killed_training_goes_on_from_its_last_regular_save(kind, split, uninterrupted, tmp_path):
     with pytest.raises(MemoryError):
-        Training(kind, split, seed=1).run(
-            tmp_path / "state.pt", save_every=-1, progress=interrupt_at(7, error=MemoryError)
-        )
+        Training(kind, split, seed=1).run(tmp_path / "state.pt", save_every=-1, progress=interrupt_at(7, error=MemoryError))
     assert load_state(tmp_path / "state.pt")[0]["step"] == 6
     again = Training(kind, split, seed=2)
     assert without_times(again.run(tmp_path / "state.pt")) == uninterrupted(kind)[1]
@@ -327,8 +325,12 @@ def test_a_training_that_diverges_stops_keeps_the_last_good_state_and_says_where
                 list(kind)[-1].fill_(math.inf)
         return losses
 
-    training.step = step if how != "loss" else lambda batch, updater: (
-        whole(batch, updater) if steps.append(batch) or len(steps) < 7 else {"loss": torch.tensor(math.nan)}
+    training.step = (
+        step
+        if how != "loss"
+        else lambda batch, updater: (
+            whole(batch, updater) if steps.append(batch) or len(steps) < 7 else {"loss": torch.tensor(math.nan)}
+        )
     )
     message = r"diverged near step 7 of 10.*last good state is kept in .*state\.pt.*lower learning_rate \(now 0\.01\)"
     with pytest.raises(TrainingDiverged, match=message):
@@ -475,7 +477,8 @@ def test_an_update_touches_its_own_network_only_and_clips_the_gradient():
     updater.update("first", 100 * (second(torch.ones(1, 3)) + first(torch.ones(1, 3))).sum())
     assert torch.equal(second.weight, before[1]) and second.weight.grad is None
     moved = first.weight - before[0]
-    assert float(moved.detach().norm()) == pytest.approx(0.5 * 1.9, rel=1e-4)  # Nesterov's first step: (1 + momentum) * gradient
+    # Nesterov's first step: (1 + momentum) * gradient
+    assert float(moved.detach().norm()) == pytest.approx(0.5 * 1.9, rel=1e-4)
     assert moved.max() < 0
 
 
@@ -560,7 +563,8 @@ def test_adversarial_training_attacks_in_eval_mode_and_learns_in_train_mode_with
     losses = step(batch, Updater({"classifier": classifier}, SETTINGS))
     assert [training for training, _ in classifier.calls] == [False, False, False, True]
     assert all(part.training for part in classifier.modules())
-    assert classifier.inner[1].stem[1].num_batches_tracked == 1 and not torch.equal(classifier.inner[1].stem[1].running_mean, statistics)
+    norm_layer = classifier.inner[1].stem[1]
+    assert norm_layer.num_batches_tracked == 1 and not torch.equal(norm_layer.running_mean, statistics)
     learned = classifier.calls[-1][1]
     distance = (learned - batch.images).flatten(1)
     size = distance.abs().amax(dim=1) if norm == "linf" else distance.norm(dim=1)
@@ -679,7 +683,9 @@ def test_the_attack_raises_the_loss_under_the_draw_it_hits_more_than_one_on_the_
     assert made["pipeline"] > made["classifier"] and made["pipeline"] > loss(batch.images) + 0.01
 
 
-@pytest.mark.parametrize("ramp, epoch, share", [(6, 0, 0.01), (6, 3, 0.5), (6, 6, 1), (6, 60, 1), (0, 0, 1), (0.5, 0.25, 0.5)])
+@pytest.mark.parametrize(
+    "ramp, epoch, share", [(6, 0, 0.01), (6, 3, 0.5), (6, 6, 1), (6, 60, 1), (0, 0, 1), (0.5, 0.25, 0.5)]
+)
 def test_eps_and_step_size_grow_together_along_the_ramp(ramp, epoch, share):
     settings = PGDSettings(0.3, steps=5)
     now = FineTuningAttack(settings, ramp_epochs=ramp).at(epoch)

@@ -14,9 +14,7 @@ def require_eval_mode(model: nn.Module) -> None:
         raise ValueError(f"the model must be in eval mode to be attacked, but {wrong} is in train mode; call model.eval()")
 
 
-def check_attack(
-    model: nn.Module, images: Float[Tensor, "batch 3 height width"], labels: Int[Tensor, " batch"]
-) -> None:
+def check_attack(model: nn.Module, images: Float[Tensor, "batch 3 height width"], labels: Int[Tensor, " batch"]) -> None:
     """Raise ValueError unless the model is in eval mode, the images lie in [0, 1] and every label has a logit."""
     require_eval_mode(model)
     if len(images) == 0:

@@ -12,18 +12,14 @@ def _check(norm: str) -> None:
         raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(NORMS)}")
 
 
-def perturbation_size(
-    perturbation: Float[Tensor, "batch 3 height width"], norm: str
-) -> Float[Tensor, " batch"]:
+def perturbation_size(perturbation: Float[Tensor, "batch 3 height width"], norm: str) -> Float[Tensor, " batch"]:
     """The norm of each image's perturbation, in units of the image ([0, 1])."""
     _check(norm)
     flat = perturbation.flatten(1)
     return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1)
 
 
-def steepest_step(
-    gradient: Float[Tensor, "batch 3 height width"], norm: str
-) -> Float[Tensor, "batch 3 height width"]:
+def steepest_step(gradient: Float[Tensor, "batch 3 height width"], norm: str) -> Float[Tensor, "batch 3 height width"]:
     """The step of norm 1 that raises the loss most: the sign (linf), the gradient over its own norm (l2).
 
     A zero gradient gives a zero step. Source: Madry et al. 2018, section 2.1.

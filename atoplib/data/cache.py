@@ -92,9 +92,7 @@ def decoding_threads(encoded_bytes: float) -> int:
     return min(16, cores) if encoded_bytes >= _THREADS_FROM_BYTES else 1
 
 
-def _decoded(
-    shape: tuple[int, ...], load: Callable[[int], np.ndarray], workers: int
-) -> Iterator[tuple[int, np.ndarray]]:
+def _decoded(shape: tuple[int, ...], load: Callable[[int], np.ndarray], workers: int) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (images done, block of images) in order, decoded by a pool of threads that runs only a few blocks ahead."""
     count, per_block = shape[0], max(1, min(256, 2**22 // int(np.prod(shape[1:]))))
 

@@ -145,8 +145,7 @@ def _cifar10_jpeg(request: Request) -> tuple[list[Source], tuple[str, ...]]:
 def _cifar_arrays(request: Request, kind: str) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
     parts = [open_torchvision(request, kind, train=train) for train in (True, False)]
     arrays = [
-        (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)), np.asarray(part.targets, dtype=np.int64))
-        for part in parts
+        (np.ascontiguousarray(part.data.transpose(0, 3, 1, 2)), np.asarray(part.targets, dtype=np.int64)) for part in parts
     ]
     return arrays, tuple(parts[0].classes)
 
@@ -182,9 +181,7 @@ _LOADERS: dict[str, Callable[[Request], tuple[list[Source], tuple[str, ...]]]] =
 }
 
 
-def _array_sources(
-    request: Request, arrays: Sequence[tuple[np.ndarray, np.ndarray]], jpeg: bool = False
-) -> list[Source]:
+def _array_sources(request: Request, arrays: Sequence[tuple[np.ndarray, np.ndarray]], jpeg: bool = False) -> list[Source]:
     limits = (request.max_train, request.max_test)
     return [
         _array_source(request, split, pixels, labels, limit, jpeg)

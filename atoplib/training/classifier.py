@@ -10,9 +10,7 @@ from atoplib.data import Split, to_float
 from atoplib.training.loop import Batch, Step, Updater
 
 
-def classifier_step(
-    classifier: nn.Module, *, label_smoothing: float = 0.0, attack: PGDSettings | None = None
-) -> Step:
+def classifier_step(classifier: nn.Module, *, label_smoothing: float = 0.0, attack: PGDSettings | None = None) -> Step:
     """The training step of a classifier: cross-entropy on clean images, or on adversarial ones (Madry et al. 2018).
 
     Args:

@@ -44,9 +44,7 @@ class FineTuningAttack:
         share = min(1.0, max(epoch / self.ramp_epochs, 0.01)) if self.ramp_epochs else 1.0
         return replace(self.attack, eps=share * self.attack.eps, alpha=share * self.attack.step_size)
 
-    def make(
-        self, pipeline: AToPPipeline, batch: Batch, draw: Draw
-    ) -> Float[Tensor, "batch 3 height width"]:
+    def make(self, pipeline: AToPPipeline, batch: Batch, draw: Draw) -> Float[Tensor, "batch 3 height width"]:
         """x_adv for a batch; with one EOT sample the attack on the pipeline hits ``draw`` itself."""
         target = pipeline
         if self.sees == "classifier":
@@ -54,9 +52,7 @@ class FineTuningAttack:
         elif self.attack.eot_samples == 1:
             target = partial(pipeline, draw=draw)
         copies = len(batch.images) if self.attack.eot_samples == 1 else MAX_COPIES
-        return ascend(
-            target, batch.images, batch.labels, self.at(batch.epoch), generator=batch.generator, max_batch=copies
-        )
+        return ascend(target, batch.images, batch.labels, self.at(batch.epoch), generator=batch.generator, max_batch=copies)
 
 
 def purifier_step(
