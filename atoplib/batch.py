@@ -16,17 +16,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import nbconvert
-import nbformat
 import yaml
 
 from atoplib.checkpoints import write_atomically
 from atoplib.evaluation import Score
-from atoplib.figures import format_table
 from atoplib.parameters import NOTEBOOKS, ParameterError, Parameters
 from atoplib.progress import format_seconds
 from atoplib.runs import read_json, run_name, workspace_dir
@@ -34,9 +32,13 @@ from atoplib.runs import read_json, run_name, workspace_dir
 # papermill, but for its signals. A Ctrl-C in a terminal reaches it along with us, another one (`kill`, an editor's stop)
 # does not: so it ignores that one and heeds ours, once, as if it were a Ctrl-C. It then interrupts the cell that is
 # running, which saves what it has, and ends its kernel; a kernel without its papermill may run on for ever.
+# Two savings of a few seconds a notebook: no import of a check of URIs, which notebooks have none of, and no wait for the
+# kernel's own farewell, which takes seconds once it has imported torch.
 PAPERMILL = """
 import signal
 import sys
+
+sys.modules["rfc3987_syntax"] = None
 
 def stop(*_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -44,8 +46,16 @@ def stop(*_):
 
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 signal.signal(signal.SIGTERM, stop)
-from papermill.__main__ import papermill
-sys.exit(papermill())
+
+import papermill
+import yaml
+
+notebook, output, parameters = sys.argv[1:]
+with open(parameters) as file:
+    values = yaml.safe_load(file)
+papermill.execute_notebook(
+    notebook, output, values, kernel_name="python3", progress_bar=False, shutdown_kernel="immediate"
+)
 """
 STOP_SECONDS = 60  # for a notebook to end after a Ctrl-C
 
@@ -71,6 +81,11 @@ class Stage:
     def name(self) -> str:
         """The notebook's name without its ending."""
         return self.notebook.stem
+
+    @property
+    def page(self) -> Path:
+        """The executed notebook as HTML."""
+        return self.run_dir / "notebook.html"
 
     @property
     def complete(self) -> bool:
@@ -144,10 +159,7 @@ def plan(recipe: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -> lis
 
 def papermill_command(stage: Stage, parameters_file: Path, output: Path) -> list[str]:
     """The command that executes a stage; by hand it is ``papermill NOTEBOOK OUTPUT -k python3 -f PARAMETERS``."""
-    return [
-        *(sys.executable, "-c", PAPERMILL, str(stage.notebook), str(output)),
-        *("-k", "python3", "-f", str(parameters_file), "--no-progress-bar"),
-    ]
+    return [sys.executable, "-c", PAPERMILL, str(stage.notebook), str(output), str(parameters_file)]
 
 
 def execute(stage: Stage, watch: Callable[[str], None]) -> None:
@@ -166,12 +178,11 @@ def execute(stage: Stage, watch: Callable[[str], None]) -> None:
     parameters_file = stage.run_dir / "papermill.yaml"
     write_atomically(parameters_file, lambda part: part.write_text(yaml.safe_dump(stage.values, sort_keys=False)))
     log_path = stage.run_dir / "papermill.log"
+    command = papermill_command(stage, parameters_file, part)
     with tempfile.TemporaryDirectory(prefix="atop-ipython-") as ipython_dir, log_path.open("w") as log:
         # Notebooks that run side by side would otherwise share one history database.
         environment = {**os.environ, "IPYTHONDIR": ipython_dir, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
-        process = subprocess.Popen(
-            papermill_command(stage, parameters_file, part), stdout=log, stderr=subprocess.STDOUT, env=environment
-        )
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
         try:
             while process.poll() is None:
                 watch(latest_line(stage.run_dir))
@@ -182,13 +193,13 @@ def execute(stage: Stage, watch: Callable[[str], None]) -> None:
                 process.wait(timeout=STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 process.kill()
+                process.wait()
             raise
     manifest = read_json(stage.run_dir / "manifest.json") or {}
     if process.returncode or manifest.get("status") != "complete":
         reason = failing_cell(part) or manifest.get("error") or last_lines(log_path)
         raise NotebookFailed(f"{stage.name} failed: {reason}\nnotebook so far: {part}\nlog: {log_path}")
     os.replace(part, stage.run_dir / "notebook.ipynb")
-    write_html(stage.run_dir / "notebook.ipynb")
 
 
 def latest_line(run_dir: Path) -> str:
@@ -208,7 +219,7 @@ def failing_cell(notebook: Path) -> str | None:
     """The error of the first cell that failed: its number as Jupyter shows it, type and message; None if none did."""
     try:
         cells = json.loads(notebook.read_text())["cells"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     for cell in cells:
         for output in cell.get("outputs", []):
@@ -217,12 +228,15 @@ def failing_cell(notebook: Path) -> str | None:
     return None
 
 
-def write_html(notebook: Path) -> Path:
-    """The executed notebook as a page, beside it."""
-    page, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
-    path = notebook.with_suffix(".html")
-    write_atomically(path, lambda part: part.write_text(page))
-    return path
+def write_html(notebook: Path, page: Path) -> None:
+    """The executed notebook as a page."""
+    # Here, because a recipe that cannot be run should say so at once; and without the check of URIs, as in PAPERMILL.
+    sys.modules.setdefault("rfc3987_syntax", None)
+    import nbconvert
+    import nbformat
+
+    html, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.read(notebook, as_version=4))
+    write_atomically(page, lambda part: part.write_text(html))
 
 
 class Console:
@@ -255,6 +269,8 @@ def scores_of(stages: Sequence[Stage]) -> list[Score]:
 
 def summary(stages: Sequence[Stage]) -> Iterator[str]:
     """What a recipe ends with: the table, and where everything is."""
+    from atoplib.figures import format_table  # here, because a recipe should start without a second of matplotlib's import
+
     scores = scores_of(stages)
     if scores:
         attack = next(stage.parameters for stage in stages if stage.name == "04_attack")
@@ -269,7 +285,7 @@ def summary(stages: Sequence[Stage]) -> Iterator[str]:
     yield ""
     yield "Executed notebooks, each as .ipynb and .html:"
     for stage in stages:
-        yield f"  {stage.run_dir / 'notebook.html'}"
+        yield f"  {stage.page}"
     pictures = [path for stage in stages for path in sorted((stage.run_dir / "figures").glob("*.png"))]
     if pictures:
         yield "Pictures:"
@@ -277,19 +293,29 @@ def summary(stages: Sequence[Stage]) -> Iterator[str]:
 
 
 def run_recipe(stages: Sequence[Stage]) -> None:
-    """Execute the stages that are not complete, in order, and print the summary."""
+    """Execute the stages that are not complete, in order, and print the summary.
+
+    Each notebook's page is made while the next one starts.
+    """
     console = Console(stages)
-    for number, stage in enumerate(stages, start=1):
-        if stage.complete:
-            console.line(number, stage, "done before", final=True)
-            continue
-        started = time.monotonic()
+    with ThreadPoolExecutor(max_workers=1) as background:
+        pages = []
+        for number, stage in enumerate(stages, start=1):
+            started = time.monotonic()
 
-        def watch(line: str, number: int = number, stage: Stage = stage, started: float = started) -> None:
-            console.line(number, stage, f"{format_seconds(time.monotonic() - started)}  {line}", final=False)
+            def watch(line: str, number: int = number, stage: Stage = stage, started: float = started) -> None:
+                console.line(number, stage, f"{format_seconds(time.monotonic() - started)}  {line}", final=False)
 
-        execute(stage, watch)
-        console.line(number, stage, f"{format_seconds(time.monotonic() - started)}", final=True)
+            if stage.complete:
+                console.line(number, stage, "done before", final=True)
+            else:
+                execute(stage, watch)
+                stage.page.unlink(missing_ok=True)
+                console.line(number, stage, f"{format_seconds(time.monotonic() - started)}", final=True)
+            if not stage.page.exists():
+                pages.append(background.submit(write_html, stage.run_dir / "notebook.ipynb", stage.page))
+        for page in pages:
+            page.result()
     print("\n".join(summary(stages)))
 
 

@@ -5,11 +5,13 @@ Any other ``torch.nn.Module`` of that signature takes a classifier's place; wrap
 """
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 class Normalize(nn.Module):
@@ -60,6 +62,26 @@ class SmallResNet(nn.Module):
         x = F.max_pool2d(F.relu(self.down3(x)), 2)
         x = x + self.block3(x)
         return self.head(x.mean(dim=(2, 3)))
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy in which each convolution takes up the batch normalisation that follows it in the same ``nn.Sequential``.
+
+    The same function up to rounding, for a model that is not trained any more: attacks need a tenth less time.
+
+    Raises:
+        ValueError: for a model in train mode, whose normalisation is no fixed function.
+    """
+    if any(part.training for part in model.modules()):
+        raise ValueError("only a model in eval mode can be folded; call model.eval()")
+    model = deepcopy(model)
+    for block in model.modules():
+        if not isinstance(block, nn.Sequential):
+            continue
+        for place in range(len(block) - 1):
+            if isinstance(block[place], nn.Conv2d) and isinstance(block[place + 1], nn.BatchNorm2d):
+                block[place], block[place + 1] = fuse_conv_bn_eval(block[place], block[place + 1]), nn.Identity()
+    return model
 
 
 class WideBlock(nn.Module):

@@ -191,16 +191,16 @@ class TrainClassifier(Training):
     STAGE = "01_train_classifier"
 
     classifier: str = "small_resnet"
-    classifier_options: dict = field(default_factory=lambda: {"width": 12, "stem_stride": 2})
+    classifier_options: dict = field(default_factory=lambda: {"width": 8, "stem_stride": 2})
     label_smoothing: float = 0.1
     adversarial: bool = False
     eps: float = 0.3
     norm: str = "linf"
     attack_steps: int = 5
     attack_alpha: float | None = None
-    epochs: int = 5
+    epochs: int = 6
     optimizer: str = "sgd"
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     weight_decay: float = 0.0005
     ema_decay: float = 0.0
     grad_clip: float = 0.0
@@ -259,8 +259,9 @@ class PretrainPurifier(PurifierTraining):
 
     STAGE = "02_pretrain_purifier"
 
+    epochs: int = 2
     purifier: str = "gated_unet"
-    purifier_options: dict = field(default_factory=lambda: {"width": 16, "fold": 4})
+    purifier_options: dict = field(default_factory=lambda: {"width": 16, "blocks": 1, "fold": 4})
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -280,7 +281,7 @@ class FinetuneAtop(PurifierTraining):
     purifier_run: str = from_run(PretrainPurifier.STAGE)
     variant: str = "ft_adv"
     target: str = "clean"
-    classification_weight: float = 2.0
+    classification_weight: float = 4.0
     warmup_epochs: float = 0.0
     attack_sees: str = "pipeline"
     eps: float = 0.3
@@ -288,8 +289,9 @@ class FinetuneAtop(PurifierTraining):
     attack_steps: int = 2
     attack_alpha: float | None = None
     attack_eot: int = 1
-    ramp_epochs: float = 5.0
-    epochs: int = 8
+    ramp_epochs: float = 3.0
+    epochs: int = 7
+    learning_rate: float = 0.008
 
     def __post_init__(self) -> None:
         super().__post_init__()

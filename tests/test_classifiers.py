@@ -7,7 +7,15 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoplib.classifiers import CLASSIFIERS, Normalize, SmallResNet, WideBlock, WideResNet, build_classifier
+from atoplib.classifiers import (
+    CLASSIFIERS,
+    Normalize,
+    SmallResNet,
+    WideBlock,
+    WideResNet,
+    build_classifier,
+    fold_batch_norms,
+)
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -157,3 +165,25 @@ def test_an_impossible_width_or_stride_is_refused(options):
 def test_an_impossible_depth_of_a_wide_resnet_is_refused(depth):
     with pytest.raises(ValueError, match=r"depth must be 6n \+ 4"):
         WideResNet(10, depth=depth, widen_factor=1)
+
+
+def test_folded_batch_norms_leave_the_function_and_the_model_as_they_are():
+    model = build("small_resnet", width=4).train()
+    for _ in range(3):
+        model(torch.rand(16, 3, 32, 32))  # statistics unlike those of a fresh model
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    folded, images = fold_batch_norms(model), torch.rand(4, 3, 32, 32)
+    torch.testing.assert_close(folded(images), model(images), atol=1e-5, rtol=1e-5)
+    assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_folding_leaves_alone_what_is_not_a_convolution_and_its_norm_in_sequence():
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    assert [type(part) for part in fold_batch_norms(model)] == [nn.BatchNorm2d, nn.Conv2d, nn.ReLU, nn.BatchNorm2d]
+
+
+def test_a_model_in_train_mode_is_not_folded():
+    with pytest.raises(ValueError, match=r"eval mode can be folded; call model\.eval"):
+        fold_batch_norms(build("small_resnet", width=4).train())
