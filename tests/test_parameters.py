@@ -196,7 +196,7 @@ NAN = float("nan")
         (TrainClassifier, {"max_train": 0}, "max_train must be at least 1"),
         (TrainClassifier, {"max_test": -5}, "max_test must be at least 1"),
         (TrainClassifier, {"epochs": 0}, "epochs and batch_size must be at least 1, got 0"),
-        (TrainClassifier, {"batch_size": 0}, "epochs and batch_size must be at least 1, got 5 and 0"),
+        (TrainClassifier, {"batch_size": 0}, "epochs and batch_size must be at least 1, got 6 and 0"),
         (TrainClassifier, {"max_steps": 0}, "max_steps must be at least 1 or None"),
         (TrainClassifier, {"optimizer": "adamw"}, "unknown optimizer 'adamw'; allowed: sgd, adam"),
         (TrainClassifier, {"schedule": "step"}, "unknown schedule 'step'; allowed: one_cycle, cosine, constant"),
