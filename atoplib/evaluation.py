@@ -3,31 +3,14 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from math import sqrt
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks import PGDSettings, check_attack, pgd
-from atoplib.pipeline import draw_logits
 from atoplib.progress import Report
-
-
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), within [0, 1].
-
-    Raises:
-        ValueError: unless 0 <= successes <= trials and trials >= 1.
-    """
-    if not (trials >= 1 and 0 <= successes <= trials):
-        raise ValueError(f"successes must lie in 0..trials and trials be at least 1, got {successes} of {trials}")
-    share, spread = successes / trials, z * z / trials
-    centre = (share + spread / 2) / (1 + spread)
-    half = z / (1 + spread) * sqrt(share * (1 - share) / trials + spread / (4 * trials))
-    low = 0.0 if successes == 0 else max(0.0, centre - half)
-    high = 1.0 if successes == trials else min(1.0, centre + half)
-    return low, high
+from atoplib.verdicts import VERDICTS, draw_logits, is_random, reseed, right_by, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -70,29 +53,19 @@ def score(
     seconds: float = 0.0,
 ) -> Score:
     """Judge the logits of several draws by every verdict (PROTOCOLS: N-evaluation)."""
-    draws, images, classes = logits.shape
-    right = logits.argmax(dim=2) == labels
-    votes = nn.functional.one_hot(logits.argmax(dim=2), classes).sum(dim=0)
-    low, high = wilson_interval(int(right[0].sum()), images)
+    draws, images, _ = logits.shape
+    right = {name: int(right_by(logits, labels, name).sum()) for name in VERDICTS}
+    low, high = wilson_interval(right["one_shot"], images)
     return Score(
         defence=defence,
         attack=attack,
         images=images,
         draws=draws,
-        one_shot=float(right[0].float().mean()),
         low=low,
         high=high,
-        majority=float((votes.argmax(dim=1) == labels).float().mean()),
-        mean_softmax=float((logits.softmax(dim=2).mean(dim=0).argmax(dim=1) == labels).float().mean()),
-        worst_of_n=float(right.all(dim=0).float().mean()),
         seconds=seconds,
+        **{name: count / images for name, count in right.items()},
     )
-
-
-@torch.no_grad()
-def is_random(model: nn.Module, images: Float[Tensor, "batch 3 height width"]) -> bool:
-    """Whether two forward passes on the same images differ, so that an attack needs EOT and a verdict several draws."""
-    return not torch.equal(model(images), model(images))
 
 
 @dataclass(frozen=True)
@@ -174,9 +147,3 @@ def evaluate(
         result = run_attack(position, model)
         judge(name, "white-box", result, time.monotonic() - started)
     return Evaluation(tuple(scores), adversarial)
-
-
-def reseed(model: nn.Module, seed: int) -> None:
-    """Start the dice of a random defence anew, where it has any."""
-    if hasattr(model, "reseed"):
-        model.reseed(seed)

@@ -5,9 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from atoplib.checkpoints import CheckpointError, load_checkpoint
 from atoplib.purifiers import stage_outputs
@@ -116,41 +115,3 @@ def to_unit(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "bat
     """From the purifier's [-1, 1] to the [0, 1] that classifiers read. Not clipped: a purifier without tanh may overshoot
     by a little, and a clip would zero gradients that an attack needs."""
     return (images + 1) / 2
-
-
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
-    *,
-    num_draws: int = 1,
-    vote: str = "majority",
-    max_batch: int = 512,
-) -> Int[Tensor, " batch"]:
-    """Classes after a vote over ``num_draws`` forward passes of any module, with a new draw in each.
-
-    Args:
-        vote: ``majority`` (most frequent class, ties to the lower index) or ``mean_softmax``.
-        max_batch: images that are in memory at once.
-
-    Raises:
-        ValueError: for an unknown vote or num_draws < 1.
-    """
-    logits = draw_logits(model, images, num_draws=num_draws, max_batch=max_batch)
-    if vote == "majority":
-        return F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0).argmax(dim=1)
-    if vote == "mean_softmax":
-        return logits.softmax(dim=2).mean(dim=0).argmax(dim=1)
-    raise ValueError(f"unknown vote {vote!r}; allowed: majority, mean_softmax")
-
-
-@torch.no_grad()
-def draw_logits(
-    model: nn.Module, images: Float[Tensor, "batch 3 height width"], *, num_draws: int = 1, max_batch: int = 512
-) -> Float[Tensor, "draws batch classes"]:
-    """Logits of ``num_draws`` forward passes a image, draws and images in one batch, in float32."""
-    if num_draws < 1:
-        raise ValueError(f"num_draws must be at least 1, got {num_draws}")
-    index = torch.arange(num_draws * len(images), device=images.device) % max(1, len(images))
-    logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
-    return logits.unflatten(0, (num_draws, len(images)))

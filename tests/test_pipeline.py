@@ -1,4 +1,4 @@
-"""The pipeline is differentiable, random as asked, and leaves its classifier alone; votes are counted right."""
+"""The pipeline is differentiable, random as asked, and leaves its classifier alone."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from torch import nn
 
 from atoplib.checkpoints import CheckpointError, save_checkpoint
 from atoplib.classifiers import build_classifier
-from atoplib.pipeline import AToPPipeline, draw_logits, load_pipeline, predict, to_unit
+from atoplib.pipeline import AToPPipeline, load_pipeline, to_unit
 from atoplib.purifiers import GatedUNet
 from atoplib.transforms import TransformSettings, add_noise
 
@@ -258,63 +258,6 @@ def test_the_weights_are_saved_without_the_dice():
 def test_a_grid_that_does_not_divide_the_images_is_refused():
     with pytest.raises(ValueError, match="20 x 20 px cannot be cut into 8 x 8"):
         pipeline_of()(images_of(size=20))
-
-
-class Planted(nn.Module):
-    """A random model whose draws are known: logits (draws, images, classes), handed out image by image."""
-
-    def __init__(self, logits):
-        super().__init__()
-        self.logits = logits.flatten(0, 1)
-        self.batches = []
-
-    def forward(self, images):
-        first = sum(self.batches)
-        self.batches.append(len(images))
-        return self.logits[first : first + len(images)]
-
-
-# Three draws of three images: the vote and the mean softmax of the first differ, the second ties.
-PLANTED = torch.tensor(
-    [
-        [[1.0, 0.0, -9.0], [0.0, 2.0, 0.0], [0.0, 0.0, 5.0]],
-        [[1.0, 0.0, -9.0], [0.0, 0.0, 3.0], [9.0, 0.0, 0.0]],
-        [[0.0, 9.0, -9.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]],
-    ]
-)
-
-
-@pytest.mark.parametrize("max_batch", [1, 2, 4, 100])
-def test_a_majority_vote_counts_draws_and_a_mean_softmax_weighs_them(max_batch):
-    images = images_of(3)
-    assert predict(Planted(PLANTED), images, num_draws=3, max_batch=max_batch).tolist() == [0, 0, 2]
-    mean = predict(Planted(PLANTED), images, num_draws=3, vote="mean_softmax", max_batch=max_batch)
-    assert mean.tolist() == PLANTED.softmax(dim=2).mean(dim=0).argmax(dim=1).tolist() == [1, 2, 2]
-    assert predict(Planted(PLANTED), images, max_batch=max_batch).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("max_batch", [1, 2, 4, 100])
-def test_draws_and_images_share_batches_no_larger_than_asked(max_batch):
-    model = Planted(PLANTED)
-    assert torch.equal(draw_logits(model, images_of(3), num_draws=3, max_batch=max_batch), PLANTED)
-    assert max(model.batches) <= max_batch and sum(model.batches) == 9
-
-
-def test_draws_of_a_deterministic_model_are_alike_and_of_a_pipeline_are_not():
-    images, classifier = images_of(3), classifier_of().eval()
-    same = draw_logits(classifier, images, num_draws=3, max_batch=2)
-    for draw in same:
-        torch.testing.assert_close(draw, classifier(images))
-    logits = draw_logits(pipeline_of(), images, num_draws=3)
-    assert logits.shape == (3, 3, 5) and not logits.requires_grad
-    assert not torch.equal(logits[0], logits[1]) and not torch.equal(logits[1], logits[2])
-
-
-def test_an_unknown_vote_or_no_draws_are_refused():
-    with pytest.raises(ValueError, match="unknown vote 'median'; allowed: majority, mean_softmax"):
-        predict(Planted(PLANTED), images_of(3), vote="median")
-    with pytest.raises(ValueError, match="num_draws must be at least 1, got 0"):
-        predict(Planted(PLANTED), images_of(3), num_draws=0)
 
 
 def saved_purifier(path, **header):

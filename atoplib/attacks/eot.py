@@ -8,7 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-Model = Callable[[Tensor], Tensor]
+from atoplib.verdicts import Model
+
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 

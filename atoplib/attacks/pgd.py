@@ -8,8 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.eot import Loss, Model, cross_entropy, input_gradient
+from atoplib.attacks.eot import Loss, cross_entropy, input_gradient
 from atoplib.attacks.norms import NORMS, project, random_start, steepest_step
+from atoplib.verdicts import Model
 
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 
