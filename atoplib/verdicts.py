@@ -125,8 +125,8 @@ def reseed(model: Model, seed: int) -> None:
         model.reseed(seed)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), within [0, 1].
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), within [0, 1]; ``successes`` may be a mean over repetitions.
 
     Raises:
         ValueError: unless 0 <= successes <= trials and trials >= 1.
