@@ -277,7 +277,7 @@ def summary(stages: Sequence[Stage]) -> Iterator[str]:
         yield ""
         yield (
             f"Accuracy in % with its 95 % interval, one draw an image, {scores[0].images} test images of {attack.dataset}; "
-            f"{attack.norm} eps {attack.eps:.4g}, PGD-{attack.steps} + EOT-{attack.eot_samples}."
+            f"protocol {attack.plan.name}, eps {attack.eps:.4g} (l_inf)."
         )
         yield "transfer: the attack sees the classifier alone; white-box: it sees the whole pipeline."
         yield ""

@@ -59,7 +59,7 @@ def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_
         assert (judge.ap_run, judge.atop_run) == (runs["02_pretrain_purifier"], runs["03_finetune_atop"])
     assert len({(p.dataset, p.image_size, p.experiment) for p in (stage.parameters for stage in stages)}) == 1
     assert pretrained.transform_settings == finetuned.transform_settings
-    assert (attack.eps, attack.norm) == (finetuned.eps, finetuned.norm) == (pictures.eps, pictures.norm)
+    assert attack.eps == finetuned.eps == pictures.eps and finetuned.norm == pictures.norm
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -1,7 +1,7 @@
 """Protocols as data: which attacks, how strong, on how many images, judged how often."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -116,3 +116,40 @@ class Protocol:
 def lee_kim_indices(count: int = 10_000, chosen: int = 512) -> list[int]:
     """The test images that Lee & Kim 2023 attack: numpy's ``RandomState(0).choice`` over the standard order of CIFAR-10."""
     return np.random.RandomState(0).choice(count, chosen, replace=False).tolist()
+
+
+def adjusted(
+    protocol: Protocol, *, steps: int | None = None, eot_samples: int | None = None, num_draws: int | None = None
+) -> Protocol:
+    """The protocol with another number of steps, of draws a gradient, or of draws a verdict, under a name that says so.
+
+    Only attacks that have such a setting in the protocol are changed; None leaves it.
+    """
+    wanted = {name: value for name, value in {"steps": steps, "eot_samples": eot_samples}.items() if value is not None}
+    attacks = tuple(
+        replace(item, settings={**item.settings, **{name: wanted[name] for name in wanted if name in item.settings}})
+        for item in protocol.attacks
+    )
+    changes = wanted | ({} if num_draws is None else {"num_draws": num_draws})
+    if not changes:
+        return protocol
+    name = f"{protocol.name} ({', '.join(f'{key} {value}' for key, value in changes.items())})"
+    return replace(protocol, name=name, attacks=attacks, num_draws=num_draws or protocol.num_draws)
+
+
+_DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3}
+
+PROTOCOLS: dict[str, Protocol] = {
+    item.name: item
+    for item in (
+        Protocol(
+            "demo",
+            "One white-box attack and the blind one beside it, in less than a minute on 2 cores.",
+            (
+                PlannedAttack("transfer", "pgd", sees="classifier", settings=_DEMO),
+                PlannedAttack("white-box", "pgd", settings=_DEMO),
+            ),
+            num_images=200,
+        ),
+    )
+}
