@@ -20,6 +20,7 @@ from atoplib.data import Dataset, load_dataset
 from atoplib.evaluation import PROTOCOLS, Budget, Protocol, adjusted, lee_kim_indices
 from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
+from atoplib.masking import FEWEST_IMAGES, MaskingSettings
 from atoplib.purifiers import build_purifier
 from atoplib.runs import workspace_dir
 from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute_dtype
@@ -353,23 +354,29 @@ class Attack(Attacking):
     eps_l2: float = 2.0
     steps: int | None = None
     eot_samples: int | None = None
+    queries: int | None = None
     num_draws: int | None = None
     num_seeds: int = 1
     attack_batch: int = 100
     keep_images: bool = False
+    masking_images: int = 32
     dtype: str = "auto"
 
-    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "num_draws": 3}
+    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "queries": 4, "num_draws": 3}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
-        for name in ("steps", "eot_samples", "num_draws"):
+        for name in ("steps", "eot_samples", "queries", "num_draws"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
         if min(self.num_seeds, self.attack_batch) < 1:
             raise ValueError(f"num_seeds and attack_batch must be at least 1, got {self.num_seeds} and {self.attack_batch}")
+        if self.masking_images and self.masking_images < FEWEST_IMAGES:
+            raise ValueError(
+                f"masking_images must be 0 (no checks) or at least {FEWEST_IMAGES}, got {self.masking_images}; 64 are usual"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for planned in self.plan.attacks:
@@ -378,7 +385,20 @@ class Attack(Attacking):
     @property
     def plan(self) -> Protocol:
         """The protocol, with what was changed of it."""
-        return adjusted(PROTOCOLS[self.protocol], steps=self.steps, eot_samples=self.eot_samples, num_draws=self.num_draws)
+        return adjusted(
+            PROTOCOLS[self.protocol],
+            steps=self.steps,
+            eot_samples=self.eot_samples,
+            queries=self.queries,
+            num_draws=self.num_draws,
+        )
+
+    @property
+    def masking(self) -> MaskingSettings:
+        """What the masking checks cost."""
+        if self.smoke:
+            return MaskingSettings(self.eps, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
+        return MaskingSettings(self.eps)
 
     @property
     def budget(self) -> Budget:
