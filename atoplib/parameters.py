@@ -342,6 +342,15 @@ class Attacking(Parameters):
         if self.max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
 
+    def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
+        """As ``Parameters.load_data``; raises ParameterError if more test images are asked for than there are."""
+        loaded = super().load_data(progress)
+        if self.max_test is not None and not self.smoke and len(loaded.test.labels) < self.max_test:
+            raise ParameterError(
+                f"max_test is {self.max_test}, but {self.dataset} has {len(loaded.test.labels)} test images; ask for at most these"
+            )
+        return loaded
+
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Attacking):
