@@ -479,6 +479,7 @@ class CrossCheck(Attacking):
     max_test: int | None = 128
     attacked: str = "atop"
     steps: int = 20
+    alpha: float | None = 0.1
     eot_samples: int = 10
     num_draws: int = 20
     certified_images: int = 32
@@ -498,7 +499,7 @@ class CrossCheck(Attacking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        PGDSettings(self.eps, steps=self.steps, eot_samples=self.eot_samples)
+        PGDSettings(self.eps, steps=self.steps, alpha=self.alpha, eot_samples=self.eot_samples)
         for name in ("num_draws", "certified_images", "certified_draws", "reader_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
