@@ -2,6 +2,7 @@
 
 from atoplib.attacks.apgd import APGDSettings, apgd
 from atoplib.attacks.attempts import Attempt, StepCallback, strongest_attempt
+from atoplib.attacks.autoattack import AutoAttackSettings, autoattack, autoattack_parts
 from atoplib.attacks.checks import check_attack, check_budget, require_eval_mode
 from atoplib.attacks.eot import InputGradient, input_gradient
 from atoplib.attacks.fab import FABSettings, fab
@@ -13,12 +14,15 @@ __all__ = [
     "NORMS",
     "APGDSettings",
     "Attempt",
+    "AutoAttackSettings",
     "FABSettings",
     "InputGradient",
     "PGDSettings",
     "StepCallback",
     "apgd",
     "ascend",
+    "autoattack",
+    "autoattack_parts",
     "check_attack",
     "check_budget",
     "cross_entropy",

@@ -1,11 +1,11 @@
-"""Several attempts on the same images (restarts, targets, whole attacks): what breaks an image is kept, else the strongest."""
+"""Several attempts on the same images (restarts, targets, whole attacks): what breaks one is kept, else the strongest."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoplib.attacks.losses import margin
 from atoplib.verdicts import Model, Verdict, draw_logits, is_random, right_by
@@ -47,6 +47,14 @@ def assess(
     return Assessment(right_by(logits, labels, verdict.name), margins.mean(dim=0))
 
 
+PROBES = 8  # copies that show whether a model is random; a model of few possible draws often gives one image the same twice
+
+
+def looks_random(model: Model, images: Float[Tensor, "batch 3 height width"]) -> bool:
+    """Whether the model throws dice, by two passes on ``PROBES`` images, some of them the same if there are fewer."""
+    return is_random(model, images[torch.arange(PROBES, device=images.device) % len(images)])
+
+
 def random_model_with_votes(model: Model, images: Float[Tensor, "batch 3 height width"], verdict: Verdict) -> bool:
     """Whether the model is random; then the verdict must rest on several draws.
 
@@ -54,7 +62,7 @@ def random_model_with_votes(model: Model, images: Float[Tensor, "batch 3 height 
         ValueError: for a random model and a verdict of a single draw, which breaks every image once an attack has tried
             often enough, however weak the attack.
     """
-    random = is_random(model, images[:8])
+    random = looks_random(model, images)
     if random and (verdict.num_draws < 2 or verdict.name == "one_shot"):
         raise ValueError(
             f"the model is random, and verdict {verdict.name!r} of {verdict.num_draws} draws rests on a single one, which "
@@ -64,7 +72,7 @@ def random_model_with_votes(model: Model, images: Float[Tensor, "batch 3 height 
 
 
 def strongest_attempt(
-    model: nn.Module,
+    model: Model,
     images: Float[Tensor, "batch 3 height width"],
     labels: Int[Tensor, " batch"],
     attempts: Sequence[Attempt],

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks.attempts import Attempt, StepCallback, strongest_attempt
+from atoplib.attacks.attempts import Attempt, StepCallback, looks_random, strongest_attempt
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import input_gradient
 from atoplib.attacks.losses import likely_targets, target_margin
 from atoplib.attacks.norms import check_ball, perturbation_size, project
-from atoplib.verdicts import Model, Verdict, draw_logits, is_random
+from atoplib.verdicts import Model, Verdict, draw_logits
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def fab(
     Source: Croce & Hein 2020 (arXiv 1907.02044), algorithm 1; targets as in Croce & Hein 2020 (AutoAttack), section 5.
     """
     check_attack(model, images, labels)
-    if is_random(model, images[:8]):
+    if looks_random(model, images):
         raise ValueError(
             "FAB needs a deterministic model, but this one is random: its boundary moves with every draw; use apgd"
         )
@@ -132,7 +132,7 @@ def _approach(
 
 
 def _step(points: Tensor, images: Tensor, gradient: Tensor, value: Tensor, settings: FABSettings) -> Tensor:
-    """Onto the plane where the linearised margin is 0, from the point and from the image, weighed by the distances (eq. 9)."""
+    """To the plane where the linearised margin is 0, from the point and from the image, weighed by the distances (eq. 9)."""
     ahead = towards_plane(points, gradient, -value, settings.norm)
     gap = ((points - images) * gradient).flatten(1).sum(dim=1) - value
     back = towards_plane(images, gradient, gap, settings.norm)
@@ -148,7 +148,7 @@ def towards_plane(
     gap: Float[Tensor, " batch"],
     norm: str,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """The smallest move d with <normal, d> = gap that keeps ``points`` + d in [0, 1]; as far as the box allows, if none does.
+    """The smallest move d with <normal, d> = gap that keeps ``points`` + d in [0, 1]; as far as that goes, if none does.
 
     Each pixel moves in proportion to its rate (1 for linf, the size of its weight for l2) until it meets the wall of the
     box. The gap that is closed grows with the common factor, piecewise linearly, with a corner where a pixel meets its wall:
@@ -161,19 +161,16 @@ def towards_plane(
     Source: Croce & Hein 2020 (arXiv 1907.02044), section 2.2, eq. 6.
     """
     weight = normal.flatten(1).abs()
+    wanted = gap.abs().unsqueeze(1)
     direction = normal.flatten(1).sign() * gap.sign().unsqueeze(1)
     start = points.flatten(1)
     room = torch.where(direction > 0, 1 - start, start) * (direction != 0)
     rate = (weight > 0).to(weight.dtype) if norm == "linf" else weight
     tiny = torch.finfo(weight.dtype).tiny
     corner, order = (room / rate.clamp_min(tiny)).sort(dim=1)
-    full = (weight * room).gather(1, order).cumsum(dim=1)  # closed by the pixels at their walls
-    slope = (weight * rate).gather(1, order).flip(1).cumsum(dim=1).flip(1)  # of those that still move
-    slope = torch.cat([slope[:, 1:], torch.zeros_like(slope[:, :1])], dim=1)
-    closed = full + corner * slope
-    piece = torch.searchsorted(closed, gap.abs().unsqueeze(1)).clamp_max(closed.shape[1] - 1)
-    # the piece that ends in this corner: the pixels of earlier corners are at their walls
-    before = torch.where(piece > 0, full.gather(1, (piece - 1).clamp_min(0)), 0)
-    own = slope.gather(1, piece) + (weight * rate).gather(1, order).gather(1, piece)
-    factor = (gap.abs().unsqueeze(1) - before) / own.clamp_min(tiny)
+    filled, slope = (weight * room).gather(1, order), (weight * rate).gather(1, order)
+    at_walls = filled.cumsum(dim=1) - filled  # closed, before each corner, by the pixels that have met their walls
+    moving = slope.flip(1).cumsum(dim=1).flip(1)  # and the slope of all others
+    piece = torch.searchsorted(at_walls + corner * moving, wanted).clamp_max(corner.shape[1] - 1)
+    factor = (wanted - at_walls.gather(1, piece)) / moving.gather(1, piece).clamp_min(tiny)
     return (direction * torch.minimum(factor * rate, room)).view_as(points)
