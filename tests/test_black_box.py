@@ -284,15 +284,15 @@ def test_the_squares_shrink_by_the_published_schedule():
 
 
 class LuckyAtFirst(nn.Module):
-    """A random model whose first calls, up to the start of Square's search, look far better than all that follows."""
+    """A random model whose first calls look far better than all that follow."""
 
-    def __init__(self):
+    def __init__(self, lucky_calls):
         super().__init__()
-        self.calls, self.generator = 0, seeded(4)
+        self.left, self.generator = lucky_calls, seeded(4)
 
     def forward(self, images):
-        self.calls += 1  # the check, two to see that it is random, the image itself, the stripes
-        luck = 4.0 if self.calls <= 5 else 0.0
+        self.left -= 1
+        luck = 4.0 if self.left >= 0 else 0.0
         noise = 1e-3 * torch.randn(len(images), generator=self.generator)
         gain = images.mean(dim=(1, 2, 3)) * 5
         return torch.stack([torch.full_like(gain, 9.0), gain + luck + noise], dim=1)
@@ -301,21 +301,15 @@ class LuckyAtFirst(nn.Module):
 def test_asking_again_keeps_a_lucky_draw_from_stopping_the_search():
     images, labels = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64)
 
-    def progress(ask_again):
+    def progress(ask_again, calls_before):
         path = []
         settings = SquareSettings(0.2, queries=30, ask_again=ask_again)
-        square(
-            LuckyAtFirst().eval(),
-            images,
-            labels,
-            settings,
-            generator=seeded(),
-            callback=lambda *given: path.append(given[2]),
-        )
+        model = LuckyAtFirst(calls_before + 2).eval()  # and the image itself, and the stripes
+        square(model, images, labels, settings, generator=seeded(), callback=lambda *given: path.append(given[2]))
         return (path[-1] - path[1]).mean().item()
 
-    assert progress(0) == 0
-    assert progress(10) > 0.02
+    assert progress(0, calls_before=1) == 0, "before: the check"
+    assert progress(10, calls_before=3) > 0.01, "before: the check, and twice whether the model is random"
 
 
 # -- the parts of SPSA --
