@@ -192,7 +192,11 @@ def _climb(
     max_batch: int,
     callback: StepCallback | None,
 ) -> Tensor:
-    """One run from one random start: algorithm 1 on all images at once, each with a step size of its own."""
+    """One run from one random start: algorithm 1 on all images at once, each with a step size of its own.
+
+    The first step counts as a rise if its loss is above that of the start, as in the paper; the authors' code asks whether
+    it is above 0.
+    """
     start = random_start(images, settings.eps, settings.norm, generator)
     state = _begin(images, labels, targets, start, settings.eps)
     result, losses = start.clone(), torch.zeros(len(images), device=images.device)
