@@ -42,7 +42,6 @@ def test_without_any_turn_it_is_pgd_with_eot_bit_by_bit(base, start):
     expected = pgd(pipeline, images, LABELS, base, generator=seeded(1), max_batch=7)
     pipeline.reseed(0)
     found = adaptive(pipeline, images, LABELS, AdaptiveSettings(base), generator=seeded(1), max_batch=7)
-    # pgd looks twice at the first image before it starts, the adaptive attack once: both throw the same dice for it
     assert torch.equal(found, expected)
 
 

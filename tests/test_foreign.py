@@ -18,6 +18,7 @@ QUICK = {
     "DeepFool": {"steps": 5},
     "SPSA": {"nb_sample": 8, "nb_iter": 3, "lr": 0.05},
     "FAB": {"steps": 3},
+    "AutoAttack": {"version": "rand"},
     "VMIFGSM": {"N": 2},
     "VNIFGSM": {"N": 2},
 }

@@ -1,7 +1,7 @@
 """An attack that knows AToP from within: its draws, its purifier's output, its bare classifier.
 
 Measured on the defence of the recipe ``mnist``: 100 digits, l_inf 0.3, 40 steps with 10 draws, mean accuracy over 20 fresh
-draws. Plain PGD + EOT leaves 26.4 %. The turns differ from it, in points, with 95 % of the paired differences over the images, by
+draws. Plain PGD + EOT leaves 26.4 %. The turns differ from it, in points, with 95 % intervals over the paired images, by
 
     draws fixed for 5 steps -1.2 +- 1.3, for the whole attack -0.2 +- 1.5
     margin +2.2 +- 3.4, cross-entropy and margin +2.0 +- 3.3
