@@ -137,7 +137,7 @@ def find_flow(
     Of all flows on the way an image gets the one with the largest mean margin, so that smoothness never undoes a break.
     """
     check_attack(model, images, labels)
-    flow = torch.zeros(len(images), 2, *images.shape[2:], device=images.device)
+    flow = images.new_zeros(len(images), 2, *images.shape[2:])
     best = flow.clone()
     best_margin = torch.full((len(images),), -torch.inf, device=images.device)
     first, second = torch.zeros_like(flow), torch.zeros_like(flow)
