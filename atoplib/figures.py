@@ -392,7 +392,7 @@ def certified_and_attacked(
         label="certified: lower bound",
     )
     axes.plot(
-        known, attacked_at, drawstyle="steps-post", color=palette[3], linewidth=1.8, label="strongest attack: upper bound"
+        known, attacked_at, drawstyle="steps-post", color=palette[2], linewidth=1.8, label="strongest attack: upper bound"
     )
     names = dict.fromkeys(point.name for point in upper)
     series = [("clean", start, "D"), *((name, [p for p in upper if p.name == name], None) for name in names)]
@@ -407,7 +407,7 @@ def certified_and_attacked(
                 [100 * max(0.0, point.high - point.accuracy) for point in points],
             ],
             fmt=marker or "os^vP*X<>"[(number - 1) % 9],
-            color=INK if name == "clean" else palette[3],
+            color=INK if name == "clean" else palette[2],
             markersize=6,
             markeredgecolor="white",
             markeredgewidth=0.6,
