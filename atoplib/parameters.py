@@ -353,19 +353,20 @@ class Attack(Attacking):
     eps_l2: float = 2.0
     steps: int | None = None
     eot_samples: int | None = None
+    queries: int | None = None
     num_draws: int | None = None
     num_seeds: int = 1
     attack_batch: int = 100
     keep_images: bool = False
     dtype: str = "auto"
 
-    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "num_draws": 3}
+    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "queries": 4, "num_draws": 3}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
-        for name in ("steps", "eot_samples", "num_draws"):
+        for name in ("steps", "eot_samples", "queries", "num_draws"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
         if min(self.num_seeds, self.attack_batch) < 1:
@@ -378,7 +379,13 @@ class Attack(Attacking):
     @property
     def plan(self) -> Protocol:
         """The protocol, with what was changed of it."""
-        return adjusted(PROTOCOLS[self.protocol], steps=self.steps, eot_samples=self.eot_samples, num_draws=self.num_draws)
+        return adjusted(
+            PROTOCOLS[self.protocol],
+            steps=self.steps,
+            eot_samples=self.eot_samples,
+            queries=self.queries,
+            num_draws=self.num_draws,
+        )
 
     @property
     def budget(self) -> Budget:

@@ -8,7 +8,18 @@ import torch
 from torch import nn
 
 from atoplib.attacks import PGDSettings, check_budget
-from atoplib.evaluation import Budget, Outcomes, PlannedAttack, Protocol, evaluate, judge_draws, score, worst_case
+from atoplib.evaluation import (
+    PROTOCOLS,
+    Budget,
+    Outcomes,
+    PlannedAttack,
+    Protocol,
+    adjusted,
+    evaluate,
+    judge_draws,
+    score,
+    worst_case,
+)
 from atoplib.evaluation import measure as measure_module
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
@@ -113,7 +124,8 @@ def test_an_impossible_budget_is_refused(change, message):
 
 def test_settings_scale_with_the_budget_and_a_calm_model_needs_one_draw():
     planned = PlannedAttack("a", "pgd", norm="l2", relative_step=0.1, settings=PGD)
-    assert planned.build(BUDGET, random=True, verdict=PROTOCOL.verdict) == PGDSettings(0.5, "l2", 3, 0.05, 2)
+    expected = PGDSettings(0.5, "l2", 3, 0.05, 2, verdict=PROTOCOL.verdict)
+    assert planned.build(BUDGET, random=True, verdict=PROTOCOL.verdict) == expected
     assert planned.build(BUDGET, random=False, verdict=PROTOCOL.verdict).eot_samples == 1
 
 
@@ -416,3 +428,51 @@ def test_the_attack_may_compute_in_bfloat16_but_the_verdict_is_float32():
     for item in found.outcomes[:4]:
         shown = found.adversarial["a", item.attack, 0]
         assert torch.equal(item.right["one_shot"][0], classifier(shown).argmax(dim=1) == LABELS)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_protocol_runs_and_its_attacks_stay_within_their_budgets(name):
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).eval()
+    purifying = AToPPipeline(TransformSettings("rt2", noise_std=0.05, grid_size=4), Recolour(), classifier).eval()
+    protocol = adjusted(PROTOCOLS[name], steps=2, eot_samples=2, queries=5, num_draws=3)
+    images = IMAGES[:6]
+    labels = classifier(images).argmax(dim=1)
+    defences = {"undefended": classifier, "pipeline": purifying}
+    found = evaluate(defences, images, labels, protocol, BUDGET, classifier=classifier, keep_images=True)
+    columns = {planned.label for planned in protocol.attacks}
+    blind = {planned.label for planned in protocol.attacks if planned.sees == "bpda"}
+    assert columns <= {s.attack for s in found.scores if s.defence == "pipeline"}
+    assert columns - blind <= {s.attack for s in found.scores if s.defence == "undefended"}
+    assert not blind & {s.attack for s in found.scores if s.defence == "undefended"}, "nothing purifies there"
+    for planned in protocol.attacks:
+        if planned.norm != "flow":
+            shown = found.adversarial["pipeline", planned.label, 0]
+            check_budget(shown, images, getattr(BUDGET, planned.norm), planned.norm)
+
+
+def test_an_attack_is_not_planned_with_settings_that_it_does_not_take():
+    with pytest.raises(ValueError, match="pgd does not take queries; allowed: .*steps"):
+        replace(PROTOCOL, attacks=(PlannedAttack("a", "pgd", settings={"queries": 3}),))
+
+
+def test_a_random_defence_meets_autoattack_rand_and_a_calm_one_the_standard_version():
+    planned = PlannedAttack("AutoAttack", "autoattack", settings={"steps": 3})
+    random, calm = (planned.build(BUDGET, random=value, verdict=PROTOCOL.verdict) for value in (True, False))
+    assert (random.version, random.verdict) == ("rand", PROTOCOL.verdict) and calm.version == "standard"
+
+
+class Rounded(nn.Module):
+    """A purifier without gradient."""
+
+    def forward(self, given):
+        return (given[:, :3] * 64).round() / 64
+
+
+def test_bpda_is_attacked_and_the_defence_itself_is_judged():
+    classifier = linear()
+    defence = AToPPipeline(TransformSettings("none", grid_size=4), Rounded(), classifier).eval()
+    attacks = tuple(PlannedAttack(sees, "pgd", sees=sees, settings={"steps": 5}) for sees in ("defence", "bpda"))
+    protocol = replace(PROTOCOL, attacks=attacks)
+    found = by_name(evaluate({"rounded": defence}, IMAGES, LABELS, protocol, BUDGET, classifier=classifier))
+    assert found["rounded", "bpda"].one_shot < 0.5 < found["rounded", "defence"].one_shot

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks import check_attack
+from atoplib.attacks import BPDA, check_attack
 from atoplib.attacks.suite import ATTACKS
 from atoplib.evaluation.protocols import Budget, PlannedAttack, Protocol
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
 from atoplib.evaluation.store import Store, model_fingerprint, tensor_fingerprint, unit_seed
+from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report
 from atoplib.verdicts import VERDICTS, draw_logits, is_random, reseed
 
@@ -89,8 +90,8 @@ def evaluate(
     """Accuracy of each defence on the same images, clean and under each attack of ``protocol``, by every verdict.
 
     Only attacks that see the whole defence say something about robustness; one that sees the classifier alone is made
-    once and shown to every defence. Each piece (attack, target, seed, batch) has random numbers of its own, so its result
-    depends neither on the other pieces nor on an interruption.
+    once and shown to every defence; BPDA is for pipelines that purify. Each piece (attack, target, seed, batch) has random
+    numbers of its own, so its result depends neither on the other pieces nor on an interruption.
 
     Args:
         defences: by name; any module in eval mode, images in [0, 1] -> logits. One with a method ``reseed(seed)``, as
@@ -118,13 +119,14 @@ def evaluate(
         raise ValueError(f"batch_size and max_batch must be at least 1, got {batch_size} and {max_batch}")
     for model in (classifier, *defences.values()):
         check_attack(model, images, labels)  # all of them before the first runs: no statistics move, no hour is lost
-    targets = {"": classifier, **defences}
+    targets: dict[str, nn.Module] = {"": classifier, **defences}
     random = {name: is_random(model, images[:1]) for name, model in targets.items()}
     settings = {
         (planned.label, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
         for planned in protocol.attacks
         for name in targets
-    }  # all of them before the first runs, so that a wrong one costs nothing
+    }
+    purifying = [name for name, model in defences.items() if isinstance(model, AToPPipeline)]
     identity = {
         "protocol": _plain(asdict(protocol)),
         "budget": asdict(budget),
@@ -138,7 +140,7 @@ def evaluate(
         "images_kept": keep_images,
     }
     store = Store(directory, identity)
-    units = list(_units(protocol, tuple(defences), seeds, len(images), batch_size))
+    units = list(_units(protocol, tuple(defences), purifying, seeds, len(images), batch_size))
     total, done = sum(unit.size for unit in units), 0
     pieces = []
     for unit in units:
@@ -153,8 +155,9 @@ def evaluate(
             shown, truth = images[unit.images], labels[unit.images]
             if unit.planned is not None:
                 with torch.autocast(images.device.type, dtype=attack_dtype, enabled=attack_dtype != torch.float32):
-                    chosen = settings[unit.label, unit.target]
-                    shown = _attack(unit, targets[unit.target], shown, truth, chosen, max_batch, report)
+                    model, chosen = targets[unit.target], settings[unit.label, unit.target]
+                    model = BPDA(model) if unit.planned.sees == "bpda" else model
+                    shown = _attack(unit, model, shown, truth, chosen, max_batch, report)
             tensors = _verdicts(unit, shown, truth, defences, random, protocol.num_draws, max_batch)
             if keep_images:
                 tensors["adversarial"] = shown
@@ -179,13 +182,19 @@ def _attack(
 
 
 def _units(
-    protocol: Protocol, defences: tuple[str, ...], seeds: Sequence[int], count: int, batch_size: int
+    protocol: Protocol,
+    defences: tuple[str, ...],
+    purifying: Sequence[str],
+    seeds: Sequence[int],
+    count: int,
+    batch_size: int,
 ) -> Iterator[_Unit]:
+    """The pieces of work, in order. BPDA is for what purifies; elsewhere there is nothing to put the identity for."""
     batches = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
     for seed in seeds:
         for planned in (None, *protocol.attacks):
             blind = planned is None or planned.sees == "classifier"
-            for target in ("",) if blind else defences:
+            for target in ("",) if blind else purifying if planned.sees == "bpda" else defences:
                 for batch, images in enumerate(batches):
                     yield _Unit(planned, target, defences if blind else (target,), seed, batch, images)
 
@@ -216,6 +225,8 @@ def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, 
         attacked = []
         for planned in (None, *protocol.attacks):
             parts = [piece for piece in pieces if piece.unit.planned == planned and name in piece.unit.shown_to]
+            if not parts:
+                continue
             outcomes = Outcomes(
                 defence=name,
                 attack=CLEAN if planned is None else planned.label,

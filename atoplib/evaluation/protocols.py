@@ -64,19 +64,26 @@ class PlannedAttack:
             raise ValueError(f"unknown sees {self.sees!r}; allowed: {', '.join(SEES)}")
 
     def build(self, budget: Budget, *, random: bool, verdict: Verdict) -> Any:
-        """The attack's settings within ``budget``; one draw is enough against a model that is not ``random``."""
-        settings_class = ATTACKS[self.attack].settings
-        known = {item.name for item in fields(settings_class)}
+        """The attack's settings within ``budget``; one draw is enough against a model that is not ``random``.
+
+        Raises:
+            ValueError: for settings that the attack does not take, or values that it does not allow.
+        """
+        attack = ATTACKS[self.attack]
+        unknown = sorted(set(self.settings) - attack.options)
+        if unknown:
+            allowed = ", ".join(sorted(attack.options - {"eps", "norm"}))
+            raise ValueError(f"{self.attack} does not take {', '.join(unknown)}; allowed: {allowed}")
         values = {"eps": getattr(budget, self.norm), **self.settings}
-        if "norm" in known:
-            values["norm"] = self.norm
+        defaults = {"norm": self.norm, "version": "rand" if random else "standard"}
+        if random:
+            defaults["verdict"] = verdict
         if self.relative_step is not None:
-            values["alpha"] = self.relative_step * values["eps"]
-        if not random:
-            values |= {"eot_samples": 1} if "eot_samples" in known else {}
-        elif "verdict" in known:
-            values.setdefault("verdict", verdict)
-        return settings_class(**values)
+            defaults["alpha"] = self.relative_step * values["eps"]
+        values = {name: value for name, value in defaults.items() if name in attack.options} | values
+        if not random and "eot_samples" in attack.options:
+            values["eot_samples"] = 1
+        return attack.settings(**values)
 
 
 @dataclass(frozen=True)
@@ -103,6 +110,9 @@ class Protocol:
     selection: str = "mixed"
 
     def __post_init__(self) -> None:
+        for planned in self.attacks:  # a wrong setting is found where it is written, not when it is used
+            for random in (False, True):
+                planned.build(Budget(0.1, 0.1), random=random, verdict=self.verdict)
         labels = [planned.label for planned in self.attacks]
         doubled = next((label for label in labels if labels.count(label) > 1), None)
         if doubled is not None:
@@ -119,13 +129,19 @@ def lee_kim_indices(count: int = 10_000, chosen: int = 512) -> list[int]:
 
 
 def adjusted(
-    protocol: Protocol, *, steps: int | None = None, eot_samples: int | None = None, num_draws: int | None = None
+    protocol: Protocol,
+    *,
+    steps: int | None = None,
+    eot_samples: int | None = None,
+    queries: int | None = None,
+    num_draws: int | None = None,
 ) -> Protocol:
-    """The protocol with another number of steps, of draws a gradient, or of draws a verdict, under a name that says so.
+    """The protocol with other numbers of steps, draws a gradient, queries or draws a verdict, under a name that says so.
 
     Only attacks that have such a setting in the protocol are changed; None leaves it.
     """
-    wanted = {name: value for name, value in {"steps": steps, "eot_samples": eot_samples}.items() if value is not None}
+    numbers = {"steps": steps, "eot_samples": eot_samples, "queries": queries}
+    wanted = {name: value for name, value in numbers.items() if value is not None}
     attacks = tuple(
         replace(item, settings={**item.settings, **{name: wanted[name] for name in wanted if name in item.settings}})
         for item in protocol.attacks
@@ -138,18 +154,90 @@ def adjusted(
 
 
 _DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3}
+_STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
+_HILL_STEP = 2 / 8  # Hill et al. 2021: 2/255 at eps 8/255
+
+
+def _white_box(
+    steps: int, *, auto_steps: int, bpda_steps: int, bpda_draws: int, flow_steps: int, queries: int
+) -> tuple[PlannedAttack, ...]:
+    """The attacks of ``strict``, as long as asked for; EOT 20 throughout, as published, but for BPDA."""
+    from_the_image = {"steps": steps, "eot_samples": 20, "start": "clean", "stop_after": 5}
+    return (
+        PlannedAttack(f"transfer PGD-{steps}", "pgd", sees="classifier", relative_step=_STEP, settings={"steps": steps}),
+        PlannedAttack(f"PGD-{steps} + EOT-20 linf", "pgd", relative_step=_STEP, settings=from_the_image),
+        PlannedAttack(f"PGD-{steps} + EOT-20 l2", "pgd", "l2", relative_step=_STEP, settings=from_the_image),
+        PlannedAttack(
+            "AutoAttack linf", "autoattack", settings={"steps": auto_steps, "eot_samples": 20, "queries": queries}
+        ),
+        PlannedAttack(
+            "BPDA + EOT linf",
+            "pgd",
+            sees="bpda",
+            relative_step=_HILL_STEP,
+            settings={"steps": bpda_steps, "eot_samples": bpda_draws, "stop_after": 5},
+        ),
+        PlannedAttack("StAdv", "stadv", "flow", settings={"steps": flow_steps, "eot_samples": 20}),
+        PlannedAttack("Square linf", "square", settings={"queries": queries, "eot_samples": 1}),
+    )
+
 
 PROTOCOLS: dict[str, Protocol] = {
     item.name: item
     for item in (
         Protocol(
             "demo",
-            "One white-box attack and the blind one beside it, in less than a minute on 2 cores.",
+            "one white-box attack (PGD-40 + EOT-10) and the blind one beside it; under a minute on 2 cores",
             (
                 PlannedAttack("transfer", "pgd", sees="classifier", settings=_DEMO),
                 PlannedAttack("white-box", "pgd", settings=_DEMO),
             ),
             num_images=200,
+        ),
+        Protocol(
+            "quick",
+            "a look at every kind of attack, each too short to be believed alone; minutes on 2 cores",
+            (
+                PlannedAttack("transfer PGD-40", "pgd", sees="classifier", settings={"steps": 40}),
+                PlannedAttack("PGD-40 + EOT-10 linf", "pgd", settings=_DEMO),
+                PlannedAttack("PGD-40 + EOT-10 l2", "pgd", "l2", settings=_DEMO),
+                PlannedAttack("APGD-DLR linf", "apgd", settings={"steps": 30, "eot_samples": 10, "loss": "dlr"}),
+                PlannedAttack(
+                    "BPDA + EOT linf", "pgd", sees="bpda", relative_step=_HILL_STEP, settings=_DEMO | {"steps": 20}
+                ),
+                PlannedAttack("StAdv", "stadv", "flow", settings={"steps": 30, "eot_samples": 5}),
+                PlannedAttack("Square linf", "square", settings={"queries": 200}),
+            ),
+            num_images=128,
+        ),
+        Protocol(
+            "cpu",
+            "half as long as ``strict`` on 128 images; for 2 cores overnight, or in pieces",
+            _white_box(100, auto_steps=50, bpda_steps=25, bpda_draws=15, flow_steps=50, queries=1000),
+            num_images=128,
+        ),
+        Protocol(
+            "standard",
+            "the attacks of the literature without the black box, 512 images; an hour or more on a GPU",
+            _white_box(100, auto_steps=100, bpda_steps=50, bpda_draws=15, flow_steps=100, queries=1000)[:4],
+        ),
+        Protocol(
+            "strict",
+            "everything at its published length on the 512 images of Lee & Kim; hours on a GPU",
+            _white_box(200, auto_steps=100, bpda_steps=50, bpda_draws=15, flow_steps=100, queries=5000),
+            num_draws=20,
+            verdict=Verdict("majority", 20),
+            selection="lee-kim",
+        ),
+        Protocol(
+            "authors-log",
+            "what the log of the published code measures: attacks on the classifier alone, shown to the defence once",
+            (
+                PlannedAttack("FGSM on f", "fgsm", sees="classifier"),
+                PlannedAttack("PGD-20 on f", "pgd", sees="classifier", settings={"steps": 20}),
+                PlannedAttack("AutoAttack on f", "autoattack", sees="classifier"),
+            ),
+            num_draws=1,
         ),
     )
 }
