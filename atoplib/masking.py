@@ -5,7 +5,7 @@ Each check compares attacks on the same images, or the gradient with the loss th
 a p-value below ``significance``, ``failed`` one below a tenth of it, because a checklist makes about ten comparisons.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import atanh, inf, isfinite, pi, sqrt, tanh
@@ -45,8 +45,8 @@ class MaskingSettings:
         steps: iterations of the attack, at least 2; half and twice as many are tried as well.
         eot_samples: draws a gradient where the model is random; one and twice as many are tried as well.
         num_draws: forward passes an image to judge a random model.
-        unbounded_eps: l_inf sizes at which an attack should break everything; those below 2 * eps are left out (of the
-            l2 norm, they are multiplied by the root of the number of values of an image, and so is the comparison).
+        unbounded_eps: changes of every value at which an attack should break everything; in the l2 norm, their norm is
+            used. Those below 2 * eps are left out, but for the largest.
         queries: of the random search that is tried where no ``black_box`` is given; 0: none.
         noise_samples: random perturbations an image of the same norm.
         directions: random directions an image in which gradient and loss are compared.
@@ -167,7 +167,7 @@ def masking_checklist(
     if classifier is not None:
         check_attack(classifier, images, labels)
     with _own_generators(images.device):
-        bench = _Bench(model, images, labels, settings, _random_at_all(model, images), seed, max_batch)
+        bench = _Bench(model, images, labels, settings, is_random(model, images[:4]), seed, max_batch)
         checks: list[Check] = []
         planned = _plan(bench, classifier, black_box)
         for position, check in enumerate(planned, start=1):
@@ -361,7 +361,7 @@ def random_search(
     reached = loss(best)
     for query in range(queries):
         side = max(1, round(sqrt(0.3 * 0.03 ** (query / queries)) * min(height, width)))  # 30 % of the area, then 1 %
-        top, left = (floor_to(throw(batch, 1, 1, 1), extent - side + 1) for extent in (height, width))
+        top, left = (_floor_to(throw(batch, 1, 1, 1), extent - side + 1) for extent in (height, width))
         inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
         colour = (throw(batch, channels, 1, 1) < 0.5).float() * 2 - 1
         length = 2 * eps if norm == "linf" else 2 * eps / (side * sqrt(channels))
@@ -373,7 +373,7 @@ def random_search(
     return best
 
 
-def floor_to(share: Tensor, count: int) -> Tensor:
+def _floor_to(share: Tensor, count: int) -> Tensor:
     """Uniform values in [0, 1) -> whole numbers in 0..count - 1."""
     return (share * count).floor().clamp_max(count - 1)
 
@@ -424,11 +424,6 @@ def _throw_anew(model: Model, seed: int) -> None:
     reseed(model, seed)
 
 
-@torch.no_grad()
-def _random_at_all(model: nn.Module, images: Tensor) -> bool:
-    return is_random(model, images[:4])
-
-
 @contextmanager
 def _fixed(model: nn.Module, seed: int) -> Iterator[None]:
     """The same dice in each such block."""
@@ -463,6 +458,11 @@ class _Bench:
         return self.settings.num_draws if self.random else 1
 
     @property
+    def widest(self) -> float:
+        """The norm of a change of every value by 1."""
+        return 1.0 if self.settings.norm == "linf" else sqrt(self.images[0].numel())
+
+    @property
     def attack(self) -> PGDSettings:
         return PGDSettings(self.settings.eps, self.settings.norm, self.settings.steps, eot_samples=self.draws)
 
@@ -492,7 +492,7 @@ class _Bench:
         """Wrong draws an image; the same dice for every attack."""
         return (self.logits(images, seed=self.seed + 1).argmax(dim=2) != self.labels).sum(dim=0)
 
-    def hardest(self, candidates: Iterator[Tensor]) -> Tensor:
+    def hardest(self, candidates: Iterable[Tensor]) -> Tensor:
         """Of several perturbations, the one that each image reads worst, by dice that no verdict uses."""
         best, reached = self.images, None
         for images in candidates:
@@ -539,7 +539,7 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
 
     def starts() -> Check:
         wrong = main()
-        both = bench.wrong(bench.hardest(iter((found["main"], found["restart"]))))
+        both = bench.wrong(bench.hardest((found["main"], found["restart"])))
         return check_effort("restarts", "starts", {1: wrong, 2: both}, **common)
 
     def noise() -> Iterator[Tensor]:
@@ -570,7 +570,7 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
     plan = [lambda: _measure_gradients(bench), lambda: _measure_agreement(bench)]
     if bench.random:
         plan.append(lambda: _measure_draws(bench))
-    plan += [lambda eps=eps: _measure_unbounded(bench, eps) for eps in _unbounded(settings)]
+    plan += [lambda eps=eps: _measure_unbounded(bench, eps) for eps in _unbounded(bench)]
     plan += [steps, draws, starts] if bench.random else [steps, starts]
     plan.append(challenge("one step", lambda: bench.run(one_step)))
     plan.append(challenge("margin loss", lambda: bench.run(attack, loss=margin)))
@@ -585,10 +585,10 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
     return plan
 
 
-def _unbounded(settings: MaskingSettings) -> list[float]:
+def _unbounded(bench: _Bench) -> list[float]:
     """The sizes that are well above eps; the largest in any case."""
-    least = 2 * settings.eps if settings.norm == "linf" else 0.0
-    return [eps for eps in settings.unbounded_eps if eps >= least or eps == max(settings.unbounded_eps)]
+    sizes = bench.settings.unbounded_eps
+    return [eps for eps in sizes if eps * bench.widest >= 2 * bench.settings.eps or eps == max(sizes)]
 
 
 def _noise_of_size(images: Tensor, eps: float, norm: str, generator: torch.Generator) -> Tensor:
@@ -645,8 +645,7 @@ def _measure_draws(bench: _Bench, calls: int = 12, copies: int = 12, images: int
 
 def _measure_unbounded(bench: _Bench, eps: float) -> Check:
     """From the image itself: a random start in so large a ball would destroy the image without any gradient."""
-    scale = 1.0 if bench.settings.norm == "linf" else sqrt(bench.images[0].numel())
-    adversarial = bench.run(replace(bench.attack, eps=eps * scale, start="clean"))
+    adversarial = bench.run(replace(bench.attack, eps=eps * bench.widest, start="clean"))
     logits = bench.logits(adversarial, seed=bench.seed + 1)[0]
     right = logits.argmax(dim=1) == bench.labels
     return check_unbounded(right, logits.shape[1], eps, bench.settings.significance)
