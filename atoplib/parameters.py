@@ -20,6 +20,7 @@ from atoplib.data import Dataset, load_dataset
 from atoplib.evaluation import PROTOCOLS, Budget, Protocol, adjusted, lee_kim_indices
 from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
+from atoplib.masking import FEWEST_IMAGES, MaskingSettings
 from atoplib.purifiers import build_purifier
 from atoplib.runs import workspace_dir
 from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute_dtype
@@ -358,6 +359,7 @@ class Attack(Attacking):
     num_seeds: int = 1
     attack_batch: int = 100
     keep_images: bool = False
+    masking_images: int = 64
     dtype: str = "auto"
 
     SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "queries": 4, "num_draws": 3}
@@ -371,6 +373,10 @@ class Attack(Attacking):
                 raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
         if min(self.num_seeds, self.attack_batch) < 1:
             raise ValueError(f"num_seeds and attack_batch must be at least 1, got {self.num_seeds} and {self.attack_batch}")
+        if self.masking_images and self.masking_images < FEWEST_IMAGES:
+            raise ValueError(
+                f"masking_images must be 0 (no checks) or at least {FEWEST_IMAGES}, got {self.masking_images}; 64 are usual"
+            )
         if self.dtype not in DTYPES:
             raise ValueError(f"unknown dtype {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         for planned in self.plan.attacks:
@@ -386,6 +392,13 @@ class Attack(Attacking):
             queries=self.queries,
             num_draws=self.num_draws,
         )
+
+    @property
+    def masking(self) -> MaskingSettings:
+        """What the masking checks cost."""
+        if self.smoke:
+            return MaskingSettings(self.eps, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
+        return MaskingSettings(self.eps)
 
     @property
     def budget(self) -> Budget:
