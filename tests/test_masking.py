@@ -431,7 +431,7 @@ def test_draws_shared_in_a_batch_are_found_by_the_test_of_kruskal_and_wallis():
     for share in (0.0, 0.3, 1.0):
         values = own * (1 - share) + shared * share
         check = check_draws(values, 0.05)
-        exact = kruskal(*values.squeeze(2).numpy()).pvalue
+        exact = float(kruskal(*values.squeeze(2).numpy()).pvalue)
         assert check.verdict == outcome_of(exact, 0.05)
         assert exact < 1e-4 or f"{exact:.2g}" in check.evidence
     assert check.verdict == "failed"
