@@ -160,15 +160,15 @@ def masking_checklist(
 
     Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5; Hill et al. 2021 (straight-through purifier).
     """
-    check_attack(model, images, labels)
-    if len(images) < FEWEST_IMAGES:
-        raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}; 64 are usual")
     classifier = getattr(model, "classifier", None) if classifier is None else classifier
-    if classifier is not None:
-        check_attack(classifier, images, labels)
+    checks: list[Check] = []
     with _own_generators(images.device):
+        check_attack(model, images, labels)
+        if classifier is not None:
+            check_attack(classifier, images, labels)
+        if len(images) < FEWEST_IMAGES:
+            raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}; 64 are usual")
         bench = _Bench(model, images, labels, settings, is_random(model, images[:4]), seed, max_batch)
-        checks: list[Check] = []
         planned = _plan(bench, classifier, black_box)
         for position, check in enumerate(planned, start=1):
             checks.append(check())
