@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from atoplib.attacks import PGDSettings, check_budget
+from atoplib.attacks import PGDSettings, check_budget, pgd
 from atoplib.evaluation import (
     PROTOCOLS,
     Budget,
@@ -23,7 +23,7 @@ from atoplib.evaluation import (
 from atoplib.evaluation import measure as measure_module
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
-from atoplib.verdicts import VERDICTS, wilson_interval
+from atoplib.verdicts import VERDICTS, Verdict, judge, reseed, wilson_interval
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
 BUDGET = Budget(linf=0.05, l2=0.5)
@@ -273,8 +273,20 @@ def test_attack_and_verdict_use_different_dice_in_every_piece():
     reseed = pipeline.reseed
     pipeline.reseed = lambda seed: (seen.append(seed), reseed(seed))
     evaluate({"pipeline": pipeline}, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, batch_size=20)
-    attacks, verdicts = 2 * 2, 2  # two batches; two attacks see the pipeline; a verdict's dice are those of its batch
-    assert len(set(seen)) == attacks + verdicts
+    assert len(set(seen)) == 4, "two batches, each with dice for attacks and others for verdicts"
+    assert {0, 1} < set(seen), "those of the first batch are seed and seed + 1"
+
+
+def test_a_single_batch_is_what_a_call_by_hand_gives(result):
+    classifier, defences = setting()
+    found = evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, seeds=(5,), keep_images=True)
+    pipeline, settings = defences["pipeline"], PGDSettings(BUDGET.linf, **PGD)
+    reseed(pipeline, 5)
+    by_hand = pgd(pipeline, IMAGES, LABELS, settings, generator=torch.Generator().manual_seed(5), max_batch=256)
+    assert torch.equal(by_hand, found.adversarial["pipeline", "white-box", 5])
+    reseed(pipeline, 6)
+    right = judge(pipeline, by_hand, LABELS, Verdict("majority", 5), max_batch=256)
+    assert float(right.float().mean()) == pytest.approx(by_name(found)["pipeline", "white-box"].majority)
 
 
 def test_only_a_random_defence_costs_eot_draws():

@@ -14,7 +14,7 @@ from atoplib.attacks import BPDA, check_attack
 from atoplib.attacks.suite import ATTACKS
 from atoplib.evaluation.protocols import Budget, PlannedAttack, Protocol
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
-from atoplib.evaluation.store import Store, model_fingerprint, tensor_fingerprint, unit_seed
+from atoplib.evaluation.store import Store, attack_seed, hashed, model_fingerprint, tensor_fingerprint, verdict_seed
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report
 from atoplib.verdicts import VERDICTS, draw_logits, is_random, reseed
@@ -60,7 +60,7 @@ class _Unit(NamedTuple):
     def name(self) -> str:
         words = f"{self.label} {self.target or 'all'}".lower()
         slug = "-".join("".join(c if c.isalnum() else " " for c in words).split())
-        return f"{slug}-{unit_seed(self.label, self.target) % 2**24:06x}-seed{self.seed}-batch{self.batch}"
+        return f"{slug}-{hashed(self.label, self.target) % 2**24:06x}-seed{self.seed}-batch{self.batch}"
 
 
 class _Piece(NamedTuple):
@@ -174,7 +174,7 @@ def _attack(
     unit: _Unit, model: nn.Module, images: Tensor, labels: Tensor, settings: Any, max_batch: int, report: Callable
 ) -> Tensor:
     """The unit's adversarial images; its random numbers depend on nothing but the unit."""
-    seed = unit_seed(unit.seed, "attack", unit.planned.attack, unit.planned.norm, unit.batch)
+    seed = attack_seed(unit.seed, unit.batch)
     reseed(model, seed)
     generator = torch.Generator(images.device).manual_seed(seed)
     function = ATTACKS[unit.planned.attack].function
@@ -211,7 +211,7 @@ def _verdicts(
     """Every defence's verdicts on the images shown, with dice that the attack has not seen."""
     tensors = {}
     for name in unit.shown_to:
-        reseed(defences[name], unit_seed(unit.seed, "verdict", unit.batch))
+        reseed(defences[name], verdict_seed(unit.seed, unit.batch))
         draws = num_draws if random[name] else 1
         right, average = judge_draws(draw_logits(defences[name], shown, num_draws=draws, max_batch=max_batch), labels)
         tensors |= {f"{name}/{verdict}": value for verdict, value in right.items()}

@@ -82,6 +82,16 @@ def model_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def unit_seed(*parts: str | int) -> int:
-    """A seed that is a function of what it is for, so that a piece does not depend on the pieces before it."""
+def attack_seed(seed: int, batch: int) -> int:
+    """Of the attack on a batch and the dice that it meets; the first batch has ``seed`` itself, as a call by hand would."""
+    return seed if batch == 0 else hashed("attack", seed, batch)
+
+
+def verdict_seed(seed: int, batch: int) -> int:
+    """Of the dice of a batch's verdict, which the attack has not seen: ``seed + 1`` for the first batch."""
+    return seed + 1 if batch == 0 else hashed("verdict", seed, batch)
+
+
+def hashed(*parts: str | int) -> int:
+    """A number of 63 bits that is a function of the parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
