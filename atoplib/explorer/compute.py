@@ -454,7 +454,7 @@ def robust_curve(knobs: Knobs, scene: Scene, memory: Memory, report: Report = si
         def watch(step: int, steps: int, _adversarial: Tensor, number: int = number) -> None:
             report("robust accuracy", number * steps + step, len(radii) * steps)
 
-        watch(0, 1, images)
+        report("robust accuracy", number, len(radii))
         entry = scene.attacks[knobs.attack]
         adversarial = run_attack(replace(knobs, eps=eps), entry, attacked(defence, knobs), images, labels, callback=watch)
         reseed(defence, knobs.seed + 1)

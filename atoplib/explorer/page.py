@@ -64,6 +64,8 @@ STYLE = """<style>
 .atop svg .atop-here { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 3; }
 .atop-problem { border-left: 4px solid var(--wrong); padding: 8px 12px; font-size: 14px; background: var(--track);
   overflow-wrap: anywhere; }
+.atop-controls .widget-readout { min-width: 44px; max-width: 44px; margin-left: 6px; }
+.atop-controls .slider-container { margin: 0 4px; }
 .atop-pictures { transition: opacity 0.1s linear 0.25s; }
 .atop-stale { opacity: 0.35; }
 </style>"""
@@ -157,7 +159,7 @@ def pictures(view: View) -> str:
     scale = 255 * knobs.eps if knobs.norm == "linf" and knobs.attacks else float(perturbation.abs().max())
     change = after - view.clean
     steps = f", step {view.step} of {view.path_steps[-1]}" if view.step != view.path_steps[-1] else ""
-    largest = f"largest {255 * float(change.abs().max()):.3g}/255, l2 {float(change.norm()):.3g}"
+    sizes = (f"largest {255 * float(change.abs().max()):.3g}/255", f"l2 norm {float(change.norm()):.3g}")
     columns = [
         _column("clean", _img(view, draw.picture(view.clean), "the clean image"), _bars(view, "clean")),
         _column(
@@ -167,8 +169,8 @@ def pictures(view: View) -> str:
         ),
         _column(
             "perturbation",
-            _img(view, draw.change_map(perturbation, scale), f"the perturbation: {largest}"),
-            _scale(scale, f"adversarial {MINUS} clean", largest),
+            _img(view, draw.change_map(perturbation, scale), f"the perturbation: {sizes[0]}, {sizes[1]}"),
+            _scale(scale, f"adversarial {MINUS} clean", *sizes),
         ),
     ]
     if view.pictured is None:
@@ -188,9 +190,9 @@ def pictures(view: View) -> str:
     which = f", copy 1 of {copies}" if copies > 1 else ""
     columns += [
         _column(
-            f"transformed{which}",
+            "transformed",
             _img(view, draw.picture(shown.transformed[0]), f"what the purifier reads{which}"),
-            f'<p>{escape(transform_text(view))}</p><p class="atop-faint">{escape(_draw_text(view))}</p>',
+            f'<p>{escape(transform_text(view) + which)}</p><p class="atop-faint">{escape(_draw_text(view))}</p>',
         ),
         _column("purified", _img(view, draw.picture(shown.purified), "the purified image"), _bars(view, "purified")),
         _column(
@@ -225,7 +227,7 @@ def votes(view: View) -> str:
 
 def path(view: View) -> str:
     """Loss and decision at each step of the attack."""
-    title = '<p class="atop-panel-title">Path of the attack: cross-entropy (nats) at each step</p>'
+    title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
     if len(view.path_steps) == 1:
         return _page(title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
     right = (view.path_classes == view.label).tolist()
@@ -272,8 +274,8 @@ def line_chart(
     label: str,
     limits: tuple[float, float] | None = None,
     bands: Sequence[tuple[float, float]] = (),
-    width: int = 400,
-    height: int = 176,
+    width: int = 300,
+    height: int = 160,
 ) -> str:
     """A curve as SVG: a disc where ``right``, a cross where not, a dashed line at ``here``, bars for ``bands``."""
     left, top, bottom = 38, 8, 34

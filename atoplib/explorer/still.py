@@ -3,6 +3,7 @@
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from atoplib.explorer import draw, page
 from atoplib.explorer.compute import View
@@ -41,7 +42,7 @@ def still(view: View) -> Figure:
         below[3].set_axis_off()
         below[3].text(0.5, 0.98, page.transform_text(view).replace(", ", "\n"), ha="center", va="top", **_text())
         _probabilities(below[4], view, "purified")
-    last = grid[2, :].subgridspec(1, 2)
+    last = grid[2, :].subgridspec(1, 2, width_ratios=(1, 2))
     _votes(figure.add_subplot(last[0]), view)
     _path(figure.add_subplot(last[1]), view)
     return figure
@@ -84,6 +85,7 @@ def _probabilities(axes: Axes, view: View, stage: str) -> None:
     values = [100 * float(view.probabilities[stage][number]) for number in numbers]
     _bars(axes, view, numbers, values)
     axes.set_xlim(0, 100)
+    axes.set_xlabel("%", **_text())
     axes.set_title(f"{name} {RIGHT if right else WRONG} {100 * probability:.1f} %", **_text(TEXT))
 
 
@@ -92,6 +94,8 @@ def _votes(axes: Axes, view: View) -> None:
     numbers = sorted(set(view.votes.tolist()) | {view.label})[: page.MOST_CLASSES]
     _bars(axes, view, numbers, [int(counts[number]) for number in numbers])
     axes.set_xlim(0, len(view.votes))
+    axes.set_xlabel("draws", **_text())
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axes.set_title(
         f"vote: {page.votes_text(view)}" if len(view.votes) > 1 else "one draw: no dice are thrown", **_text(TEXT)
     )
@@ -106,7 +110,7 @@ def _bars(axes: Axes, view: View, numbers: list[int], values: list[float]) -> No
     axes.barh(range(len(numbers)), values, color=colours, height=0.75)
     names = [page.name_of(view, number)[:16] + (" (true)" if number == view.label else "") for number in numbers]
     axes.set_yticks(range(len(numbers)), names)
-    axes.invert_yaxis()
+    axes.set_ylim(max(len(numbers), 4) - 0.5, -0.5)  # a bar is as high whether there are two or four
     _style(axes)
 
 

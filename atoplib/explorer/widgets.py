@@ -49,7 +49,7 @@ PROGRESS_SECONDS = 0.1  # between two movements of the progress bar
 ALL = -1  # the class filter that lets every class pass
 NO_CURVE = '<div class="atop"><p class="atop-panel-title">Robust accuracy over eps</p><p class="atop-faint">{}</p></div>'
 ON_DEMAND = f"Computed on demand: this attack, on {compute.CURVE_IMAGES} images from this one on."
-LABEL = {"description_width": "112px"}
+LABEL = {"description_width": "104px"}
 WIDE = {"width": "auto", "min_width": "0"}
 COPY = """<button class="jupyter-button lm-Widget" style="width:100%%" title="the YAML below" data-yaml="%s"
 onclick="const y=this.dataset.yaml, b=this, done=()=>{b.textContent='Copied';
@@ -248,7 +248,7 @@ class Explorer:
             "eot_samples": self._int("EOT draws", 1, 50, knobs.eot_samples, "draws that each gradient is averaged over"),
             "transform": self._dropdown("transform", transforms, knobs.transform, "what destroys the perturbation"),
             "missing_rate": self._int("missing (%)", 0, 95, 0, "share of the patches that are dropped"),
-            "noise_std": self._float("noise std (0 to 1)", 0, 1, 0.01, knobs.noise_std, "of images in [0, 1]"),
+            "noise_std": self._float("noise std (of 1)", 0, 1, 0.01, knobs.noise_std, "of images in [0, 1]"),
             "num_masks": self._int("masks", 2, 16, knobs.num_masks, "RT3: each misses one patch in so many"),
             "num_draws": self._int("votes (draws)", 1, 50, knobs.num_draws, "forward passes of the vote"),
             "seed": widgets.BoundedIntText(
@@ -465,46 +465,47 @@ class Explorer:
         self.progress = widgets.IntProgress(0, 0, 1, layout=widgets.Layout(width="160px", visibility="hidden"))
         self.copy = widgets.HTML(layout=widgets.Layout(flex="1 1 auto"))
         self.yaml = widgets.Textarea(
-            rows=8, layout=widgets.Layout(width="100%"), tooltip="parameters of 04_attack that reproduce what is on screen"
+            rows=8, layout=widgets.Layout(width="auto"), tooltip="parameters of 04_attack that reproduce what is on screen"
         )
 
     def _lay_out(self) -> widgets.VBox:
         c = self.controls
-        row = widgets.Layout(width="100%", flex_flow="row wrap", align_items="center")
+        row = widgets.Layout(flex_flow="row wrap", align_items="center")
 
         def column(title: str, *children: widgets.Widget) -> widgets.VBox:
             heading = widgets.HTML(f'<div class="atop"><p class="atop-panel-title">{title}</p></div>')
             return widgets.VBox([heading, *children], layout=widgets.Layout(min_width="0"))
 
         steering = widgets.HBox([self.previous_button, self.next_button, self.search_button])
+        transform = (c["transform"], c["missing_rate"], c["noise_std"], c["num_masks"], c["num_draws"])
         controls = widgets.GridBox(
             [
                 column("Image and defence", c["dataset"], c["defence"], self.class_filter, self.image, steering),
                 column("Attack", c["attack"], c["attack_sees"], c["norm"], c["eps"], c["steps"], c["eot_samples"]),
-                column("Random transform", c["transform"], c["missing_rate"], c["noise_std"], c["num_masks"]),
-                column("Dice and vote", c["seed"], c["num_draws"], self.again_button),
+                column("Random transform and vote", *transform, c["seed"]),
             ],
-            layout=widgets.Layout(
-                width="100%", grid_template_columns="repeat(auto-fit, minmax(250px, 1fr))", grid_gap="0 16px"
-            ),
+            layout=widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(260px, 1fr))", grid_gap="0 16px"),
         )
+        controls.add_class("atop-controls")
         bar = widgets.HBox(
             [*self.preset_buttons, self.compute_button, self.cancel_button, self.progress, self.status], layout=row
         )
         charts = widgets.GridBox(
             [
-                self.votes,
+                widgets.VBox([self.votes, widgets.HBox([self.again_button])]),
                 widgets.VBox([self.path, c["shown_step"]]),
-                widgets.VBox([self.curve, self.curve_button]),
+                widgets.VBox([self.curve, widgets.HBox([self.curve_button])]),
             ],
-            layout=widgets.Layout(width="100%", grid_template_columns="2fr 3fr 3fr", grid_gap="0 20px"),
+            layout=widgets.Layout(
+                grid_template_columns="2fr 3fr 3fr", grid_gap="0 20px", margin="12px 0 0", align_items="flex-start"
+            ),
         )
         self.shown = widgets.VBox([self.pictures, charts])
         self.shown.add_class("atop-pictures")
         keep = widgets.HBox([self.copy, self.save_button, self.load_button, self.upload], layout=row)
         style = widgets.HTML(page.STYLE + f"<style>.atop-still-{self.name} {{ display: none }}</style>")
         parts = [style, controls, bar, self.shown, keep, self.yaml]
-        return widgets.VBox(parts, layout=widgets.Layout(width="100%", overflow="hidden"))
+        return widgets.VBox(parts, layout=widgets.Layout(overflow="hidden"))
 
 
 def save_view(view: compute.View, notebook: Mapping[str, Any], folder: Path) -> str:
@@ -552,11 +553,12 @@ def explore(
         explorer.worker.wait()
     except KeyboardInterrupt:
         explorer.cancel()
-    display(explorer.panel)
     if explorer.view is not None:
-        display(still_bundle(explorer.view, explorer.name), raw=True)
+        bundle = still_bundle(explorer.view, explorer.name)
     else:
-        display({"text/html": f'<div class="atop-still-{explorer.name}">{explorer.pictures.value}</div>'}, raw=True)
+        bundle = {"text/html": f'<div class="atop-still-{explorer.name}">{explorer.pictures.value}</div>'}
+    display(explorer.panel)  # last of all: as long as the cell runs, no control would be heard
+    display(bundle, raw=True)
 
 
 def make_explorer(
