@@ -350,24 +350,45 @@ class Attacking(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Attacking):
-    """04: on how many images the numbers are measured."""
+    """04: on how many images the numbers are measured, and with which transform if not with the one of the training."""
 
     STAGE = "04_attack"
 
     max_test: int | None = 200
+    image: int | None = None
+    transform: str | None = None
+    missing_rate: float | None = None
+    noise_std: float | None = None
+    num_masks: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.image is not None and self.image < 0:
+            raise ValueError(f"image must be 0 or above (or None), got {self.image}")
+        _ = replace(TransformSettings(), **self.transform_changes)
+
+    @property
+    def transform_changes(self) -> dict[str, Any]:
+        """What differs from the transform that a purifier was trained with."""
+        names = ("transform", "missing_rate", "noise_std", "num_masks")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"name" if name == "transform" else name: value for name, value in changes.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Visualize(Attacking):
-    """05: how many images are shown."""
+    """05: how many images can be explored, and how many stand in the still pictures."""
 
     STAGE = "05_visualize"
 
-    max_test: int | None = 6
+    max_test: int | None = 200
+    rows: int = 3
     show: str = "atop"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
         if self.show not in ("ap", "atop"):
             raise ValueError(f"unknown show {self.show!r}; allowed: ap, atop")
 

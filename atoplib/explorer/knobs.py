@@ -127,11 +127,10 @@ def applicable(knobs: Knobs, uses: Sequence[str], *, purifies: bool, random: boo
     if random:
         names |= {"seed", "num_draws", "draw"}
     if knobs.attack != NO_ATTACK:
-        names |= {"eps", "norm", "seed"} & set(uses)
-        if knobs.attacks:
-            names |= {"steps", "eot_samples"} & set(uses)
-            names |= {"attack_sees"} if purifies else set()
-            names |= {"shown_step"}
+        names |= {"eps"} & set(uses)
+    if knobs.attacks:
+        names |= {"shown_step", *({"norm", "steps", "eot_samples", "seed"} & set(uses))}
+        names |= {"attack_sees"} if purifies else set()
         if not random or (purifies and knobs.attack_sees == "classifier"):
             names -= {"eot_samples"}
     return frozenset(names)

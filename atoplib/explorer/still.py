@@ -128,5 +128,6 @@ def _path(axes: Axes, view: View) -> None:
         chosen = [place for place, good in enumerate(right) if good == kind]
         across, up = [steps[place] for place in chosen], [losses[place] for place in chosen]
         axes.scatter(across, up, marker=marker, color=colour, s=24, zorder=2, label=name)
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("step", **_text())
     axes.legend(frameon=False, prop={"family": FONT, "size": SMALL}, labelcolor=INK)

@@ -137,8 +137,8 @@ class Explorer:
     def save(self) -> None:
         """Write what is on screen as PNG, PDF and YAML, in the background; the status says where."""
         view = self.view
-        if view is None:
-            self._say("There is no picture to save.")
+        if view is None or not view.adapted:
+            self._say("There is no picture to save yet.")
             return
         self._say("Saving ...")
         self.saver.submit(
@@ -186,9 +186,9 @@ class Explorer:
         self.pictures.value, self.votes.value, self.path.value = page.pictures(view), page.votes(view), page.path(view)
         self._mirror(view)
         self._set_stale(False)
-        text = to_yaml(view.knobs, self.notebook, max_batch=view.max_batch)
-        self.yaml.value, self.copy.value = text, COPY % escape(text)
         if view.adapted:
+            text = to_yaml(view.knobs, self.notebook, max_batch=view.max_batch)
+            self.yaml.value, self.copy.value = text, COPY % escape(text)
             self._say(f"{page.defence_text(view)}; {page.attack_text(view)}; {view.seconds:.2f} s.{remark}")
         else:
             self._say("A preview: the attack is being made anew for this transform ...")
@@ -467,6 +467,7 @@ class Explorer:
         self.yaml = widgets.Textarea(
             rows=8, layout=widgets.Layout(width="auto"), tooltip="parameters of 04_attack that reproduce what is on screen"
         )
+        self.yaml.add_class("atop-yaml")
 
     def _lay_out(self) -> widgets.VBox:
         c = self.controls
