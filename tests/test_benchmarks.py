@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib.classifiers import build_classifier
 from atoplib.purifiers import GatedUNet
+from benchmarks import explorer_latency
 from benchmarks import training_speed as speed
 
 CPU = torch.device("cpu")
@@ -202,3 +203,12 @@ def test_a_wrong_argument_is_refused_with_a_sentence(argv, sentence, capsys):
         speed.main(argv)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_the_explorers_latency_is_measured_until_the_right_picture_is_shown(capsys):
+    explorer_latency.main(["--smoke"])
+    printed = capsys.readouterr().out
+    (rows,) = rows_of(printed).values()
+    assert [row["from the control to the pictures"] for row in rows] == list(explorer_latency.AIMS)
+    for row in rows:
+        assert 0 < float(row["median ms"]) <= float(row["slowest ms"])
