@@ -17,6 +17,7 @@ from torch import nn
 
 from atoplib import attacks, verdicts
 from atoplib.data import Dataset, Split, to_float
+from atoplib.evaluation import evaluate
 from atoplib.explorer import compute, draw, page
 from atoplib.explorer.knobs import NO_ATTACK, Knobs, applicable, from_yaml, presets, to_yaml
 from atoplib.explorer.still import still
@@ -263,6 +264,31 @@ def test_what_is_shown_equals_a_library_call_with_the_same_seed(transform: str, 
     shown = defence.draw(images.expand(6 if random else 1, -1, -1, -1))
     torch.testing.assert_close(view.pictured.masks, shown.masks[:, 2 if random else 0])
     assert len(view.pictured.transformed) == len(shown.masks)
+
+
+@pytest.mark.parametrize(("sees", "column"), [("pipeline", "white-box"), ("classifier", "transfer")])
+def test_the_attack_notebooks_evaluation_with_the_yaml_gives_what_is_on_screen(sees: str, column: str) -> None:
+    knobs = replace(KNOBS, image=7, eps=0.1, steps=4, eot_samples=2, seed=3, num_draws=9, attack_sees=sees)
+    knobs = replace(knobs, transform="rt3", noise_std=0.35, num_masks=3)
+    view = final(knobs, make_scene())
+    parameters = Attack.from_mapping(yaml.safe_load(to_yaml(knobs, {}, max_batch=view.max_batch)))
+    defence, test = make_pipeline(), make_dataset().test
+    defence.transform = replace(defence.transform, **parameters.transform_changes)
+    measured = evaluate(
+        {"it": defence},
+        to_float(test.images[parameters.image : parameters.image + 1]),
+        test.labels[parameters.image : parameters.image + 1],
+        attack=parameters.attack,
+        classifier=defence.classifier,
+        num_draws=parameters.num_draws,
+        seed=parameters.seed,
+        max_batch=parameters.max_batch,
+    )
+    (score,) = (score for score in measured.scores if score.attack == column)
+    torch.testing.assert_close(measured.adversarial["it", column][0], view.adversarial)
+    assert bool(score.one_shot) == (int(view.votes[0]) == view.label)
+    assert bool(score.majority) == (view.majority == view.label)
+    assert bool(score.worst_of_n) == (view.right_draws == 9)
 
 
 def test_draws_in_several_batches_are_those_of_draw_logits_in_such_batches(monkeypatch: pytest.MonkeyPatch) -> None:

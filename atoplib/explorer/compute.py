@@ -337,7 +337,8 @@ def _show(
         logits = draw_logits(defence, adversarial, num_draws=draws, max_batch=max_batch(clean))[:, 0]
         read = defence(clean)[0].float().softmax(dim=0)
         probabilities = {"clean": read, "adversarial": logits[number].softmax(dim=0)}
-    path_logits = _path_logits(attacked(defence, knobs), path.images, pictured, report)
+    target = attacked(defence, knobs) if knobs.attacks else defence
+    path_logits = _path_logits(target, path.images, pictured, report)
     losses = functional.cross_entropy(path_logits, label.expand(len(path_logits)), reduction="none")
     return View(
         knobs=knobs,
