@@ -42,7 +42,7 @@ class SlowClassifier(nn.Module):
 
     def forward(self, images):
         self.entered.set()
-        assert self.go.wait(20)
+        assert self.go.wait(120)
         return self.inner(images)
 
 
@@ -81,7 +81,7 @@ def make(**start) -> Explorer:
 
 
 def settled(explorer: Explorer) -> compute.View:
-    assert explorer.worker.wait(30)
+    assert explorer.worker.wait(120)
     assert explorer.view is not None, explorer.pictures.value
     assert explorer.view.knobs == explorer.knobs and explorer.view.adapted
     return explorer.view
@@ -441,7 +441,7 @@ def test_a_picture_has_the_pixels_of_the_image() -> None:
 def test_a_map_is_white_at_zero_red_above_blue_below_and_symmetric() -> None:
     change = torch.tensor([[-9.0, -4.0, 0.0, 4.0, 8.0]])
     red, _, blue = np.asarray(Image.open(io.BytesIO(draw.change_map(change, 8.0)))).astype(int)[0].T
-    assert (red[2], blue[2]) == (247, 247) and red[4] > blue[4] + 50 and blue[0] > red[0] + 50
+    assert min(red[2], blue[2]) > 240 and red[4] > blue[4] + 50 and blue[0] > red[0] + 50
     assert red[3] > blue[3] and blue[1] > red[1]
     saturated = np.asarray(Image.open(io.BytesIO(draw.change_map(torch.tensor([[-8.0]]), 8.0))))
     assert np.array_equal(saturated[0, 0], np.array([red[0], *saturated[0, 0, 1:2], blue[0]]))
@@ -519,7 +519,7 @@ def test_the_last_request_wins_and_the_ones_between_never_run() -> None:
     for number in range(10):
         worker.submit(lambda ticket, number=number: ticket.publish(lambda: shown.append(number)))
     go.set()
-    assert worker.wait(10) and shown == [9]
+    assert worker.wait(60) and shown == [9]
 
 
 def test_a_cancelled_job_stops_at_its_next_check_and_shows_nothing() -> None:
@@ -533,10 +533,10 @@ def test_a_cancelled_job_stops_at_its_next_check_and_shows_nothing() -> None:
 
     worker.submit(endless)
     assert entered.wait(10) and not worker.idle
-    assert worker.cancel() and worker.wait(10) and worker.idle
+    assert worker.cancel() and worker.wait(60) and worker.idle
     assert not worker.cancel()
     worker.submit(lambda ticket: ticket.publish(lambda: shown.append("next")))
-    assert worker.wait(10) and shown == ["next"]
+    assert worker.wait(60) and shown == ["next"]
 
 
 def test_an_error_is_reported_unless_a_later_request_has_come() -> None:
@@ -552,7 +552,7 @@ def test_an_error_is_reported_unless_a_later_request_has_come() -> None:
     assert entered.wait(10)
     worker.submit(lambda ticket: (_ for _ in ()).throw(RuntimeError("in time")))
     go.set()
-    assert worker.wait(10) and [str(error) for error in errors] == ["in time"]
+    assert worker.wait(60) and [str(error) for error in errors] == ["in time"]
 
 
 def test_a_thread_that_has_nothing_to_do_ends_and_another_takes_over(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -560,7 +560,7 @@ def test_a_thread_that_has_nothing_to_do_ends_and_another_takes_over(monkeypatch
     worker, threads = Worker(print, quiet), []
     for _ in range(2):
         worker.submit(lambda ticket: threads.append(threading.current_thread()))
-        assert worker.wait(10)
+        assert worker.wait(60)
         threads[-1].join(10)
         assert not threads[-1].is_alive()
     assert threads[0] is not threads[1]
@@ -577,7 +577,7 @@ def test_publishing_after_a_later_request_raises() -> None:
             raised.append("superseded")
 
     worker.submit(job)
-    assert worker.wait(10) and raised == ["superseded"]
+    assert worker.wait(60) and raised == ["superseded"]
 
 
 # the widget
@@ -636,11 +636,11 @@ def test_pictures_are_dimmed_while_others_are_made_and_after_a_cancellation() ->
     explorer.refresh()
     settled(explorer)
     explorer.controls["defence"].value = "slow"
-    assert slow.entered.wait(20)
+    assert slow.entered.wait(120)
     assert "atop-stale" in explorer.shown._dom_classes and not explorer.cancel_button.disabled
     explorer.cancel()
     slow.go.set()
-    assert explorer.worker.wait(20)
+    assert explorer.worker.wait(120)
     assert explorer.view.knobs.defence == "bare" and "atop-stale" in explorer.shown._dom_classes
     assert "Cancelled: the dimmed pictures" in explorer.status.value and not explorer.compute_button.disabled
     explorer.compute_button.click()
@@ -729,7 +729,7 @@ def test_saving_writes_png_pdf_and_a_yaml_that_sets_the_same_knobs(tmp_path: Pat
     explorer.refresh()
     view = settled(explorer)
     explorer.save_button.click()
-    assert explorer.saver.wait(30) and "Saved" in explorer.status.value
+    assert explorer.saver.wait(120) and "Saved" in explorer.status.value
     (png,), (pdf,), (text,) = tmp_path.glob("*.png"), tmp_path.glob("*.pdf"), tmp_path.glob("*.yaml")
     assert Image.open(png).format == "PNG" and pdf.read_bytes()[:4] == b"%PDF"
     assert from_yaml(text.read_text(), KNOBS) == view.knobs
@@ -762,7 +762,7 @@ class Failing(nn.Module):
 def test_what_goes_wrong_is_a_sentence_in_the_explorer_and_passes(defence, said: str) -> None:
     explorer = make_explorer({"wrong": defence, "right": make_classifier()}, make_dataset())
     explorer.refresh()
-    assert explorer.worker.wait(20)
+    assert explorer.worker.wait(120)
     assert said in text_of(explorer.pictures.value).replace("&#x27;", "'")
     assert "Traceback" not in explorer.pictures.value and explorer.view is None
     explorer.controls["defence"].value = "right"
@@ -773,7 +773,7 @@ def test_images_that_the_grid_does_not_divide_are_a_sentence() -> None:
     dataset = make_dataset(size=SIZE - 1)
     explorer = make_explorer(make_pipeline(), dataset)
     explorer.refresh()
-    assert explorer.worker.wait(20)
+    assert explorer.worker.wait(120)
     assert "15 x 15 px cannot be cut into 8 x 8 equal patches" in explorer.pictures.value
 
 
@@ -784,7 +784,7 @@ def test_an_attack_that_raises_is_a_sentence() -> None:
     entries = {"pgd": AttackEntry(broken, ATTACKS["pgd"].settings, ATTACKS["pgd"].uses)}
     explorer = make_explorer(make_classifier(), make_dataset(), attacks=entries)
     explorer.refresh()
-    assert explorer.worker.wait(20)
+    assert explorer.worker.wait(120)
     assert "AssertionError: the attack left its budget" in explorer.pictures.value
 
 

@@ -1,7 +1,7 @@
 """The explorer in a real JupyterLab and a real Chromium: what a person does with it, and what he then sees.
 
 Runs where the package playwright and a Chromium are found (``CHROMIUM=PATH`` names one); else it is skipped, in one line.
-With ``SCREENSHOTS=FOLDER`` the pages are kept as pictures, to be looked at.
+With ``SCREENSHOTS=FOLDER`` the pages are kept as pictures, to be looked at; ``PATIENCE=SECONDS`` is how long a step may take.
 """
 
 import os
@@ -26,7 +26,7 @@ from atoplib.explorer.suite import ATTACKS
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-PATIENCE = 180_000  # milliseconds, for a machine that has other things to do
+PATIENCE = 1000 * int(os.environ.get("PATIENCE", 120))  # milliseconds; more, for a machine that has much else to do
 SETUP = """
 from pathlib import Path
 import torch
