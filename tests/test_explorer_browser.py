@@ -1,7 +1,7 @@
 """The explorer in a real JupyterLab and a real Chromium: what a person does with it, and what he then sees.
 
 Runs where the package playwright and a Chromium are found (``CHROMIUM=PATH`` names one); else it is skipped, in one line.
-With ``SCREENSHOTS=FOLDER`` the pages are kept as pictures, to be looked at; ``PATIENCE=SECONDS`` is how long a step may take.
+``SCREENSHOTS=FOLDER`` keeps the pages as pictures, to be looked at; ``PATIENCE=SECONDS`` is how long a step may take.
 """
 
 import os
@@ -49,8 +49,11 @@ defences = {"AToP": AToPPipeline(TransformSettings("rt2", 0.25, 0.1), purifier, 
 
 def find_chromium() -> str | None:
     """The browser's program, or None."""
-    named = os.environ.get("CHROMIUM")
-    return named or next((found for name in NAMES if (found := shutil.which(name))), None)
+    if named := os.environ.get("CHROMIUM"):
+        return named
+    downloads = Path(os.environ.get("PLAYWRIGHT_BROWSERS_PATH", "~/.cache/ms-playwright")).expanduser()
+    installed = (found for name in NAMES if (found := shutil.which(name)))
+    return next(installed, None) or next(map(str, sorted(downloads.glob("chromium-*/chrome-linux*/chrome"))), None)
 
 
 CHROMIUM = find_chromium()

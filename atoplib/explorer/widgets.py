@@ -141,9 +141,12 @@ class Explorer:
             self._say("There is no picture to save yet.")
             return
         self._say("Saving ...")
-        self.saver.submit(
-            lambda ticket: ticket.publish(lambda: self._say(f"Saved {save_view(view, self.notebook, self.folder)}"))
-        )
+
+        def write(ticket: Ticket) -> None:
+            saved = save_view(view, self.notebook, self.folder)
+            ticket.publish(lambda: self._say(f"Saved {saved}"))
+
+        self.saver.submit(write)
 
     # the worker's thread
 
@@ -315,7 +318,6 @@ class Explorer:
             tooltip=tooltip,
             style=LABEL,
             layout=WIDE,
-            description_allow_html=False,
         )
 
     @staticmethod
