@@ -118,6 +118,7 @@ class Explorer:
         with self.worker.lock:
             if self.worker.cancel():
                 current = self.view is not None and self.view.knobs == self.knobs and self.view.adapted
+                self._set_stale(not current)
                 self._say("Cancelled." if current else "Cancelled: the dimmed pictures are those of earlier knobs.")
                 self.cancel_button.disabled, self.compute_button.disabled = True, False
                 self.progress.layout.visibility = "hidden"
