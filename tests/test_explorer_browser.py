@@ -87,16 +87,26 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     log = (folder / "log.txt").open("w")
     server = subprocess.Popen(command, env=environment, cwd=folder / "work", stdout=log, stderr=log)
     try:
-        for _ in range(600):
-            assert server.poll() is None, (folder / "log.txt").read_text()[-2000:]
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.2)
+        wait_for_port(port, server, folder / "log.txt")
         yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token=test&reset"
     finally:
         server.terminate()
-        server.wait(60)
+        try:
+            server.wait(PATIENCE / 1000)
+        except subprocess.TimeoutExpired:
+            server.kill()
+
+
+def wait_for_port(port: int, server: subprocess.Popen, log: Path) -> None:
+    """Wait until the server answers."""
+    ends = time.monotonic() + PATIENCE / 1000
+    while time.monotonic() < ends:
+        assert server.poll() is None, log.read_text()[-2000:]
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"JupyterLab did not answer in {PATIENCE / 1000:.0f} s")
 
 
 @pytest.fixture(scope="module")
