@@ -5,6 +5,7 @@ Runs where the package playwright and a Chromium are found (``CHROMIUM=PATH`` na
 """
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -128,17 +129,28 @@ def page(address: str, errors: list[str]) -> Iterator:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
         run_all(page)
         yield page
         browser.close()
 
 
+def choose(page, menu: str, *items: str) -> None:
+    """Click through a menu of the menu bar."""
+    page.locator(".lm-MenuBar-itemLabel").filter(has_text=re.compile(f"^{menu}$")).click()
+    for item in items:
+        page.locator(".lm-Menu-itemLabel").filter(has_text=re.compile(f"^{item}$")).click()
+
+
+def wait_for_idle(page) -> None:
+    """Wait until the kernel has nothing to do."""
+    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
+
+
 def run_all(page) -> None:
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
+    wait_for_idle(page)
+    choose(page, "Run", "Run All Cells")
     page.wait_for_selector(".atop-pictures img")
-    page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+    wait_for_idle(page)
 
 
 def wait_for(page, *wanted: str) -> Knobs:
@@ -272,9 +284,7 @@ def test_the_parameters_can_be_copied_and_loaded(page) -> None:
 
 @pytest.mark.parametrize("theme", ["Dark", "Light"])
 def test_nothing_is_wider_than_the_window_in_either_theme(page, theme: str) -> None:
-    page.get_by_role("menuitem", name="Settings", exact=True).click()
-    page.get_by_role("menuitem", name="Theme", exact=True).hover()
-    page.get_by_role("menuitem", name=f"JupyterLab {theme}", exact=True).click()
+    choose(page, "Settings", "Theme", f"JupyterLab {theme}")
     page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']")
     reset(page)
     page.get_by_label("transform", exact=True).select_option("RT3: noise, masks")
@@ -294,7 +304,7 @@ def test_nothing_is_wider_than_the_window_in_either_theme(page, theme: str) -> N
 def test_run_all_while_an_attack_runs_gives_a_fresh_explorer(page) -> None:
     page.get_by_role("button", name="Strict").click()
     page.wait_for_selector(".atop-stale", state="attached")
-    run_all(page)
+    choose(page, "Run", "Run All Cells")
     knobs = wait_for(page, "steps: 5")
     assert sources(page) == expected(knobs)
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
