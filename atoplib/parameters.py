@@ -15,9 +15,10 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 import torch
 
 from atoplib.attacks import PGDSettings
+from atoplib.attacks.suite import ATTACKS
 from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
-from atoplib.evaluation import PROTOCOLS, Budget, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
 from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
 from atoplib.masking import FEWEST_IMAGES, MaskingSettings
@@ -27,6 +28,7 @@ from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute
 from atoplib.transforms import TransformSettings
 
 STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the order that the literature numbers them in
+SEES = ("pipeline", "classifier")
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -345,12 +347,23 @@ class Attacking(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Attacking):
-    """04: the protocol that the numbers are measured by, and what of it is changed."""
+    """04: the protocol that the numbers are measured by, and what of it and of the defences is changed.
+
+    ``attack`` takes the place of the protocol's attacks, and eps is then the radius of its ``norm``.
+    """
 
     STAGE = "04_attack"
 
     max_test: int | None = None
+    image: int | None = None
+    transform: str | None = None
+    missing_rate: float | None = None
+    noise_std: float | None = None
+    num_masks: int | None = None
     protocol: str = "demo"
+    attack: str | None = None
+    attack_sees: str = "pipeline"
+    norm: str = "linf"
     eps_l2: float = 2.0
     steps: int | None = None
     eot_samples: int | None = None
@@ -366,8 +379,13 @@ class Attack(Attacking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.image is not None and self.image < 0:
+            raise ValueError(f"image must be 0 or above (or None), got {self.image}")
+        _ = replace(TransformSettings(), **self.transform_changes)
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
+        if self.attack_sees not in SEES:
+            raise ValueError(f"unknown attack_sees {self.attack_sees!r}; allowed: {', '.join(SEES)}")
         for name in ("steps", "eot_samples", "queries", "num_draws"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
@@ -384,7 +402,15 @@ class Attack(Attacking):
 
     @property
     def plan(self) -> Protocol:
-        """The protocol, with what was changed of it."""
+        """The protocol, with what was changed of it; or the one attack that takes its place."""
+        if self.attack is not None and self.attack != "none":
+            wanted = {"steps": self.steps, "eot_samples": self.eot_samples, "queries": self.queries}
+            options = ATTACKS[self.attack].options if self.attack in ATTACKS else ()
+            settings = {name: value for name, value in wanted.items() if name in options and value is not None}
+            label, sees = ("white-box", "defence") if self.attack_sees == "pipeline" else ("transfer", "classifier")
+            alone = PlannedAttack(label, self.attack, self.norm, sees, settings=settings)
+            name = f"{self.attack} alone ({', '.join([self.norm, *(f'{key} {value}' for key, value in settings.items())])})"
+            return Protocol(name, "one attack", (alone,), num_images=200, num_draws=self.num_draws or 10)
         return adjusted(
             PROTOCOLS[self.protocol],
             steps=self.steps,
@@ -397,13 +423,24 @@ class Attack(Attacking):
     def masking(self) -> MaskingSettings:
         """What the masking checks cost."""
         if self.smoke:
-            return MaskingSettings(self.eps, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
-        return MaskingSettings(self.eps)
+            return MaskingSettings(
+                self.eps, self.norm, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2
+            )
+        return MaskingSettings(self.eps, self.norm)
 
     @property
     def budget(self) -> Budget:
         """How far attacks may go."""
+        if self.attack is not None and self.norm == "l2":
+            return Budget(linf=min(1.0, self.eps), l2=self.eps)
         return Budget(linf=self.eps, l2=self.eps_l2)
+
+    @property
+    def transform_changes(self) -> dict[str, Any]:
+        """What differs from the transform that a purifier was trained with."""
+        names = ("transform", "missing_rate", "noise_std", "num_masks")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"name" if name == "transform" else name: value for name, value in changes.items()}
 
     @property
     def published(self) -> tuple[Published, ...]:
@@ -432,11 +469,12 @@ class Attack(Attacking):
 
 @dataclass(frozen=True, kw_only=True)
 class Visualize(Attacking):
-    """05: how many images are shown, and the attack on them."""
+    """05: how many images can be explored, how many stand in the still pictures, and the attack on them."""
 
     STAGE = "05_visualize"
 
-    max_test: int | None = 6
+    max_test: int | None = 200
+    rows: int = 3
     show: str = "atop"
     norm: str = "linf"
     steps: int = 40
@@ -457,6 +495,8 @@ class Visualize(Attacking):
         _ = self.attack
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
         if self.show not in ("ap", "atop"):
             raise ValueError(f"unknown show {self.show!r}; allowed: ap, atop")
 

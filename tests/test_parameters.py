@@ -288,6 +288,26 @@ def test_the_settings_are_made_of_the_parameters():
     assert {name: getattr(training, name) for name in names} == {name: getattr(tuned, name) for name in names}
 
 
+def test_the_attack_takes_another_transform_only_where_it_is_told_to():
+    assert Attack().transform_changes == {} and Attack().image is None
+    told = Attack(transform="rt3", noise_std=0.0, num_masks=8)
+    assert told.transform_changes == {"name": "rt3", "noise_std": 0.0, "num_masks": 8}
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, said",
+    [
+        (Attack, {"image": -1}, "image must be 0 or above"),
+        (Attack, {"transform": "rt4"}, "unknown transform 'rt4'"),
+        (Attack, {"missing_rate": 1.0}, "missing_rate must lie in"),
+        (Visualize, {"rows": 0}, "rows must be at least 1"),
+    ],
+)
+def test_what_the_pictures_and_the_attack_cannot_do_is_refused(kind, wrong, said):
+    with pytest.raises(ParameterError, match=said):
+        kind.from_mapping(wrong)
+
+
 def test_the_papers_attack_is_fgsm_from_the_image_itself():
     assert FinetuneAtop(attack_sees="classifier", attack_steps=1).attack.attack.start == "clean"
     assert FinetuneAtop(attack_sees="pipeline", attack_steps=1).attack.attack.start == "random"
