@@ -186,7 +186,10 @@ def test_the_yaml_is_accepted_by_the_attack_notebook_and_holds_its_parameters() 
     assert (accepted.experiment, accepted.max_test, accepted.max_batch) == ("mine", 30, 64)
     assert (accepted.eps, accepted.steps, accepted.eot_samples) == (0.25, 17, 3)
     assert (accepted.seed, accepted.num_draws, accepted.norm) == (4, 5, "l2")
-    assert accepted.alpha is None and accepted.stop_after == 0
+    (alone,) = accepted.plan.attacks
+    assert (alone.attack, alone.norm, alone.sees) == ("pgd", "l2", "defence")
+    built = alone.build(accepted.budget, random=True, verdict=accepted.plan.verdict)
+    assert (built.eps, built.steps, built.alpha, built.eot_samples, built.stop_after) == (0.25, 17, None, 3, 0)
 
 
 def test_a_value_edited_by_hand_wins_over_the_explorers_own_line() -> None:
@@ -278,14 +281,15 @@ def test_the_attack_notebooks_evaluation_with_the_yaml_gives_what_is_on_screen(s
         {"it": defence},
         to_float(test.images[parameters.image : parameters.image + 1]),
         test.labels[parameters.image : parameters.image + 1],
-        attack=parameters.attack,
+        parameters.plan,
+        parameters.budget,
         classifier=defence.classifier,
-        num_draws=parameters.num_draws,
-        seed=parameters.seed,
+        seeds=parameters.seeds,
         max_batch=parameters.max_batch,
+        keep_images=True,
     )
     (score,) = (score for score in measured.scores if score.attack == column)
-    torch.testing.assert_close(measured.adversarial["it", column][0], view.adversarial)
+    torch.testing.assert_close(measured.adversarial["it", column, 3][0], view.adversarial)
     assert bool(score.one_shot) == (int(view.votes[0]) == view.label)
     assert bool(score.majority) == (view.majority == view.label)
     assert bool(score.worst_of_n) == (view.right_draws == 9)

@@ -339,6 +339,28 @@ def test_a_protocol_can_be_changed_and_says_so():
     assert changed.plan.num_draws == 5 and changed.test_choice == 30 and changed.seeds == (4, 5, 6)
 
 
+def test_one_attack_can_take_the_place_of_the_protocols():
+    alone = Attack(attack="pgd", attack_sees="classifier", norm="l2", eps=3.0, steps=5, queries=9)
+    assert alone.plan.name == "pgd alone (l2, steps 5)" and alone.budget.l2 == 3.0
+    (planned,) = alone.plan.attacks
+    assert (planned.label, planned.sees, dict(planned.settings)) == ("transfer", "classifier", {"steps": 5})
+    assert Attack(attack="none").plan == PROTOCOLS["demo"]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"attack": "pdg"}, "unknown attack 'pdg'; allowed: fgsm, pgd"),
+        ({"attack": "pgd", "norm": "l1"}, "pgd knows the norms linf, l2, not 'l1'"),
+        ({"attack_sees": "all"}, "unknown attack_sees 'all'; allowed: pipeline, classifier"),
+        ({"masking_images": 3}, "masking_images must be 0 .no checks. or at least 8, got 3"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused(wrong, said):
+    with pytest.raises(ParameterError, match=said):
+        Attack.from_mapping(wrong)
+
+
 def test_published_numbers_stand_beside_comparable_ones_only():
     assert Attack(dataset="cifar10", eps=8 / 255).published
     assert not Attack(dataset="cifar10", eps=4 / 255).published and not Attack(eps=8 / 255).published

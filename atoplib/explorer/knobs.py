@@ -168,7 +168,7 @@ def to_yaml(knobs: Knobs, notebook: Mapping[str, Any], *, max_batch: int) -> str
     known = {item.name for item in fields(NOTEBOOKS[ATTACK_NOTEBOOK])}
     own = asdict(knobs)
     values = {name: value for name, value in notebook.items() if name in known and name not in own}
-    values |= {"alpha": None, "stop_after": 0, "max_batch": max_batch}
+    values |= {"max_batch": max_batch}
     values |= {name: value for name, value in own.items() if name in known and (name != "eps" or knobs.eps)}
     line = yaml.safe_dump(own, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     head = f"# papermill notebooks/{ATTACK_NOTEBOOK}.ipynb out.ipynb -k python3 -f THIS_FILE\n"
