@@ -281,14 +281,14 @@ def test_impossible_settings_of_fab_are_refused(wrong, message):
 
 @pytest.fixture(scope="module")
 def hardened_digits(tmp_path_factory):
-    """A small network, trained on attacked digits of 14 px for some seconds, and 40 test digits."""
+    """A small network, trained on attacked digits of 16 px for some seconds (the original's Square needs 15 in l2), and 40 test digits."""
     torch.manual_seed(0)
     digits = load_dataset("mnist5k", data_dir=tmp_path_factory.mktemp("data"), max_train=1500, max_test=40)
 
     def small(split):
-        return F.avg_pool2d(to_float(split.images)[:, :, 2:30, 2:30], 2)
+        return F.avg_pool2d(to_float(split.images), 2)
 
-    layers = [nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 10)]
+    layers = [nn.Conv2d(3, 16, 3, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(800, 10)]
     model, images, labels = nn.Sequential(*layers), small(digits.train), digits.train.labels
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for epoch in range(6):
@@ -303,7 +303,7 @@ def hardened_digits(tmp_path_factory):
 
 
 @pytest.mark.skipif(find_spec("pyautoattack") is None, reason="pyautoattack, the original AutoAttack, is not installed")
-@pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 0.8)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.12), ("l2", 2.0)])
 def test_every_part_agrees_with_the_original_within_one_image(hardened_digits, norm, eps):
     from benchmarks.autoattack_agreement import compare, table
 
