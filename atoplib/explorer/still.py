@@ -62,14 +62,14 @@ def _style(axes: Axes) -> None:
 
 def _image(axes: Axes, title: str, image) -> None:
     crisp = image.shape[-1] < page.CRISP_BELOW
-    axes.imshow(image.clamp(0, 1).permute(1, 2, 0), interpolation="nearest" if crisp else "antialiased")
+    axes.imshow(image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest" if crisp else "antialiased")
     axes.set_title(title, **_text(TEXT))
     axes.set_axis_off()
 
 
 def _change(figure: Figure, axes: Axes, below: Axes, title: str, change, scale: float | None) -> None:
     scale = scale or max(float(change.abs().max()), 1e-6)
-    shown = axes.imshow(change, cmap=DIVERGING, vmin=-scale, vmax=scale, interpolation="nearest")
+    shown = axes.imshow(change.numpy(), cmap=DIVERGING, vmin=-scale, vmax=scale, interpolation="nearest")
     axes.set_title(title, **_text(TEXT))
     axes.set_axis_off()
     below.set_axis_off()
