@@ -5,7 +5,7 @@ Each check compares attacks on the same images, or the gradient with the loss th
 a p-value below ``significance``, ``failed`` one below a tenth of it, because a checklist makes about ten comparisons.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import atanh, inf, isfinite, pi, sqrt, tanh
@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from atoplib.attacks import (
     PGDSettings,
+    SquareSettings,
     ascend,
     check_attack,
     check_budget,
     input_gradient,
     project,
+    square,
 )
+from atoplib.attacks.bpda import IdentityBackward
 from atoplib.attacks.eot import Loss, cross_entropy
 from atoplib.progress import Report
 from atoplib.verdicts import Model, draw_logits, is_random, reseed, wilson_interval
@@ -47,7 +50,7 @@ class MaskingSettings:
         num_draws: forward passes an image to judge a random model.
         unbounded_eps: changes of every value at which an attack should break everything; in the l2 norm, their norm is
             used. Those below 2 * eps are left out, but for the largest.
-        queries: of the random search that is tried where no ``black_box`` is given; 0: none.
+        queries: of the Square attack that is tried where no ``black_box`` is given; 0: none.
         noise_samples: random perturbations an image of the same norm.
         directions: random directions an image in which gradient and loss are compared.
         significance: p-value below which a comparison is suspicious; a tenth of it fails.
@@ -70,7 +73,7 @@ class MaskingSettings:
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.queries < 0:
-            raise ValueError(f"queries must be 0 (no random search) or more, got {self.queries}")
+            raise ValueError(f"queries must be 0 (no black-box attack) or more, got {self.queries}")
         if not self.unbounded_eps or not all(0 < eps <= 1 for eps in self.unbounded_eps):
             raise ValueError(f"unbounded_eps must hold values in (0, 1], at least one, got {self.unbounded_eps}; 0.95?")
         if not 0 < self.significance < 1:
@@ -99,6 +102,12 @@ class Check:
 def trustworthy(checks: Sequence[Check]) -> bool:
     """Whether no check failed; one that is suspicious asks for a look, and for a stronger attack."""
     return all(check.verdict != "failed" for check in checks)
+
+
+def stamp(checks: Mapping[str, Sequence[Check]]) -> str:
+    """What is written over a table whose numbers must not be believed; empty if no check of any defence failed."""
+    masked = [name for name, found in checks.items() if not trustworthy(found)]
+    return f"NOT TRUSTWORTHY, gradients may be masked in: {', '.join(masked)}. " if masked else ""
 
 
 def format_checks(checks: Sequence[Check]) -> str:
@@ -147,7 +156,7 @@ def masking_checklist(
             ``AToPPipeline``, is attacked with a straight-through gradient, too.
         images, labels: in [0, 1]; true classes; at least eight.
         classifier: what a transfer attack sees; None: the model's own ``classifier`` if it has one, else no such attack.
-        black_box: an attack without gradients (Square, say) in place of the small random search.
+        black_box: an attack without gradients in place of a short Square.
         seed: of everything random.
         max_batch: copies of images that are in memory at once.
         progress: called with checks done and in all.
@@ -168,7 +177,7 @@ def masking_checklist(
             check_attack(classifier, images, labels)
         if len(images) < FEWEST_IMAGES:
             raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}; 64 are usual")
-        bench = _Bench(model, images, labels, settings, is_random(model, images[:4]), seed, max_batch)
+        bench = _Bench(model, images, labels, settings, is_random(model, images, max_batch=max_batch), seed, max_batch)
         planned = _plan(bench, classifier, black_box)
         for position, check in enumerate(planned, start=1):
             checks.append(check())
@@ -313,78 +322,11 @@ def _errors(wrong: Tensor, num_draws: int) -> str:
 # Measurements: what the verdicts are about.
 
 
-def margin(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+def smooth_margin(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """log-sum-exp of the other logits minus the label's: as smooth as cross-entropy, but it never saturates."""
     own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels.unsqueeze(1), True)
     logits = logits.float()
     return logits.masked_fill(own, -inf).logsumexp(dim=1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
-
-
-def random_search(
-    model: Model,
-    images: Float[Tensor, "batch 3 height width"],
-    labels: Int[Tensor, " batch"],
-    eps: float,
-    norm: str = "linf",
-    *,
-    queries: int = 100,
-    eot_samples: int = 1,
-    generator: torch.Generator | None = None,
-    max_batch: int = 512,
-) -> Float[Tensor, "batch 3 height width"]:
-    """A small black-box attack: random squares of random colours, kept where the margin rises.
-
-    Args:
-        queries: proposals an image.
-        eot_samples: draws that the margin is averaged over.
-        generator: of the proposals, on the images' device.
-
-    Returns:
-        images in [0, 1] within ``eps``.
-
-    Source: the idea of Andriushchenko et al. 2020 (Square), much reduced: its checks, not its numbers.
-    """
-    batch, channels, height, width = images.shape
-
-    def throw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator, device=images.device)
-
-    def loss(candidates: Tensor) -> Tensor:
-        logits = draw_logits(model, candidates, num_draws=eot_samples, max_batch=max_batch)
-        return margin(logits.flatten(0, 1), labels.repeat(eot_samples)).unflatten(0, (eot_samples, batch)).mean(dim=0)
-
-    rows = torch.arange(height, device=images.device).view(1, 1, height, 1)
-    columns = torch.arange(width, device=images.device).view(1, 1, 1, width)
-    stripes = (throw(batch, channels, 1, width) < 0.5).float() * 2 - 1  # a good first guess against convolutions
-    length = eps if norm == "linf" else eps / sqrt(channels * height * width)
-    best = project(images + length * stripes, images, eps, norm)
-    reached = loss(best)
-    for query in range(queries):
-        side = max(1, round(sqrt(0.3 * 0.03 ** (query / queries)) * min(height, width)))  # 30 % of the area, then 1 %
-        top, left = (_floor_to(throw(batch, 1, 1, 1), extent - side + 1) for extent in (height, width))
-        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
-        colour = (throw(batch, channels, 1, 1) < 0.5).float() * 2 - 1
-        length = 2 * eps if norm == "linf" else 2 * eps / (side * sqrt(channels))
-        proposal = project(best + length * colour * inside, images, eps, norm)
-        gained = loss(proposal)
-        better = gained > reached
-        best = torch.where(better.view(-1, 1, 1, 1), proposal, best)
-        reached = torch.where(better, gained, reached)
-    return best
-
-
-def _floor_to(share: Tensor, count: int) -> Tensor:
-    """Uniform values in [0, 1) -> whole numbers in 0..count - 1."""
-    return (share * count).floor().clamp_max(count - 1)
-
-
-def straight_through(purify: Model, classifier: Model) -> Model:
-    """f(g(t(x))) with the identity in place of the gradient of g and t (BPDA: Athalye et al. 2018, section 4.1)."""
-
-    def forward(images: Tensor) -> Tensor:
-        return classifier(images + (purify(images) - images).detach())
-
-    return forward
 
 
 def attackable(model: Model) -> Model:
@@ -498,7 +440,7 @@ class _Bench:
         for images in candidates:
             logits = self.logits(images, seed=self.seed + 2)
             labels = self.labels.repeat(len(logits))
-            gained = margin(logits.flatten(0, 1), labels).unflatten(0, logits.shape[:2]).mean(dim=0)
+            gained = smooth_margin(logits.flatten(0, 1), labels).unflatten(0, logits.shape[:2]).mean(dim=0)
             if reached is None:
                 best, reached = images, gained
                 continue
@@ -553,16 +495,12 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
             result = black_box(bench.model, bench.images, bench.labels)
             check_budget(result, bench.images, settings.eps, settings.norm)
             return result
-        generator = torch.Generator(bench.images.device).manual_seed(bench.seed)
-        return random_search(
+        return square(
             bench.model,
             bench.images,
             bench.labels,
-            settings.eps,
-            settings.norm,
-            queries=settings.queries,
-            eot_samples=bench.draws,
-            generator=generator,
+            SquareSettings(settings.eps, settings.norm, queries=settings.queries, eot_samples=bench.draws),
+            generator=torch.Generator(bench.images.device).manual_seed(bench.seed),
             max_batch=bench.max_batch,
         )
 
@@ -573,14 +511,14 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
     plan += [lambda eps=eps: _measure_unbounded(bench, eps) for eps in _unbounded(bench)]
     plan += [steps, draws, starts] if bench.random else [steps, starts]
     plan.append(challenge("one step", lambda: bench.run(one_step)))
-    plan.append(challenge("margin loss", lambda: bench.run(attack, loss=margin)))
+    plan.append(challenge("margin loss", lambda: bench.run(attack, loss=smooth_margin)))
     plan.append(challenge("noise", lambda: bench.hardest(noise())))
     if black_box is not None or settings.queries:
         plan.append(challenge("black box", search))
     if classifier is not None:
         plan.append(challenge("transfer", lambda: bench.run(replace(attack, eot_samples=1), target=classifier)))
     if hasattr(bench.model, "purify") and hasattr(bench.model, "classifier"):
-        target = straight_through(bench.model.purify, bench.model.classifier)
+        target = IdentityBackward(bench.model.purify, bench.model.classifier)
         plan.append(challenge("straight-through", lambda: bench.run(attack, target=target)))
     return plan
 
@@ -619,13 +557,13 @@ def _measure_agreement(bench: _Bench) -> Check:
     def value(images: Tensor) -> Tensor:
         with _fixed(bench.model, bench.seed):
             parts = zip(images.split(bench.max_batch), bench.labels.split(bench.max_batch), strict=True)
-            return torch.cat([margin(bench.model(part), labels) for part, labels in parts])
+            return torch.cat([smooth_margin(bench.model(part), labels) for part, labels in parts])
 
     if not torch.equal(value(origin), value(origin)):
         text = "the model's dice cannot be fixed, so gradient and loss were not compared: give it a method reseed(seed)"
         return Check("finite differences", "suspicious", text)
     with _fixed(bench.model, bench.seed):
-        gradient = input_gradient(model, origin, bench.labels, loss=margin, max_batch=bench.max_batch).gradient
+        gradient = input_gradient(model, origin, bench.labels, loss=smooth_margin, max_batch=bench.max_batch).gradient
     generator = torch.Generator(origin.device).manual_seed(bench.seed)
     predicted, measured = [], []
     for _ in range(settings.directions):
@@ -639,7 +577,7 @@ def _measure_draws(bench: _Bench, calls: int = 12, copies: int = 12, images: int
     _throw_anew(bench.model, bench.seed)
     shown, labels = bench.images[:images].repeat(copies, 1, 1, 1), bench.labels[:images].repeat(copies)
     with torch.no_grad():
-        values = torch.stack([margin(bench.model(shown), labels) for _ in range(calls)])
+        values = torch.stack([smooth_margin(bench.model(shown), labels) for _ in range(calls)])
     return check_draws(values.unflatten(1, (copies, images)), bench.settings.significance)
 
 

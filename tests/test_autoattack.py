@@ -281,7 +281,7 @@ def test_impossible_settings_of_fab_are_refused(wrong, message):
 
 @pytest.fixture(scope="module")
 def hardened_digits(tmp_path_factory):
-    """A small network, trained on attacked digits of 16 px for some seconds (the original's Square needs 15 in l2), and 40 test digits."""
+    """A small network, trained on attacked digits of 16 px for some seconds, and 40 test digits."""
     torch.manual_seed(0)
     digits = load_dataset("mnist5k", data_dir=tmp_path_factory.mktemp("data"), max_train=1500, max_test=40)
 

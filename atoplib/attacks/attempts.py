@@ -47,14 +47,6 @@ def assess(
     return Assessment(right_by(logits, labels, verdict.name), margins.mean(dim=0))
 
 
-PROBES = 8  # copies that show whether a model is random; a model of few possible draws often gives one image the same twice
-
-
-def looks_random(model: Model, images: Float[Tensor, "batch 3 height width"]) -> bool:
-    """Whether the model throws dice, by two passes on ``PROBES`` images, some of them the same if there are fewer."""
-    return is_random(model, images[torch.arange(PROBES, device=images.device) % len(images)])
-
-
 def random_model_with_votes(model: Model, images: Float[Tensor, "batch 3 height width"], verdict: Verdict) -> bool:
     """Whether the model is random; then the verdict must rest on several draws.
 
@@ -62,7 +54,7 @@ def random_model_with_votes(model: Model, images: Float[Tensor, "batch 3 height 
         ValueError: for a random model and a verdict of a single draw, which breaks every image once an attack has tried
             often enough, however weak the attack.
     """
-    random = looks_random(model, images)
+    random = is_random(model, images)
     if random and (verdict.num_draws < 2 or verdict.name == "one_shot"):
         raise ValueError(
             f"the model is random, and verdict {verdict.name!r} of {verdict.num_draws} draws rests on a single one, which "

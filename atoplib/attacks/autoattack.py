@@ -9,12 +9,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks.apgd import APGDSettings, apgd
-from atoplib.attacks.attempts import Attempt, StepCallback, looks_random, random_model_with_votes, strongest_attempt
+from atoplib.attacks.attempts import Attempt, StepCallback, random_model_with_votes, strongest_attempt
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.fab import FABSettings, fab
 from atoplib.attacks.norms import check_ball
 from atoplib.attacks.square import SquareSettings, square
-from atoplib.verdicts import Verdict, draw_logits
+from atoplib.verdicts import Verdict, draw_logits, is_random
 
 LEAST_CLASSES = {"standard": 4, "rand": 3}
 """The versions, and how many classes their losses (targeted DLR; DLR) need."""
@@ -121,7 +121,7 @@ def autoattack(
             f"version {settings.version!r} needs at least {least} classes, but the model has {classes}; "
             "use apgd with loss 'ce'"
         )
-    if settings.version == "standard" and looks_random(model, images):
+    if settings.version == "standard" and is_random(model, images, max_batch=max_batch):
         raise ValueError(
             "version 'standard' of AutoAttack is for deterministic models, but this one is random: a single lucky draw "
             "would count as an error; use version 'rand'"

@@ -6,12 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks.attempts import Attempt, StepCallback, looks_random, strongest_attempt
+from atoplib.attacks.attempts import Attempt, StepCallback, strongest_attempt
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import input_gradient
 from atoplib.attacks.losses import likely_targets, target_margin
 from atoplib.attacks.norms import check_ball, perturbation_size, project
-from atoplib.verdicts import Model, Verdict, draw_logits
+from atoplib.verdicts import Model, Verdict, draw_logits, is_random
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def fab(
     Source: Croce & Hein 2020 (arXiv 1907.02044), algorithm 1; targets as in Croce & Hein 2020 (AutoAttack), section 5.
     """
     check_attack(model, images, labels)
-    if looks_random(model, images):
+    if is_random(model, images, max_batch=max_batch):
         raise ValueError(
             "FAB needs a deterministic model, but this one is random: its boundary moves with every draw; use apgd"
         )

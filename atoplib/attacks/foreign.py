@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import cross_entropy
-from atoplib.attacks.norms import NORMS, project
+from atoplib.attacks.norms import check_ball, project
 from atoplib.attacks.pgd import StepCallback
 from atoplib.verdicts import reseed
 
@@ -90,14 +90,9 @@ class ForeignSettings:
     def __post_init__(self) -> None:
         if self.name not in FOREIGN:
             raise ValueError(f"unknown attack {self.name!r} of torchattacks; allowed: {', '.join(FOREIGN)}")
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; allowed: {', '.join(NORMS)}")
+        check_ball(self.eps, self.norm)
         if self.norm not in FOREIGN[self.name]:
             raise ValueError(f"{self.name} is no attack for {self.norm}, but for {', '.join(FOREIGN[self.name])}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be above 0, got {self.eps}")
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {self.eps}; 8/255?")
         if self.eot_samples < 1:
             raise ValueError(f"eot_samples must be at least 1, got {self.eot_samples}")
         known = _parameters(self.name)

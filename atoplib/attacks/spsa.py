@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.norms import NORMS, project
+from atoplib.attacks.norms import check_ball, project
 from atoplib.attacks.pgd import StepCallback
 from atoplib.attacks.queries import mean_margin, still_standing
 from atoplib.verdicts import Verdict
@@ -38,12 +38,7 @@ class SPSASettings:
     verdict: Verdict = Verdict("majority", num_draws=10)
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; allowed: {', '.join(NORMS)}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be above 0, got {self.eps}")
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {self.eps}; 8/255?")
+        check_ball(self.eps, self.norm)
         if self.steps < 1 or self.eot_samples < 1:
             raise ValueError(f"steps and eot_samples must be at least 1, got {self.steps} and {self.eot_samples}")
         if self.samples < 2 or self.samples % 2:

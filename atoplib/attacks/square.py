@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.norms import NORMS
+from atoplib.attacks.norms import check_ball
 from atoplib.attacks.pgd import StepCallback
 from atoplib.attacks.queries import mean_margin, still_standing
 from atoplib.verdicts import Verdict, is_random
@@ -41,12 +41,7 @@ class SquareSettings:
     ask_again: int = 20
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; allowed: {', '.join(NORMS)}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be above 0, got {self.eps}")
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {self.eps}; 8/255?")
+        check_ball(self.eps, self.norm)
         if self.queries < 1 or self.eot_samples < 1:
             raise ValueError(f"queries and eot_samples must be at least 1, got {self.queries} and {self.eot_samples}")
         if not 0 < self.first_share <= 1:
@@ -90,7 +85,7 @@ def square(
     Source: Andriushchenko et al. 2020, algorithms 1 to 3.
     """
     check_attack(model, images, labels)
-    random = settings.ask_again > 0 and is_random(model, images[:1])
+    random = settings.ask_again > 0 and is_random(model, images, max_batch=max_batch)
     first, propose = (_stripes, _squares) if settings.norm == "linf" else (_tiles, _pairs)
 
     def value(points: Tensor, targets: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def evaluate(
     for model in (classifier, *defences.values()):
         check_attack(model, images, labels)  # all of them before the first runs: no statistics move, no hour is lost
     targets: dict[str, nn.Module] = {"": classifier, **defences}
-    random = {name: is_random(model, images[:1]) for name, model in targets.items()}
+    random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
     settings = {
         (planned.label, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
         for planned in protocol.attacks
