@@ -348,8 +348,8 @@ class Attacking(Parameters):
             raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
 
     def weights(self, defence: str) -> Path:
-        """The checkpoint of ``undefended`` (the classifier), ``at``, ``ap`` or ``atop`` (the purifiers): that of the run which
-        a parameter names, or the one that comes with the kit.
+        """The checkpoint of ``undefended`` or ``at`` (classifiers), ``ap`` or ``atop`` (purifiers): that of the run which a
+        parameter names, or the one that comes with the kit.
 
         Raises:
             FileNotFoundError: if there is no such run; the message says which notebook to run first.
@@ -380,7 +380,8 @@ class Attacking(Parameters):
         loaded = super().load_data(progress)
         if self.max_test is not None and not self.smoke and len(loaded.test.labels) < self.max_test:
             raise ParameterError(
-                f"max_test is {self.max_test}, but {self.dataset} has {len(loaded.test.labels)} test images; ask for at most these"
+                f"max_test is {self.max_test}, but {self.dataset} has {len(loaded.test.labels)} test images; "
+                "ask for at most these"
             )
         return loaded
 
@@ -389,7 +390,7 @@ class Attacking(Parameters):
 class Attack(Attacking):
     """04: the protocol that the numbers are measured by, and what of it and of the defences is changed.
 
-    ``attack`` takes the place of the protocol's attacks, and eps is then the radius of its ``norm`` (of ``stadv``: ``flow``).
+    ``attack`` takes the place of the protocol's attacks, and eps is then the radius of its ``norm`` (``flow`` of ``stadv``).
     """
 
     STAGE = "04_attack"

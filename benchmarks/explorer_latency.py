@@ -1,6 +1,6 @@
 """How fast the explorer answers: from a control's change to the bytes of the new pictures.
 
-    python benchmarks/explorer_latency.py [--recipe cifar10] [--repetitions 50] [--threads N] [--device cpu] [--smoke]
+    python -m benchmarks.explorer_latency [--recipe cifar10] [--repetitions 50] [--threads N] [--device auto] [--smoke]
 
 The networks are those of a recipe, untrained (their weights do not change the speed), on random images of 32 px or of the
 recipe's size; EOT 1, 10 votes. Three knobs are turned in turn, each time to a value that was not seen before:
@@ -29,7 +29,7 @@ from atoplib.explorer import Explorer
 from atoplib.explorer.widgets import make_explorer
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import build_purifier
-from atoplib.runs import device_description
+from benchmarks.report import find_device, machine_facts, markdown, positive
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 AIMS = {"transform knob, transfer": 100, "transform knob, preview": 100, "PGD-10 through the pipeline": 500}  # milliseconds
@@ -94,19 +94,20 @@ def measure(explorer: Explorer, repetitions: int) -> dict[str, list[float]]:
 
 def table(times: dict[str, list[float]]) -> str:
     """Medians and the slowest of each, against what is aimed at."""
-    lines = ["| from the control to the pictures | median ms | slowest ms | aim ms |", "|---|---:|---:|---:|"]
-    for name, measured in times.items():
-        lines.append(f"| {name} | {1000 * median(measured):.0f} | {1000 * max(measured):.0f} | {AIMS[name]} |")
-    return "\n".join(lines)
+    rows = [
+        (name, f"{1000 * median(measured):.0f}", f"{1000 * max(measured):.0f}", str(AIMS[name]))
+        for name, measured in times.items()
+    ]
+    return markdown(("from the control to the pictures", "median ms", "slowest ms", "aim ms"), rows)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, and print machine and table."""
+    """Measure, and print machine facts and table."""
     parser = argparse.ArgumentParser(description="How fast the explorer answers.")
     parser.add_argument("--recipe", default="cifar10", help="whose networks (default: cifar10)")
-    parser.add_argument("--repetitions", type=int, default=50)
-    parser.add_argument("--threads", type=int, help="of torch (default: torch's own choice)")
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
+    parser.add_argument("--repetitions", type=positive, default=50)
+    parser.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
+    parser.add_argument("--device", type=find_device, default="auto")
     parser.add_argument("--smoke", action="store_true", help="few repetitions, small networks: the numbers mean nothing")
     options = parser.parse_args(argv)
     if options.threads is not None:
@@ -114,9 +115,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, repetitions = ("mnist", 2) if options.smoke else (options.recipe, options.repetitions)
     pipeline, size = build(recipe, options.device)
     explorer = make_explorer(pipeline, random_images(size), eps=8 / 255, steps=10, eot_samples=1, num_draws=10)
+    facts = machine_facts(options.device)
     times = measure(explorer, repetitions)
-    print(f"{device_description(options.device)}; recipe {recipe}, {size} px; {repetitions} repetitions\n")
-    print(table(times))
+    if options.smoke:
+        print("**Smoke run: small networks, the numbers mean nothing.**\n")
+    print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
+    print(table(times), end="\n\n")
+    print(f"Recipe {recipe}, {size} px, EOT 1, 10 votes; medians of {repetitions} repetitions after a warm-up.")
 
 
 if __name__ == "__main__":

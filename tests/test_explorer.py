@@ -103,6 +103,8 @@ def text_of(html: str) -> str:
         ({"eps": -0.1}, "eps must be 0 or above"),
         ({"eps": 8.0}, "eps of the linf norm must be at most 1"),
         ({"eps": float("nan")}, "eps must be 0 or above"),
+        ({"norm": "flow", "eps": 3.0}, "eps of a flow must be at most 2"),
+        ({"queries": 0}, "queries must lie in 1..10000"),
         ({"steps": 0}, "steps must lie in 1..1000, got 0"),
         ({"num_draws": 0}, "num_draws must lie in 1..200"),
         ({"missing_rate": 1.0}, "missing_rate must lie in"),
@@ -129,6 +131,7 @@ CHANGES = {
     "eps": 0.25,
     "steps": 4,
     "eot_samples": 3,
+    "queries": 9,
     "missing_rate": 0.5,
     "noise_std": 0.4,
     "num_masks": 6,
@@ -224,12 +227,24 @@ def test_every_preset_keeps_image_and_eps_and_strict_is_the_strongest() -> None:
     assert made["strict"].steps > made["paper"].steps and made["strict"].eot_samples > made["paper"].eot_samples
 
 
-def test_every_attack_uses_knobs_that_exist_and_reads_its_own_settings() -> None:
-    names = {item.name for item in fields(Knobs)}
-    for name, entry in ATTACKS.items():
-        assert set(entry.uses) <= names, name
-        settings = entry.settings(replace(KNOBS, attack=name, eps=0.125, norm="l2", eot_samples=3))
-        assert (settings.eps, settings.norm, settings.eot_samples) == (0.125, "l2", 3)
+@pytest.mark.parametrize("random", [False, True])
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_uses_knobs_that_exist_and_reads_its_own_settings(name: str, random: bool) -> None:
+    entry = ATTACKS[name]
+    assert set(entry.uses) <= {item.name for item in fields(Knobs)}
+    norm = entry.norms[-1]
+    wanted = {"eps": 0.125, "steps": 7, "eot_samples": 3, "queries": 11}
+    settings = entry.settings(replace(KNOBS, attack=name, norm=norm, **wanted), random)
+    settings = settings.base if name == "adaptive" else settings
+    wanted["bound" if norm == "flow" else "eps"] = wanted.pop("eps")
+    read = {knob for knob in wanted if knob in {item.name for item in fields(settings)}}
+    read -= {"steps"} if name == "fgsm" else set()
+    assert {knob for knob in entry.uses if knob in wanted} | {"eps"} == read - {"bound"} | {"eps"}
+    for knob in read:
+        assert getattr(settings, knob) == (1 if knob == "eot_samples" and not random else wanted[knob])
+
+
+def test_an_attack_of_one_step_has_no_steps_to_set() -> None:
     assert applicable(KNOBS, ATTACKS["fgsm"].uses, purifies=True, random=True) & {"steps"} == set()
 
 
@@ -293,6 +308,55 @@ def test_the_attack_notebooks_evaluation_with_the_yaml_gives_what_is_on_screen(s
     assert bool(score.one_shot) == (int(view.votes[0]) == view.label)
     assert bool(score.majority) == (view.majority == view.label)
     assert bool(score.worst_of_n) == (view.right_draws == 9)
+
+
+def is_read_right(knobs: Knobs) -> bool:
+    """Whether what the attack sees reads the clean image correctly, in every draw."""
+    view = final(replace(knobs, attack=NO_ATTACK, num_draws=20), make_scene())
+    right = int(view.probabilities["clean"].argmax()) == view.label
+    return right if knobs.attack_sees == "classifier" else view.right_draws == 20
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_of_the_suite_is_shown_as_the_attack_notebook_measures_it(name: str) -> None:
+    radius = {"norm": "flow", "eps": 0.2} if name == "stadv" else {"eps": 0.05}
+    knobs = replace(KNOBS, attack=name, steps=3, eot_samples=2, queries=5, num_draws=4, seed=2, noise_std=0.02, **radius)
+    knobs = replace(knobs, attack_sees="classifier" if name == "fab" else "pipeline")
+    images = (number for number in range(12) if is_read_right(replace(knobs, image=number)))
+    image = next(images)  # some attacks leave the others as they are
+    knobs = replace(knobs, image=image)
+    view = final(knobs, make_scene())
+    assert not torch.equal(view.adversarial, view.clean)
+    assert view.path_steps[0] == 0 and len(view.path_steps) > 1
+    assert name != "stadv" or "flow 0.2" in page.attack_text(view)
+    parameters = Attack.from_mapping(yaml.safe_load(to_yaml(knobs, {}, max_batch=view.max_batch)))
+    assert parameters.attack_dtype == torch.float32
+    defence, test = make_pipeline(), make_dataset().test
+    defence.transform = replace(defence.transform, **parameters.transform_changes)
+    (column,) = (planned.label for planned in parameters.plan.attacks)
+    measured = evaluate(
+        {"it": defence},
+        to_float(test.images[image : image + 1]),
+        test.labels[image : image + 1],
+        parameters.plan,
+        parameters.budget,
+        classifier=defence.classifier,
+        seeds=parameters.seeds,
+        max_batch=parameters.max_batch,
+        keep_images=True,
+    )
+    torch.testing.assert_close(measured.adversarial["it", column, 2][0], view.adversarial)
+
+
+def test_an_attack_that_cannot_be_made_on_what_it_sees_is_a_sentence() -> None:
+    for name, defence, said in (
+        ("fab", "pipeline", "FAB needs a deterministic model"),
+        ("adaptive", "bare", "needs an AToP"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            final(replace(KNOBS, attack=name, defence=defence, steps=2), make_scene())
+    with pytest.raises(ValueError, match="stadv knows no norm 'linf'; allowed: flow"):
+        final(replace(KNOBS, attack="stadv"), make_scene())
 
 
 def test_draws_in_several_batches_are_those_of_draw_logits_in_such_batches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -670,6 +734,19 @@ def test_the_norm_takes_its_own_radius_along() -> None:
     explorer.controls["norm"].value = "linf"
     assert settled(explorer).knobs.eps == pytest.approx(8 / 255)
     assert explorer.controls["eps"].value == pytest.approx(8)
+
+
+def test_an_attack_with_a_radius_of_its_own_takes_it_and_gives_it_back() -> None:
+    explorer = make(eps=0.2)
+    explorer.refresh()
+    settled(explorer)
+    explorer.controls["attack"].value = "stadv"
+    view = settled(explorer)
+    assert (view.knobs.norm, view.knobs.eps) == ("flow", 0.05) and explorer.controls["norm"].disabled
+    assert explorer.controls["eps"].description == "eps (flow)" and explorer.controls["eps"].value == 0.05
+    explorer.controls["attack"].value = "pgd"
+    assert (settled(explorer).knobs.norm, explorer.knobs.eps) == ("linf", 0.2)
+    assert [value for _, value in explorer.controls["norm"].options] == ["linf", "l2"]
 
 
 def test_buttons_draw_again_go_on_and_reset() -> None:

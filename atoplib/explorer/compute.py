@@ -53,10 +53,13 @@ class Scene:
         count = len(self.datasets[knobs.dataset].test.labels)
         if knobs.image >= count:
             raise ValueError(f"there is no image {knobs.image}: {knobs.dataset} has {count} test images, counted from 0")
+        if knobs.attacks and knobs.norm not in self.attacks[knobs.attack].norms:
+            norms = ", ".join(self.attacks[knobs.attack].norms)
+            raise ValueError(f"{knobs.attack} knows no norm {knobs.norm!r}; allowed: {norms}")
 
-    def uses(self, knobs: Knobs) -> tuple[str, ...]:
-        """The knobs that the attack reads."""
-        return () if knobs.attack == NO_ATTACK else self.attacks[knobs.attack].uses
+    def uses(self, knobs: Knobs, random: bool) -> tuple[str, ...]:
+        """The knobs that the attack reads, where what it sees throws dice or not."""
+        return () if knobs.attack == NO_ATTACK else self.attacks[knobs.attack].used(random)
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,8 @@ def used_knobs(knobs: Knobs, scene: Scene, memory: Memory) -> frozenset[str] | N
     if not isinstance(defence, AToPPipeline):
         return None
     random = knobs.is_random(defence.transform.grid_size)
-    return applicable(knobs, scene.uses(knobs), purifies=True, random=random)
+    sees_dice = random and knobs.attack_sees == "pipeline"
+    return applicable(knobs, scene.uses(knobs, sees_dice), purifies=True, random=random)
 
 
 def run_attack(
@@ -232,21 +236,18 @@ def run_attack(
 ) -> Float[Tensor, "batch 3 height width"]:
     """Adversarial images for the knobs, with the seeds of ``evaluation.evaluate``; ``images`` at eps 0.
 
-    A model without randomness is attacked with one draw a gradient: the others would be the same.
-
     Args:
         callback: (step, steps, adversarial) after every step; it may raise to stop the attack.
     """
     if not knobs.attacks:
         return images
-    if knobs.eot_samples > 1 and not throws_dice(model, knobs, images[:1]):
-        knobs = replace(knobs, eot_samples=1)
+    settings = entry.settings(knobs, throws_dice(model, knobs, images[:1]))
     reseed(model, knobs.seed)
     return entry.run(
         model,
         images,
         labels,
-        entry.settings(knobs),
+        settings,
         generator=torch.Generator(images.device).manual_seed(knobs.seed),
         max_batch=max_batch(images),
         callback=lambda step, steps, adversarial, _losses: callback(step, steps, adversarial),
@@ -325,6 +326,7 @@ def _show(
     place = max(number for number, step in enumerate(path.steps) if step <= end)
     clean, adversarial = path.images[:1], path.images[place : place + 1]
     random = throws_dice(defence, knobs, clean)
+    sees_dice = random and attacked(defence, knobs) is defence
     vote, number = divmod(knobs.draw, knobs.num_draws) if random else (0, 0)
     reseed(defence, knobs.seed + 1 + vote)
     draws = knobs.num_draws if random else 1
@@ -355,7 +357,7 @@ def _show(
         path_classes=path_logits.argmax(dim=1).cpu(),
         step=path.steps[place],
         max_batch=max_batch(clean),
-        used=applicable(knobs, scene.uses(knobs), purifies=pictured is not None, random=random),
+        used=applicable(knobs, scene.uses(knobs, sees_dice), purifies=pictured is not None, random=random),
         seconds=time.monotonic() - started,
     )
 
@@ -447,7 +449,7 @@ def robust_curve(knobs: Knobs, scene: Scene, memory: Memory, report: Report = si
     count = len(dataset.test.labels)
     order = (torch.arange(min(CURVE_IMAGES, count)) + knobs.image) % count
     images, labels = pick(dataset, order, device_of(defence))
-    top = 1.0 if knobs.norm == "linf" else inf
+    top = {"linf": 1.0, "l2": inf, "flow": 2.0}[knobs.norm]
     radii = tuple(dict.fromkeys(min(factor * knobs.eps, top) for factor in CURVE_FACTORS))
     right = []
     for number, eps in enumerate(radii):

@@ -17,7 +17,10 @@ SEES = ("classifier", "pipeline")
 ATTACK_NOTEBOOK = "04_attack"
 MARK = "# explorer: "  # the line of a YAML file that only the explorer reads; to papermill it is a comment
 MAX_STEPS, MAX_EOT, MAX_DRAWS, MAX_MASKS = 1000, 100, 200, 64
+MAX_QUERIES = 10_000
 L2_OF_LINF = 0.5 / (8 / 255)  # the usual l2 radius of CIFAR-10 over its usual l_inf radius
+USUAL_FLOW = 0.05  # of StAdv: 0.8 px of 32
+RADII = (*NORMS, "flow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +33,12 @@ class Knobs:
         attack: ``none`` or a name of the attacks that ``explore`` was given.
         attack_sees: ``pipeline`` (the gradient goes through transform, purifier and classifier) or ``classifier`` (the
             classifier alone: a transfer attack on the defence).
-        norm: ``linf`` or ``l2``.
-        eps: radius, images in [0, 1]; 0 leaves the image as it is.
+        norm: ``linf`` or ``l2``; of StAdv ``flow``.
+        eps: radius, images in [0, 1] (of a flow: in units of a grid on which the image is 2 wide); 0 leaves the image as it
+            is.
         steps: iterations of the attack; the step size follows from eps and steps.
         eot_samples: draws that each gradient is averaged over.
+        queries: forward passes of a black-box attack.
         transform, missing_rate, noise_std, num_masks: as ``transforms.TransformSettings``.
         seed: of the attack's start and of the defence's dice; the verdict's dice are those of ``seed + 1``.
         num_draws: forward passes of the vote.
@@ -51,6 +56,7 @@ class Knobs:
     eps: float = 8 / 255
     steps: int = 10
     eot_samples: int = 1
+    queries: int = 500
     transform: str = "rt2"
     missing_rate: float = 0.25
     noise_std: float = 0.25
@@ -61,16 +67,19 @@ class Knobs:
     shown_step: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attack_sees", SEES), ("norm", NORMS), ("transform", TRANSFORMS)):
+        for name, allowed in (("attack_sees", SEES), ("norm", RADII), ("transform", TRANSFORMS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not 0 <= self.eps < math.inf:
             raise ValueError(f"eps must be 0 or above, got {self.eps}")
         if self.norm == "linf" and self.eps > 1:
             raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {self.eps}; 8/255?")
+        if self.norm == "flow" and self.eps > 2:
+            raise ValueError(f"eps of a flow must be at most 2 (the image is 2 wide), got {self.eps}; 0.05?")
         ranges = {
             "steps": (1, MAX_STEPS),
             "eot_samples": (1, MAX_EOT),
+            "queries": (1, MAX_QUERIES),
             "num_draws": (1, MAX_DRAWS),
             "num_masks": (2, MAX_MASKS),
             "image": (0, 2**31 - 1),
@@ -114,7 +123,7 @@ def applicable(knobs: Knobs, uses: Sequence[str], *, purifies: bool, random: boo
     """Names of the knobs that change anything, given the others; the explorer disables the rest.
 
     Args:
-        uses: the knobs that the attack reads.
+        uses: the knobs that the attack reads, given what it sees.
         purifies: whether the defence is a pipeline with a transform, and not a bare classifier.
         random: whether two draws of the defence differ.
     """
@@ -129,10 +138,8 @@ def applicable(knobs: Knobs, uses: Sequence[str], *, purifies: bool, random: boo
     if knobs.attack != NO_ATTACK:
         names |= {"eps"} & set(uses)
     if knobs.attacks:
-        names |= {"shown_step", *({"norm", "steps", "eot_samples", "seed"} & set(uses))}
+        names |= {"shown_step", *({"norm", "steps", "eot_samples", "queries", "seed"} & set(uses))}
         names |= {"attack_sees"} if purifies else set()
-        if not random or (purifies and knobs.attack_sees == "classifier"):
-            names -= {"eot_samples"}
     return frozenset(names)
 
 
@@ -142,6 +149,8 @@ def presets(start: Knobs) -> dict[str, Knobs]:
     ``clean``: no attack. ``paper``: PGD-20 on the classifier alone, what the published code of AToP logs (PROTOCOLS:
     transfer). ``strict``: PGD-200 with 20 draws a gradient through the whole pipeline (Lee & Kim 2023), which takes longer.
     """
+    if start.norm == "flow":
+        start = replace(start, norm="linf", eps=8 / 255)
     return {
         "clean": replace(start, attack=NO_ATTACK, draw=0, shown_step=None),
         "paper": replace(
@@ -168,7 +177,7 @@ def to_yaml(knobs: Knobs, notebook: Mapping[str, Any], *, max_batch: int) -> str
     known = {item.name for item in fields(NOTEBOOKS[ATTACK_NOTEBOOK])}
     own = asdict(knobs)
     values = {name: value for name, value in notebook.items() if name in known and name not in own}
-    values |= {"max_batch": max_batch}
+    values |= {"max_batch": max_batch, "dtype": "float32"}
     values |= {name: value for name, value in own.items() if name in known and (name != "eps" or knobs.eps)}
     line = yaml.safe_dump(own, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     head = f"# papermill notebooks/{ATTACK_NOTEBOOK}.ipynb out.ipynb -k python3 -f THIS_FILE\n"

@@ -13,13 +13,14 @@ from torch import Tensor
 from atoplib.explorer import draw
 from atoplib.explorer.compute import RobustCurve, View
 from atoplib.explorer.knobs import NO_ATTACK
+from atoplib.explorer.suite import title
 from atoplib.figures import MINUS, RIGHT, WRONG
 from atoplib.verdicts import wilson_interval
 
 MOST_CLASSES = 10  # bars under a picture; of more classes, the likeliest and the true one
 CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
 TRANSFORM_NAMES = {"none": "no transform", "rt1": "RT1", "rt2": "RT2", "rt3": "RT3"}
-NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2"}
+NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2", "flow": "flow"}
 SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
 
 STYLE = """<style>
@@ -119,9 +120,11 @@ def attack_text(view: View) -> str:
     knobs = view.knobs
     if not knobs.attacks:
         return "no attack" if knobs.attack == NO_ATTACK else "eps 0: no attack"
-    name = knobs.attack.upper() + (f"-{knobs.steps}" if "steps" in view.used else "")
+    name = title(knobs.attack) + (f"-{knobs.steps}" if "steps" in view.used else "")
     if "eot_samples" in view.used and knobs.eot_samples > 1:
         name += f" + EOT-{knobs.eot_samples}"
+    if "queries" in view.used:
+        name += f", {knobs.queries} queries"
     sees = f" on the {knobs.attack_sees if view.pictured is not None else 'model'}"
     alone = " alone (transfer)" if view.pictured is not None and knobs.attack_sees == "classifier" else ""
     return f"{name}, {radius_text(knobs.norm, knobs.eps)},{sees}{alone}"
@@ -247,7 +250,7 @@ def path(view: View) -> str:
 
 def curve(result: RobustCurve) -> str:
     """Robust accuracy over eps, with 95 % intervals."""
-    factor, unit = (255, "1/255") if result.knobs.norm == "linf" else (1, "l2")
+    factor, unit = (255, "1/255") if result.knobs.norm == "linf" else (1, result.knobs.norm)
     shares = [100 * right / result.images for right in result.right]
     bands = [tuple(100 * end for end in wilson_interval(right, result.images)) for right in result.right]
     chart = line_chart(

@@ -31,15 +31,17 @@ from atoplib.explorer.knobs import (
     MAX_DRAWS,
     MAX_EOT,
     MAX_MASKS,
+    MAX_QUERIES,
     MAX_STEPS,
     NO_ATTACK,
+    USUAL_FLOW,
     Knobs,
     from_yaml,
     presets,
     to_yaml,
 )
 from atoplib.explorer.still import still
-from atoplib.explorer.suite import ATTACKS, AttackEntry
+from atoplib.explorer.suite import ATTACKS, AttackEntry, title
 from atoplib.explorer.worker import Ticket, Worker
 from atoplib.figures import save_figure
 from atoplib.pipeline import AToPPipeline
@@ -234,7 +236,7 @@ class Explorer:
             "defence": self._dropdown("defence", list(scene.defences), knobs.defence, "what is attacked"),
             "attack": self._dropdown(
                 "attack",
-                [("none", NO_ATTACK), *((name.upper(), name) for name in scene.attacks)],
+                [("none", NO_ATTACK), *((title(name), name) for name in scene.attacks)],
                 knobs.attack,
                 "how the adversarial image is made",
             ),
@@ -244,12 +246,13 @@ class Explorer:
                 knobs.attack_sees,
                 "the classifier alone: a transfer attack, which flatters a defence",
             ),
-            "norm": self._dropdown("norm", [(page.NORM_NAMES[name], name) for name in NORMS], knobs.norm, "of the eps-ball"),
+            "norm": self._dropdown("norm", self._norms(knobs), knobs.norm, "what eps is a radius of"),
             "eps": self._float("eps", 0, 1, 0.01, 0, "radius of the ball"),
             "steps": self._int(
                 "steps", 1, max(100, knobs.steps), knobs.steps, "iterations; the step size is 2.5 eps / steps"
             ),
             "eot_samples": self._int("EOT draws", 1, 50, knobs.eot_samples, "draws that each gradient is averaged over"),
+            "queries": self._int("queries", 1, 2000, knobs.queries, "forward passes of a black-box attack"),
             "transform": self._dropdown("transform", transforms, knobs.transform, "what destroys the perturbation"),
             "missing_rate": self._int("missing (%)", 0, 95, 0, "share of the patches that are dropped"),
             "noise_std": self._float("noise std (of 1)", 0, 1, 0.01, knobs.noise_std, "of images in [0, 1]"),
@@ -361,6 +364,8 @@ class Explorer:
         elif name == "norm":
             eps = self.knobs.eps * L2_OF_LINF if value == "l2" else min(1.0, self.knobs.eps / L2_OF_LINF)
             changes = {"norm": value, "eps": eps}
+        elif name == "attack" and self.knobs.norm not in self._norms_of(value):
+            changes |= self._usual_radius(self._norms_of(value)[0])
         elif name == "dataset":
             self._class, changes = ALL, {"dataset": value, "image": 0}
         elif name == "shown_step" and value == self.controls[name].max:
@@ -368,6 +373,20 @@ class Explorer:
         if name not in ("shown_step", "transform", "missing_rate", "noise_std", "num_masks", "num_draws"):
             changes["shown_step"] = None
         self.request(**changes)
+
+    def _norms_of(self, attack: str) -> tuple[str, ...]:
+        return NORMS if attack == NO_ATTACK else self.scene.attacks[attack].norms
+
+    def _norms(self, knobs: Knobs) -> list[tuple[str, str]]:
+        """The options of the norm, by what the attack knows."""
+        names = self._norms_of(knobs.attack)
+        return [(page.NORM_NAMES[name], name) for name in (names if knobs.norm in names else (*names, knobs.norm))]
+
+    def _usual_radius(self, norm: str) -> dict[str, Any]:
+        """The norm and the radius to begin with there: that of the start, or what is usual."""
+        if self.start.norm == norm:
+            return {"norm": norm, "eps": self.start.eps}
+        return {"norm": norm, "eps": {"linf": 8 / 255, "l2": 0.5, "flow": USUAL_FLOW}[norm]}
 
     def _filtered(self, label: int) -> None:
         if self._mirroring != threading.get_ident():
@@ -420,16 +439,27 @@ class Explorer:
         """Set the controls to what the knobs say, and disable those that do not apply."""
         knobs = self.knobs
         with self.worker.lock, self._as_mirror():
-            linf = knobs.norm == "linf"
-            radius = 255 * knobs.eps if linf else knobs.eps
-            usual = 255 * self.start.eps if self.start.norm == "linf" else 255 * self.start.eps / L2_OF_LINF
-            usual = max(usual, 1.0) if linf else max(usual, 1.0) / 255 * L2_OF_LINF
+            radius = 255 * knobs.eps if knobs.norm == "linf" else knobs.eps
+            usual = self.start.eps / L2_OF_LINF if self.start.norm == "l2" else self.start.eps
+            usual = max(usual, 1 / 255)
+            unit, step, shown, highest = {
+                "linf": ("1/255", 0.5, ".1f", min(255.0, max(32.0, 4 * 255 * usual))),
+                "l2": ("l2", 0.01, ".2f", max(2.0, 4 * usual * L2_OF_LINF)),
+                "flow": ("flow", 0.005, ".3f", 4 * USUAL_FLOW),
+            }[knobs.norm]
             eps = self.controls["eps"]
-            eps.description = "eps (1/255)" if linf else "eps (l2)"
-            eps.step, eps.readout_format = (0.5, ".1f") if linf else (0.01, ".2f")
-            eps.max = max(min(255.0, max(32.0, 4 * usual)) if linf else max(2.0, 4 * usual), radius)
+            eps.description, eps.step, eps.readout_format = f"eps ({unit})", step, shown
+            eps.max = max(highest, radius)
             eps.value = radius
-            ceilings = {"steps": MAX_STEPS, "eot_samples": MAX_EOT, "num_draws": MAX_DRAWS, "num_masks": MAX_MASKS}
+            if self.controls["norm"].options != tuple(self._norms(knobs)):
+                self.controls["norm"].options = self._norms(knobs)
+            ceilings = {
+                "steps": MAX_STEPS,
+                "eot_samples": MAX_EOT,
+                "queries": MAX_QUERIES,
+                "num_draws": MAX_DRAWS,
+                "num_masks": MAX_MASKS,
+            }
             for name, highest in ceilings.items():
                 self.controls[name].max = min(highest, max(self.controls[name].max, getattr(knobs, name)))
             values = {
@@ -481,11 +511,12 @@ class Explorer:
             return widgets.VBox([heading, *children], layout=widgets.Layout(min_width="0"))
 
         steering = widgets.HBox([self.previous_button, self.next_button, self.search_button])
+        attack = [c[name] for name in ("attack", "attack_sees", "norm", "eps", "steps", "eot_samples", "queries")]
         transform = (c["transform"], c["missing_rate"], c["noise_std"], c["num_masks"], c["num_draws"])
         controls = widgets.GridBox(
             [
                 column("Image and defence", c["dataset"], c["defence"], self.class_filter, self.image, steering),
-                column("Attack", c["attack"], c["attack_sees"], c["norm"], c["eps"], c["steps"], c["eot_samples"]),
+                column("Attack", *attack),
                 column("Random transform and vote", *transform, c["seed"]),
             ],
             layout=widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(260px, 1fr))", grid_gap="0 16px"),
