@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -28,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
 PATIENCE = 1000 * int(os.environ.get("PATIENCE", 120))  # milliseconds; more, for a machine that has much else to do
+STARTED = "() => [...document.querySelectorAll('.jp-InputPrompt')].some(prompt => /[0-9*]/.test(prompt.innerText))"
 SETUP = """
 from pathlib import Path
 import torch
@@ -147,15 +149,20 @@ def wait_for_idle(page) -> None:
 
 
 def run_all(page) -> None:
-    wait_for_idle(page)
-    choose(page, "Run", "Run All Cells")
+    """Run all cells, and wait for the explorer's first picture."""
+    page.wait_for_selector("#jp-main-statusbar >> text=/[|] Idle$/")
+    for patience in (10_000, 30_000, PATIENCE):  # what is asked of a kernel that is just being connected to can be lost
+        choose(page, "Run", "Run All Cells")
+        with suppress(playwright.TimeoutError):
+            page.wait_for_function(STARTED, timeout=patience)
+            break
     page.wait_for_selector(".atop-pictures img")
     wait_for_idle(page)
 
 
 def wait_for(page, *wanted: str) -> Knobs:
     """Wait until the pictures are current and their YAML holds some lines; the knobs that it names."""
-    condition = """wanted => { const text = document.querySelector(".atop-yaml textarea").value;
+    condition = """wanted => { const text = document.querySelector(".atop-yaml textarea")?.value ?? "";
         return !document.querySelector(".atop-stale") && wanted.every(line => text.includes(line)); }"""
     page.wait_for_function(condition, arg=list(wanted))
     text = page.locator(".atop-yaml textarea").input_value()
@@ -193,8 +200,10 @@ def slider(page, name: str):
 
 
 def keep(page, name: str) -> None:
+    """Keep the page as a picture, if asked for."""
     if "SCREENSHOTS" in os.environ:
-        page.locator(".atop-controls").evaluate("element => element.scrollIntoView({block: 'start'})")
+        for controls in page.locator(".atop-controls").all():
+            controls.evaluate("element => element.scrollIntoView({block: 'start'})")
         page.screenshot(path=Path(os.environ["SCREENSHOTS"]) / f"{name}.png")
 
 
@@ -285,7 +294,7 @@ def test_the_parameters_can_be_copied_and_loaded(page) -> None:
 @pytest.mark.parametrize("theme", ["Dark", "Light"])
 def test_nothing_is_wider_than_the_window_in_either_theme(page, theme: str) -> None:
     choose(page, "Settings", "Theme", f"JupyterLab {theme}")
-    page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']")
+    page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']", state="attached")
     reset(page)
     page.get_by_label("transform", exact=True).select_option("RT3: noise, masks")
     wait_for(page, "transform: rt3")

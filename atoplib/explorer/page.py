@@ -21,6 +21,7 @@ MOST_CLASSES = 10  # bars under a picture; of more classes, the likeliest and th
 CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
 TRANSFORM_NAMES = {"none": "no transform", "rt1": "RT1", "rt2": "RT2", "rt3": "RT3"}
 NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2", "flow": "flow"}
+GAP = "\N{NO-BREAK SPACE}"
 SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
 
 STYLE = """<style>
@@ -107,11 +108,11 @@ def transform_text(view: View) -> str:
     """The transform with those of its settings that apply."""
     parts = [TRANSFORM_NAMES[view.knobs.transform]]
     if "missing_rate" in view.used:
-        parts.append(f"{100 * float(view.pictured.masks.mean()):.3g} % missing")
+        parts.append(f"{100 * float(view.pictured.masks.mean()):.3g}{GAP}% missing")
     if "noise_std" in view.used:
-        parts.append(f"{SIGMA} {view.knobs.noise_std:.3g}")
+        parts.append(f"{SIGMA}{GAP}{view.knobs.noise_std:.3g}")
     if "num_masks" in view.used:
-        parts.append(f"{view.knobs.num_masks} masks")
+        parts.append(f"{view.knobs.num_masks}{GAP}masks")
     return ", ".join(parts)
 
 
@@ -189,7 +190,7 @@ def pictures(view: View) -> str:
     changed = draw.signed_change(shown.purified, after)
     most = float(changed.abs().max())
     distances = [255 * float((image - view.clean).abs().mean()) for image in (after, shown.purified)]
-    left = f"mean distance to clean: {distances[0]:.3g} {ARROW} {distances[1]:.3g} /255"
+    left = f"mean distance to clean: {distances[0]:.3g} {ARROW} {distances[1]:.3g}/255"
     which = f", copy 1 of {copies}" if copies > 1 else ""
     columns += [
         _column(
@@ -282,7 +283,7 @@ def line_chart(
 ) -> str:
     """A curve as SVG: a disc where ``right``, a cross where not, a dashed line at ``here``, bars for ``bands``."""
     left, top, bottom = 38, 8, 34
-    low, high = limits or (min(0.0, *up), max(*up, 1e-3))
+    low, high = limits or (min(0.0, *up), 1.08 * max(*up, 1e-3))
     ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low - 1e-9 <= tick <= high * 1.001]
     first, last = min(across), max(max(across), min(across) + 1e-9)
 

@@ -176,7 +176,7 @@ class Explorer:
         if curve:
             self._last_progress = time.monotonic()
             result = compute.robust_curve(self.knobs, self.scene, self.memory, report)
-            ticket.publish(lambda: setattr(self.curve, "value", page.curve(result)))
+            ticket.publish(lambda: self._show_curve(result))
 
     def _go_to(self, image: int) -> None:
         self.knobs = replace(self.knobs, image=image, shown_step=None)
@@ -195,9 +195,17 @@ class Explorer:
         if view.adapted:
             text = to_yaml(view.knobs, self.notebook, max_batch=view.max_batch)
             self.yaml.value, self.copy.value = text, COPY % escape(text)
-            self._say(f"{page.defence_text(view)}; {page.attack_text(view)}; {view.seconds:.2f} s.{remark}")
+            self._say(f"{self._summary(view)}{remark}")
         else:
             self._say("A preview: the attack is being made anew for this transform ...")
+
+    def _show_curve(self, result: compute.RobustCurve) -> None:
+        self.curve.value = page.curve(result)
+        self._say(self._summary(self.view))
+
+    @staticmethod
+    def _summary(view: compute.View) -> str:
+        return f"{page.defence_text(view)}; {page.attack_text(view)}; {view.seconds:.2f} s."
 
     def _show_problem(self, error: Exception) -> None:
         self.view = None
@@ -522,9 +530,8 @@ class Explorer:
             layout=widgets.Layout(grid_template_columns="repeat(auto-fit, minmax(260px, 1fr))", grid_gap="0 16px"),
         )
         controls.add_class("atop-controls")
-        bar = widgets.HBox(
-            [*self.preset_buttons, self.compute_button, self.cancel_button, self.progress, self.status], layout=row
-        )
+        bar = widgets.HBox([*self.preset_buttons, self.compute_button, self.cancel_button], layout=row)
+        state = widgets.HBox([self.status, self.progress], layout=widgets.Layout(align_items="center"))
         charts = widgets.GridBox(
             [
                 widgets.VBox([self.votes, widgets.HBox([self.again_button])]),
@@ -539,7 +546,7 @@ class Explorer:
         self.shown.add_class("atop-pictures")
         keep = widgets.HBox([self.copy, self.save_button, self.load_button, self.upload], layout=row)
         style = widgets.HTML(page.STYLE + f"<style>.atop-still-{self.name} {{ display: none }}</style>")
-        parts = [style, controls, bar, self.shown, keep, self.yaml]
+        parts = [style, controls, bar, state, self.shown, keep, self.yaml]
         return widgets.VBox(parts, layout=widgets.Layout(overflow="hidden"))
 
 
