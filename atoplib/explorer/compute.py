@@ -181,9 +181,10 @@ def device_of(module: nn.Module) -> torch.device:
 def pick(
     dataset: Dataset, indices: Tensor, device: torch.device
 ) -> tuple[Float[Tensor, "batch 3 height width"], Int[Tensor, " batch"]]:
-    """Some test images in [0, 1] and their labels, on a device."""
+    """Some test images in [0, 1] and their labels, on a device; their memory in the order that notebook 4 has it in."""
     indices = indices.to(dataset.test.images.device)
-    return to_float(dataset.test.images[indices].to(device)), dataset.test.labels[indices].to(device)
+    images = to_float(dataset.test.images[indices].to(device)).contiguous(memory_format=torch.channels_last)
+    return images, dataset.test.labels[indices].to(device)
 
 
 def adapt(defence: nn.Module, knobs: Knobs) -> nn.Module:
