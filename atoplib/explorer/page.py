@@ -57,7 +57,7 @@ STYLE = """<style>
 .atop-strip figure { width: 92px; }
 .atop-strip figcaption { font-weight: 400; font-size: 11px; }
 .atop-panel-title { font-weight: 600; font-size: 13px; margin: 0 0 2px; }
-.atop svg { display: block; width: 100%; max-width: 460px; height: auto; overflow: visible; }
+.atop svg { display: block; width: 100%; max-width: 340px; height: auto; overflow: visible; }
 .atop svg text { fill: var(--ink); font-size: 11px; font-family: var(--jp-ui-font-family, system-ui, sans-serif); }
 .atop svg .atop-axis { stroke: var(--line); stroke-width: 1; fill: none; }
 .atop svg .atop-curve { stroke: var(--faint); stroke-width: 1.5; fill: none; }
