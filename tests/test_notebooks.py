@@ -10,6 +10,7 @@ import nbformat
 import papermill
 import pytest
 import torch
+import yaml
 from papermill.parameterize import parameterize_notebook
 from safetensors.torch import load_file
 
@@ -22,7 +23,7 @@ from atoplib.parameters import NOTEBOOKS, Visualize
 from atoplib.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGES = list(NOTEBOOKS)
+DEMO = list(yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"])
 
 
 def scores(workspace: Path) -> list[dict]:
@@ -40,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> None:
-    for stage in STAGES:
+    for stage in DEMO:
         (run,) = demo.glob(f"runs/mnist-smoke/{stage}-*")
         cells = nbformat.read(run / "notebook.ipynb", as_version=4).cells
         assert all(cell.get("execution_count") for cell in cells if cell.cell_type == "code"), stage
@@ -53,14 +54,14 @@ def test_a_second_call_reuses_what_is_done(demo: Path, capsys: pytest.CaptureFix
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")}
     assert main(["mnist", "--smoke", "--workspace", str(demo)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done before") == len(STAGES)
+    assert printed.count("done before") == len(DEMO)
     assert "| AToP" in printed and "notebook.html" in printed
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")} == before
 
 
 def test_every_notebook_passes_nbval_and_a_fresh_directory_gives_the_same_numbers(demo: Path, tmp_path: Path) -> None:
     copies = []
-    for stage in STAGES:
+    for stage in NOTEBOOKS:
         notebook = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / f"{stage}.ipynb"))
         notebook = parameterize_notebook(notebook, {"smoke": True, "workspace": str(tmp_path)})
         for cell in notebook.cells:  # papermill's marks are not part of the format that nbval reads
