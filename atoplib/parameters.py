@@ -15,18 +15,23 @@ from typing import Any, ClassVar, Self, get_args, get_origin
 import torch
 
 from atoplib.attacks import PGDSettings
+from atoplib.attacks.suite import ATTACKS
 from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
-from atoplib.evaluation import PROTOCOLS, Budget, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation.protocols import LARGE_STEP
 from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
 from atoplib.masking import FEWEST_IMAGES, MaskingSettings
+from atoplib.pretrained import COMES_WITH, available, weights_path
 from atoplib.purifiers import build_purifier
-from atoplib.runs import workspace_dir
+from atoplib.runs import find_run, finished_runs, workspace_dir
 from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute_dtype
 from atoplib.transforms import TransformSettings
 
 STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the order that the literature numbers them in
+SEES = ("pipeline", "classifier")
+PRETRAINED = "pretrained"  # in place of a run: the weights that come with the kit
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -35,7 +40,8 @@ class ParameterError(ValueError):
 
 
 def from_run(stage: str) -> Any:
-    """A field that names a run of another stage: ``latest``, a directory's name in the experiment, or a path."""
+    """A field that names a run of another stage: ``latest``, a directory's name in the experiment, or a path; where weights
+    are read, also ``pretrained``."""
     return field(default="latest", metadata={"stage": stage})
 
 
@@ -342,6 +348,34 @@ class Attacking(Parameters):
         if self.max_batch < 1:
             raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
 
+    def weights(self, defence: str) -> Path:
+        """The checkpoint of ``undefended`` or ``at`` (classifiers), ``ap`` or ``atop`` (purifiers): that of the run which a
+        parameter names, or the one that comes with the kit.
+
+        Raises:
+            FileNotFoundError: if there is no such run; the message says which notebook to run first.
+            ValueError: if no such weights come with the kit.
+        """
+        parameter, stage, wanted = {
+            "undefended": ("classifier_run", TrainClassifier.STAGE, {"adversarial": False}),
+            "at": ("classifier_run", TrainClassifier.STAGE, {"adversarial": True}),
+            "ap": ("ap_run", PretrainPurifier.STAGE, {}),
+            "atop": ("atop_run", FinetuneAtop.STAGE, {}),
+        }[defence]
+        which = getattr(self, parameter)
+        if which == PRETRAINED:
+            return weights_path(self.dataset, defence)
+        which = "latest" if defence == "at" else which  # classifier_run names the one that the purifiers stand before
+        file = "purifier" if defence in ("ap", "atop") else "classifier"
+        return find_run(self.experiment_dir, stage, which, **wanted) / f"{file}.safetensors"
+
+    @property
+    def purifiers(self) -> dict[str, Path]:
+        """The checkpoints of AP and AToP, as ``weights``; of pretrained ones, those that come with the kit."""
+        runs = {"AP": self.ap_run, "AToP": self.atop_run}
+        there = available().get(COMES_WITH.get(self.dataset, self.dataset), ())
+        return {name: self.weights(name.lower()) for name, run in runs.items() if run != PRETRAINED or name.lower() in there}
+
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
         """As ``Parameters.load_data``; raises ParameterError if more test images are asked for than there are."""
         loaded = super().load_data(progress)
@@ -353,12 +387,23 @@ class Attacking(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class Attack(Attacking):
-    """04: the protocol that the numbers are measured by, and what of it is changed."""
+    """04: the protocol that the numbers are measured by, and what of it and of the defences is changed.
+
+    ``attack`` takes the place of the protocol's attacks, and eps is then the radius of its ``norm`` (``flow`` of ``stadv``).
+    """
 
     STAGE = "04_attack"
 
     max_test: int | None = None
+    image: int | None = None
+    transform: str | None = None
+    missing_rate: float | None = None
+    noise_std: float | None = None
+    num_masks: int | None = None
     protocol: str = "demo"
+    attack: str | None = None
+    attack_sees: str = "pipeline"
+    norm: str = "linf"
     eps_l2: float = 2.0
     steps: int | None = None
     eot_samples: int | None = None
@@ -374,8 +419,13 @@ class Attack(Attacking):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.image is not None and self.image < 0:
+            raise ValueError(f"image must be 0 or above (or None), got {self.image}")
+        _ = replace(TransformSettings(), **self.transform_changes)
         if self.protocol not in PROTOCOLS:
             raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
+        if self.attack_sees not in SEES:
+            raise ValueError(f"unknown attack_sees {self.attack_sees!r}; allowed: {', '.join(SEES)}")
         for name in ("steps", "eot_samples", "queries", "num_draws"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
@@ -390,9 +440,31 @@ class Attack(Attacking):
         for planned in self.plan.attacks:
             planned.build(self.budget, random=True, verdict=self.plan.verdict)
 
+    def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
+        """As ``Attacking.load_data``; raises ParameterError also where ``image`` is not among the test images."""
+        loaded = super().load_data(progress)
+        count = len(loaded.test.labels)
+        if self.image is not None and self.image >= count:
+            raise ParameterError(f"there is no image {self.image}: {count} test images are loaded, counted from 0")
+        return loaded
+
+    @property
+    def alone(self) -> bool:
+        """Whether one attack takes the place of the protocol's."""
+        return self.attack not in (None, "none")
+
     @property
     def plan(self) -> Protocol:
-        """The protocol, with what was changed of it."""
+        """The protocol, with what was changed of it; or the one attack that takes its place."""
+        if self.alone:
+            wanted = {"steps": self.steps, "eot_samples": self.eot_samples, "queries": self.queries}
+            options = ATTACKS[self.attack].options if self.attack in ATTACKS else ()
+            settings = {name: value for name, value in wanted.items() if name in options and value is not None}
+            label, sees = ("white-box", "defence") if self.attack_sees == "pipeline" else ("transfer", "classifier")
+            step = LARGE_STEP if self.attack == "pgd" else None
+            planned = PlannedAttack(label, self.attack, self.norm, sees, step, settings)
+            name = f"{self.attack} alone ({', '.join([self.norm, *(f'{key} {value}' for key, value in settings.items())])})"
+            return Protocol(name, "one attack", (planned,), num_images=200, num_draws=self.num_draws or 10)
         return adjusted(
             PROTOCOLS[self.protocol],
             steps=self.steps,
@@ -402,16 +474,31 @@ class Attack(Attacking):
         )
 
     @property
+    def eps_norm(self) -> str:
+        """What eps is a radius of."""
+        return self.norm if self.alone else "linf"
+
+    @property
     def masking(self) -> MaskingSettings:
         """What the masking checks cost."""
+        eps, norm = (self.eps_l2, "l2") if self.eps_norm == "flow" else (self.eps, self.eps_norm)
         if self.smoke:
-            return MaskingSettings(self.eps, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
-        return MaskingSettings(self.eps)
+            return MaskingSettings(eps, norm, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
+        return MaskingSettings(eps, norm)
 
     @property
     def budget(self) -> Budget:
         """How far attacks may go."""
-        return Budget(linf=self.eps, l2=self.eps_l2)
+        if self.eps_norm == "linf":
+            return Budget(linf=self.eps, l2=self.eps_l2)
+        return Budget(**{"linf": min(1.0, self.eps), "l2": self.eps_l2, self.eps_norm: self.eps})
+
+    @property
+    def transform_changes(self) -> dict[str, Any]:
+        """What differs from the transform that a purifier was trained with."""
+        names = ("transform", "missing_rate", "noise_std", "num_masks")
+        changes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {"name" if name == "transform" else name: value for name, value in changes.items()}
 
     @property
     def published(self) -> tuple[Published, ...]:
@@ -440,20 +527,30 @@ class Attack(Attacking):
 
 @dataclass(frozen=True, kw_only=True)
 class Visualize(Attacking):
-    """05: how many images are shown, and the attack on them."""
+    """05: how many images can be explored, how many stand in the still pictures, and the attack on them."""
 
     STAGE = "05_visualize"
 
-    max_test: int | None = 6
+    max_test: int | None = 200
+    rows: int = 3
     show: str = "atop"
     norm: str = "linf"
     steps: int = 40
-    alpha: float | None = 0.02
+    alpha: float | None = 0.1
     eot_samples: int = 10
     stop_after: int = 3
     num_draws: int = 10
 
     SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "num_draws": 3}
+
+    def or_pretrained(self) -> Self:
+        """These; or, where the experiment has no classifier yet, with the weights that come with the kit, if they do."""
+        named = {self.classifier_run, self.ap_run, self.atop_run}
+        if named != {"latest"} or finished_runs(self.experiment_dir, TrainClassifier.STAGE):
+            return self
+        if self.dataset not in COMES_WITH or self.image_size not in (None, 32):
+            return self
+        return replace(self, classifier_run=PRETRAINED, ap_run=PRETRAINED, atop_run=PRETRAINED)
 
     @property
     def attack(self) -> PGDSettings:
@@ -465,6 +562,8 @@ class Visualize(Attacking):
         _ = self.attack
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
         if self.show not in ("ap", "atop"):
             raise ValueError(f"unknown show {self.show!r}; allowed: ap, atop")
 

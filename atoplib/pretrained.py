@@ -13,6 +13,8 @@ from atoplib.runs import PLACES
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 DEFENCES = ("undefended", "ap", "atop", "at")
+COMES_WITH = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar10_jpeg": "cifar10"}
+"""Which weights fit a data set of ``data.load_dataset``, at its own 32 px."""
 
 
 def available(folder: Path = FOLDER) -> dict[str, tuple[str, ...]]:
@@ -25,11 +27,26 @@ def available(folder: Path = FOLDER) -> dict[str, tuple[str, ...]]:
     return {dataset: tuple(sorted(names, key=DEFENCES.index)) for dataset, names in found.items()}
 
 
+def weights_path(dataset: str, defence: str, *, folder: Path = FOLDER) -> Path:
+    """The file of the weights for a data set, named as ``data.load_dataset`` or ``available`` names it.
+
+    Raises:
+        ValueError: for weights that do not come with the kit; the message says which do.
+    """
+    found = available(folder)
+    name = COMES_WITH.get(dataset, dataset)
+    if defence not in found.get(name, ()):
+        known = "; ".join(f"{name}: {', '.join(defences)}" for name, defences in found.items()) or f"none, {folder} is empty"
+        raise ValueError(f"no weights of {defence!r} for {dataset!r} come with the kit; there are {known}")
+    return folder / f"{name}-{defence}.safetensors"
+
+
 def load_pretrained(dataset: str, defence: str, *, device: torch.device | str = "cpu", folder: Path = FOLDER) -> nn.Module:
     """A defence that was trained and measured: images (B, 3, 32, 32) in [0, 1] -> logits, in eval mode, in float32.
 
     Args:
-        dataset: ``mnist`` (the digits of ``mnist5k``) or ``cifar10`` (trained on CIFAR-10 after JPEG).
+        dataset: ``mnist`` (the digits of ``mnist5k``) or ``cifar10`` (trained on CIFAR-10 after JPEG), or a data set of
+            ``COMES_WITH``.
         defence: ``undefended`` (the classifier alone), ``ap``, ``atop`` (pipelines in front of it), ``at`` (a classifier
             that was trained adversarially); ``available()`` tells which there are.
 
@@ -37,14 +54,10 @@ def load_pretrained(dataset: str, defence: str, *, device: torch.device | str = 
         ValueError: for weights that do not come with the kit; the message says which do.
         CheckpointError: if a file is damaged.
     """
-    found = available(folder)
-    if defence not in found.get(dataset, ()):
-        known = "; ".join(f"{name}: {', '.join(defences)}" for name, defences in found.items()) or f"none, {folder} is empty"
-        raise ValueError(f"no weights of {defence!r} for {dataset!r} come with the kit; there are {known}")
-    path = folder / f"{dataset}-{defence}.safetensors"
+    path = weights_path(dataset, defence, folder=folder)
     if defence in ("undefended", "at"):
         return load_checkpoint(path, kind="classifier", device=device)[0]
-    classifier, _ = load_checkpoint(folder / f"{dataset}-undefended.safetensors", kind="classifier", device=device)
+    classifier, _ = load_checkpoint(weights_path(dataset, "undefended", folder=folder), kind="classifier", device=device)
     return load_pipeline(path, classifier, device=device)
 
 

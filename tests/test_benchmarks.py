@@ -11,7 +11,7 @@ from atoplib import runs
 from atoplib.checkpoints import save_checkpoint
 from atoplib.classifiers import build_classifier
 from atoplib.purifiers import GatedUNet
-from benchmarks import attack_speed
+from benchmarks import attack_speed, explorer_latency
 from benchmarks import training_speed as speed
 
 CPU = torch.device("cpu")
@@ -247,3 +247,12 @@ def test_the_pipeline_that_is_attacked_fast_is_the_plain_one(experiment):
     plain, fast = (attack_speed.load(experiment, CPU, fast=fast) for fast in (False, True))
     with plain.fixed_draws(1), fast.fixed_draws(1), torch.no_grad():
         torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_explorers_latency_is_measured_until_the_right_picture_is_shown(capsys):
+    explorer_latency.main(["--smoke"])
+    printed = capsys.readouterr().out
+    (rows,) = rows_of(printed).values()
+    assert [row["from the control to the pictures"] for row in rows] == list(explorer_latency.AIMS)
+    for row in rows:
+        assert 0 < float(row["median ms"]) <= float(row["slowest ms"])

@@ -9,11 +9,18 @@ from pathlib import Path
 import nbformat
 import papermill
 import pytest
+import torch
 import yaml
 from papermill.parameterize import parameterize_notebook
+from safetensors.torch import load_file
 
 from atoplib.batch import main
-from atoplib.parameters import NOTEBOOKS
+from atoplib.checkpoints import load_checkpoint
+from atoplib.classifiers import fold_batch_norms
+from atoplib.explorer.knobs import to_yaml
+from atoplib.explorer.widgets import make_explorer
+from atoplib.parameters import NOTEBOOKS, Visualize
+from atoplib.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = list(yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"])
@@ -76,3 +83,43 @@ def test_a_mistyped_parameter_stops_a_notebook_with_a_sentence(tmp_path: Path) -
     assert ended.returncode == 1
     assert "no parameter 'epochz' (did you mean 'epochs'?)" in ended.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def run_notebook(stage: str, folder: Path, *options: str) -> nbformat.NotebookNode:
+    """A notebook executed by papermill's own command."""
+    out = folder / f"{stage}.ipynb"
+    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{stage}.ipynb"), str(out), "-k", "python3"]
+    command += ["--no-progress-bar", "-p", "workspace", str(folder), *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return nbformat.read(out, as_version=4)
+
+
+def test_before_anything_is_trained_the_explorer_shows_the_weights_of_the_kit(tmp_path: Path) -> None:
+    executed = run_notebook("05_visualize", tmp_path, "-p", "smoke", "True")
+    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
+    assert any("those that come with the kit" in output.get("text", "") for output in outputs)
+    stills = [output.data for output in outputs if "atop-still" in output.get("data", {}).get("text/html", "")]
+    assert len(stills) == 1 and stills[0]["image/png"]
+
+
+def test_the_attack_notebook_measures_what_the_explorer_copied(tmp_path: Path) -> None:
+    source = Visualize(workspace=str(tmp_path), max_test=20).or_pretrained()
+    classifier, _ = load_checkpoint(source.weights("undefended"), kind="classifier")
+    classifier = fold_batch_norms(classifier).to(memory_format=torch.channels_last)
+    knobs = {"eps": 0.3, "steps": 4, "eot_samples": 2, "num_draws": 5, "image": 3, "seed": 2, "noise_std": 0.25}
+    explorer = make_explorer(load_pipeline(source.purifiers["AToP"], classifier), source.load_data(), **knobs)
+    explorer.refresh()
+    assert explorer.worker.wait(300)
+    view = explorer.view
+    copied = tmp_path / "copied.yaml"
+    copied.write_text(to_yaml(view.knobs, source.as_dict(), max_batch=view.max_batch))
+    run_notebook("04_attack", tmp_path, "-f", str(copied), "-p", "keep_images", "True")
+    (run,) = tmp_path.glob("runs/mnist/04_attack-*")
+    (piece,) = run.glob("pieces/white-box-atop-*.safetensors")
+    torch.testing.assert_close(load_file(piece)["adversarial"][0], view.adversarial, atol=1e-5, rtol=0)
+    scores = json.loads((run / "metrics.json").read_text())["scores"]
+    (score,) = (row for row in scores if (row["defence"], row["attack"]) == ("AToP", "white-box"))
+    assert score["one_shot"] == float(int(view.votes[0]) == view.label)
+    assert score["majority"] == float(view.majority == view.label)
+    assert score["worst_of_n"] == float(view.right_draws == 5)

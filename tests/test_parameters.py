@@ -13,6 +13,7 @@ from papermill.parameterize import parameterize_notebook
 from atoplib.attacks import PGDSettings
 from atoplib.evaluation import PROTOCOLS
 from atoplib.parameters import NOTEBOOKS, Attack, FinetuneAtop, ParameterError, PretrainPurifier, TrainClassifier, Visualize
+from atoplib.runs import open_run
 from atoplib.transforms import TransformSettings
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -288,6 +289,26 @@ def test_the_settings_are_made_of_the_parameters():
     assert {name: getattr(training, name) for name in names} == {name: getattr(tuned, name) for name in names}
 
 
+def test_the_attack_takes_another_transform_only_where_it_is_told_to():
+    assert Attack().transform_changes == {} and Attack().image is None
+    told = Attack(transform="rt3", noise_std=0.0, num_masks=8)
+    assert told.transform_changes == {"name": "rt3", "noise_std": 0.0, "num_masks": 8}
+
+
+@pytest.mark.parametrize(
+    "kind, wrong, said",
+    [
+        (Attack, {"image": -1}, "image must be 0 or above"),
+        (Attack, {"transform": "rt4"}, "unknown transform 'rt4'"),
+        (Attack, {"missing_rate": 1.0}, "missing_rate must lie in"),
+        (Visualize, {"rows": 0}, "rows must be at least 1"),
+    ],
+)
+def test_what_the_pictures_and_the_attack_cannot_do_is_refused(kind, wrong, said):
+    with pytest.raises(ParameterError, match=said):
+        kind.from_mapping(wrong)
+
+
 def test_the_papers_attack_is_fgsm_from_the_image_itself():
     assert FinetuneAtop(attack_sees="classifier", attack_steps=1).attack.attack.start == "clean"
     assert FinetuneAtop(attack_sees="pipeline", attack_steps=1).attack.attack.start == "random"
@@ -317,6 +338,80 @@ def test_a_protocol_can_be_changed_and_says_so():
     assert changed.plan.name == "demo (steps 7, eot_samples 2, num_draws 5)"
     assert all(item.settings["steps"] == 7 and item.settings["eot_samples"] == 2 for item in changed.plan.attacks)
     assert changed.plan.num_draws == 5 and changed.test_choice == 30 and changed.seeds == (4, 5, 6)
+
+
+def test_one_attack_can_take_the_place_of_the_protocols():
+    alone = Attack(attack="pgd", attack_sees="classifier", norm="l2", eps=3.0, steps=5, queries=9)
+    assert alone.plan.name == "pgd alone (l2, steps 5)" and alone.budget.l2 == 3.0
+    (planned,) = alone.plan.attacks
+    assert (planned.label, planned.sees, dict(planned.settings)) == ("transfer", "classifier", {"steps": 5})
+    assert Attack(attack="none").plan == PROTOCOLS["demo"]
+
+
+def test_stadv_alone_takes_eps_as_the_bound_of_its_flow_and_is_checked_for_masking_in_l2():
+    alone = Attack(attack="stadv", norm="flow", eps=0.1)
+    assert alone.budget.flow == 0.1 and alone.eps_norm == "flow" and alone.plan.attacks[0].norm == "flow"
+    assert (alone.masking.norm, alone.masking.eps) == ("l2", alone.eps_l2)
+    assert Attack(norm="l2").eps_norm == "linf" and Attack(norm="l2").masking.norm == "linf"
+
+
+def test_an_image_that_was_not_loaded_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match="there is no image 30: 30 test images are loaded, counted from 0"):
+        Attack(image=30, max_test=30, data_dir=str(tmp_path)).load_data()
+
+
+def test_before_anything_is_trained_the_weights_of_the_kit_are_shown(tmp_path):
+    source = Visualize(workspace=str(tmp_path)).or_pretrained()
+    assert (source.classifier_run, source.ap_run, source.atop_run) == ("pretrained",) * 3
+    assert source.weights("undefended").name == "mnist-undefended.safetensors"
+    assert {name: path.name for name, path in source.purifiers.items()} == {
+        "AP": "mnist-ap.safetensors",
+        "AToP": "mnist-atop.safetensors",
+    }
+    assert Attack(classifier_run="pretrained", workspace=str(tmp_path)).weights("undefended").is_file()
+    with pytest.raises(ValueError, match="no weights of 'at' for 'mnist5k' come with the kit"):
+        source.weights("at")
+
+
+def test_of_the_weights_of_the_kit_those_are_shown_that_there_are(tmp_path):
+    source = Visualize(dataset="cifar10_jpeg", workspace=str(tmp_path)).or_pretrained()
+    assert source.purifiers["AP"].name == "cifar10-ap.safetensors"
+    assert set(source.purifiers) <= {"AP", "AToP"}
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [{"dataset": "fashion_mnist"}, {"image_size": 64}, {"ap_run": "02_pretrain_purifier-12345678"}],
+    ids=lambda asked: next(iter(asked)),
+)
+def test_what_the_weights_of_the_kit_do_not_fit_says_which_notebook_to_run_first(asked, tmp_path):
+    source = Visualize(workspace=str(tmp_path), **asked).or_pretrained()
+    with pytest.raises(FileNotFoundError, match="run the notebook 01_train_classifier.ipynb first"):
+        source.weights("undefended")
+
+
+def test_a_run_is_preferred_to_the_weights_of_the_kit(tmp_path):
+    plain = Visualize(workspace=str(tmp_path))
+    with open_run(plain.experiment_dir, "01_train_classifier", {"adversarial": False}, device=plain.torch_device) as run:
+        pass
+    assert plain.or_pretrained() == plain
+    assert plain.weights("undefended") == run.path / "classifier.safetensors"
+    with pytest.raises(FileNotFoundError, match="run the notebook 02_pretrain_purifier.ipynb first"):
+        _ = plain.purifiers
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"attack": "pdg"}, "unknown attack 'pdg'; allowed: fgsm, pgd"),
+        ({"attack": "pgd", "norm": "l1"}, "pgd knows the norms linf, l2, not 'l1'"),
+        ({"attack_sees": "all"}, "unknown attack_sees 'all'; allowed: pipeline, classifier"),
+        ({"masking_images": 3}, "masking_images must be 0 .no checks. or at least 8, got 3"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused(wrong, said):
+    with pytest.raises(ParameterError, match=said):
+        Attack.from_mapping(wrong)
 
 
 def test_published_numbers_stand_beside_comparable_ones_only():

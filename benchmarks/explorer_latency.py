@@ -1,0 +1,128 @@
+"""How fast the explorer answers: from a control's change to the bytes of the new pictures.
+
+    python -m benchmarks.explorer_latency [--recipe cifar10] [--repetitions 50] [--threads N] [--device auto] [--smoke]
+
+The networks are those of a recipe, untrained (their weights do not change the speed), on random images of 32 px or of the
+recipe's size; EOT 1, 10 votes. Three knobs are turned in turn, each time to a value that was not seen before:
+
+- the transform's noise, under an attack on the classifier, which need not run again;
+- the same under PGD-10 through the pipeline: until the preview (the earlier attack through the new transform);
+- the seed, so that PGD-10 runs through the whole pipeline again.
+
+The browser's own time is not in it. The result is Markdown on the standard output.
+"""
+
+import argparse
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+from ipywidgets import ValueWidget
+
+from atoplib.batch import plan
+from atoplib.classifiers import build_classifier, fold_batch_norms
+from atoplib.data import Dataset, Split
+from atoplib.explorer import Explorer
+from atoplib.explorer.widgets import make_explorer
+from atoplib.pipeline import AToPPipeline
+from atoplib.purifiers import build_purifier
+from benchmarks.report import find_device, machine_facts, markdown, positive
+
+NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+AIMS = {"transform knob, transfer": 100, "transform knob, preview": 100, "PGD-10 through the pipeline": 500}  # milliseconds
+
+
+def build(recipe: str, device: torch.device) -> tuple[AToPPipeline, int]:
+    """The recipe's pipeline, untrained, and the images' size."""
+    stages = {s.name: s.parameters for s in plan(NOTEBOOKS / "recipes" / f"{recipe}.yaml", NOTEBOOKS, {})}
+    first, second, third = (stages[name] for name in ("01_train_classifier", "02_pretrain_purifier", "03_finetune_atop"))
+    statistics = {"num_classes": 10, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+    classifier = fold_batch_norms(build_classifier(first.classifier, **statistics, **first.classifier_options).eval())
+    purifier = build_purifier(second.purifier, **second.purifier_options).to(memory_format=torch.channels_last)
+    return AToPPipeline(third.transform_settings, purifier, classifier).to(device).eval(), third.image_size or 32
+
+
+def random_images(size: int, count: int = 8) -> Dataset:
+    """Images of noise."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    split = Split(images, torch.arange(count) % 10)
+    return Dataset("noise", split, split, tuple("0123456789"))
+
+
+def seconds_until_shown(explorer: Explorer, control: ValueWidget, value: float, *, preview: bool) -> float:
+    """From the change of a control to new pictures: the first ones, or those whose attack is adapted."""
+    shown = threading.Event()
+
+    def note(_change: dict) -> None:
+        if preview or explorer.view.adapted:
+            shown.set()
+
+    explorer.pictures.observe(note, "value")
+    started = time.perf_counter()
+    control.value = value
+    if not shown.wait(600) or explorer.view is None:
+        raise RuntimeError("the explorer showed no picture within 10 minutes")
+    seconds = time.perf_counter() - started
+    explorer.pictures.unobserve(note, "value")
+    explorer.worker.wait()
+    return seconds
+
+
+def measure(explorer: Explorer, repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each way to turn a knob, after one warm-up."""
+    noise, seed, sees = (explorer.controls[name] for name in ("noise_std", "seed", "attack_sees"))
+    explorer.refresh()
+    explorer.worker.wait()
+    times: dict[str, list[float]] = {name: [] for name in AIMS}
+    for number in range(repetitions + 1):
+        level = 0.1 + 0.8 * number / (repetitions + 1)
+        turns = (
+            ("classifier", noise, level, False),
+            ("pipeline", noise, level + 1e-3, True),
+            ("pipeline", seed, number + 1, False),
+        )
+        for name, (target, control, value, preview) in zip(AIMS, turns, strict=True):
+            sees.value = target
+            explorer.worker.wait()
+            times[name].append(seconds_until_shown(explorer, control, value, preview=preview))
+    return {name: measured[1:] for name, measured in times.items()}
+
+
+def table(times: dict[str, list[float]]) -> str:
+    """Medians and the slowest of each, against what is aimed at."""
+    rows = [
+        (name, f"{1000 * median(measured):.0f}", f"{1000 * max(measured):.0f}", str(AIMS[name]))
+        for name, measured in times.items()
+    ]
+    return markdown(("from the control to the pictures", "median ms", "slowest ms", "aim ms"), rows)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, and print machine facts and table."""
+    parser = argparse.ArgumentParser(description="How fast the explorer answers.")
+    parser.add_argument("--recipe", default="cifar10", help="whose networks (default: cifar10)")
+    parser.add_argument("--repetitions", type=positive, default=50)
+    parser.add_argument("--threads", type=positive, help="of torch (default: torch's own choice)")
+    parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument("--smoke", action="store_true", help="few repetitions, small networks: the numbers mean nothing")
+    options = parser.parse_args(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    recipe, repetitions = ("mnist", 2) if options.smoke else (options.recipe, options.repetitions)
+    pipeline, size = build(recipe, options.device)
+    explorer = make_explorer(pipeline, random_images(size), eps=8 / 255, steps=10, eot_samples=1, num_draws=10)
+    facts = machine_facts(options.device)
+    times = measure(explorer, repetitions)
+    if options.smoke:
+        print("**Smoke run: small networks, the numbers mean nothing.**\n")
+    print("\n".join(f"- {name}: {value}" for name, value in facts.items()), end="\n\n")
+    print(table(times), end="\n\n")
+    print(f"Recipe {recipe}, {size} px, EOT 1, 10 votes; medians of {repetitions} repetitions after a warm-up.")
+
+
+if __name__ == "__main__":
+    main()
