@@ -372,9 +372,29 @@ class Visualize(Attacking):
             raise ValueError(f"unknown show {self.show!r}; allowed: ap, atop")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Report(Parameters):
+    """08: the runs that are compared.
+
+    Attributes:
+        runs: their names in the experiment, or paths; [] takes every complete run of the experiment.
+    """
+
+    STAGE = "08_report"
+    SMOKE = {"max_train": 64, "max_test": 16}
+
+    runs: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(isinstance(run, str) for run in self.runs):
+            raise ValueError(f"runs must be a list of names or paths of runs, got {self.runs!r}")
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
-    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize)
+    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Report)
 }
+REPORT = Report.STAGE  # of what others measured: no notebook of a recipe
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:

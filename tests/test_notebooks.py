@@ -28,7 +28,7 @@ def scores(workspace: Path) -> list[dict]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the recipe mnist ran in smoke size."""
     workspace = tmp_path_factory.mktemp("demo")
-    assert main(["mnist", "--smoke", "--workspace", str(workspace)]) == 0
+    assert main(["mnist", "--smoke", "--report", "--workspace", str(workspace)]) == 0
     return workspace
 
 
@@ -44,7 +44,7 @@ def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> 
 
 def test_a_second_call_reuses_what_is_done(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")}
-    assert main(["mnist", "--smoke", "--workspace", str(demo)]) == 0
+    assert main(["mnist", "--smoke", "--report", "--workspace", str(demo)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("done before") == len(STAGES)
     assert "| AToP" in printed and "notebook.html" in printed
