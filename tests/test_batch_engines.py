@@ -1,0 +1,130 @@
+"""Every engine runs the same jobs to the same end: nothing twice, failures told, a lost machine made up for.
+
+Ray and submitit are no part of the installation; their tests are skipped where they are not installed.
+"""
+
+import io
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atoplib.batch import ENGINES, Job, Settings, engines, make_plan, read_recipe, run_jobs
+from atoplib.batch.overview import Overview
+from atoplib.runs import read_json
+
+FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
+ROOT = FOLDER.parent
+GRID = """
+notebooks: {01_train_classifier: , 02_pretrain_purifier: , 03_finetune_atop: }
+grid: {02_pretrain_purifier: {seed: [0, 1, 2]}}
+"""
+
+# A papermill for tests: it takes half a second, counts how often a run was made, and fails where the test wants it.
+FAKE = """
+import json, os, pathlib, time
+def execute_notebook(notebook, output, values, **options):
+    run = pathlib.Path(output).parent
+    with open(run / "made", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    time.sleep(float(os.environ.get("ATOP_TEST_SECONDS", "0.3")))
+    if values.get("seed") == 1 and os.environ.get("ATOP_TEST_FAIL"):
+        raise ValueError("no luck")
+    pathlib.Path(output).write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
+    (run / "metrics.json").write_text(json.dumps({"value": sum(map(ord, run.name))}))
+    content = {"status": "complete", "stage": run.name.rpartition("-")[0], "ended": str(time.time())}
+    (run / "manifest.json").write_text(json.dumps(content))
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch) -> list[Job]:
+    """Seven jobs, three of which may run at once, executed by the papermill above wherever they run."""
+    (tmp_path / "fake").mkdir()
+    (tmp_path / "fake" / "papermill.py").write_text(FAKE)
+    path = [str(tmp_path / "fake"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, path)))
+    (tmp_path / "recipe.yaml").write_text(GRID)
+    made = make_plan(read_recipe(tmp_path / "recipe.yaml"), FOLDER, {"workspace": str(tmp_path)})
+    for job in made:  # pages are tested elsewhere
+        job.run_dir.mkdir(parents=True)
+    return made
+
+
+def statuses(jobs: list[Job], engine: str, **options: object) -> dict[str, str]:
+    settings = Settings(jobs=3, threads=1, options=options)
+    overview = Overview(jobs, workers=3, out=io.StringIO(), live=False)
+    return {outcome.job.label: outcome.status for outcome in run_jobs(jobs, settings, overview, engine=ENGINES[engine])}
+
+
+def options_of(engine: str, tmp_path: Path) -> dict[str, object]:
+    """What an engine needs to run on this machine."""
+    if engine == "ray":
+        pytest.importorskip("ray")
+        return {"num_cpus": 0}
+    if engine == "slurm":
+        pytest.importorskip("submitit")
+        return {"cluster": "local", "folder": str(tmp_path / "slurm")}
+    return {}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_engine_runs_every_job_once_and_reports_what_failed(engine, jobs, tmp_path, monkeypatch):
+    options = options_of(engine, tmp_path)
+    monkeypatch.setenv("ATOP_TEST_FAIL", "1")
+    first = list(statuses(jobs, engine, **options).values())
+    assert [first.count(status) for status in ("complete", "failed", "not run")] == [5, 1, 1]
+    monkeypatch.delenv("ATOP_TEST_FAIL")
+    second = list(statuses(jobs, engine, **options).values())
+    assert [second.count(status) for status in ("done before", "complete")] == [5, 2]
+    made = {job.label: len((job.run_dir / "made").read_text().splitlines()) for job in jobs}
+    assert sorted(made.values()) == [1] * 6 + [2]
+    assert all(read_json(job.run_dir / "metrics.json") == {"value": sum(map(ord, job.run_dir.name))} for job in jobs)
+
+
+@pytest.mark.parametrize("name", ["ray", "submitit"])
+def test_an_engine_that_is_not_installed_says_how_to_install_it(jobs, monkeypatch, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ValueError, match=f"needs {name}, which is not installed: .venv/bin/pip install {name}"):
+        statuses(jobs, {"submitit": "slurm"}.get(name, name))
+
+
+def test_the_local_engine_refuses_options(jobs):
+    with pytest.raises(ValueError, match="the engine local has no options, got num_gpus"):
+        statuses(jobs, "local", num_gpus=1)
+
+
+def test_a_job_that_was_completed_elsewhere_meanwhile_is_not_run_again(jobs):
+    assert engines.attempt(jobs[0], None, 1, False)[1] == ""
+    before = (jobs[0].run_dir / "made").read_text()
+    assert engines.attempt(jobs[0], None, 1, False) == (0.0, "") and (jobs[0].run_dir / "made").read_text() == before
+
+
+def test_a_node_of_a_ray_cluster_that_is_killed_costs_no_run_and_none_is_completed_twice(jobs, monkeypatch):
+    ray = pytest.importorskip("ray")
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    monkeypatch.setenv("ATOP_TEST_SECONDS", "4")
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    try:
+        killed = []
+
+        def show() -> None:
+            if len(list(jobs[0].run_dir.parent.glob("02*/made"))) == 3 and not killed:
+                killed.append(nodes[0])
+                os.kill(nodes[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+
+        overview = Overview(jobs, workers=3, out=io.StringIO(), live=False)
+        monkeypatch.setattr(overview, "show", show)
+        settings = Settings(jobs=3, threads=1, options={"address": cluster.address})
+        outcomes = run_jobs(jobs, settings, overview, engine=ENGINES["ray"])
+        assert killed and [outcome.status for outcome in outcomes] == ["complete"] * len(jobs)
+        times = [len((job.run_dir / "made").read_text().splitlines()) for job in jobs]
+        assert sorted(times) == [1] * 6 + [2], "one was begun anew"
+        time.sleep(0.5)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
