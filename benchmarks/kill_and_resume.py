@@ -12,15 +12,27 @@ import argparse
 import os
 import random
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from atoplib import data, training
+from atoplib.attacks import PGDSettings
+from atoplib.classifiers import build_classifier
+from atoplib.losses import Objective
+from atoplib.pipeline import AToPPipeline
+from atoplib.purifiers import PatchDiscriminator, build_purifier
+from atoplib.runs import open_run
+from atoplib.training import loop
+from atoplib.transforms import TransformSettings
 
 STAGES = ("classifier", "adversarial", "pretrain", "finetune")
 LONGEST = 600.0  # seconds for one attempt: a training that hangs is a failure, too
@@ -28,17 +40,7 @@ LONGEST = 600.0  # seconds for one attempt: a training that hangs is a failure, 
 
 def train(stage: str, folder: Path, epochs: int, images: int) -> None:
     """Train one stage in a run directory, saving after every step; leaves ``result.pt`` when it is done."""
-    from atoplib import data, training
-    from atoplib.attacks import PGDSettings
-    from atoplib.classifiers import build_classifier
-    from atoplib.losses import Objective
-    from atoplib.pipeline import AToPPipeline
-    from atoplib.purifiers import PatchDiscriminator, build_purifier
-    from atoplib.runs import open_run
-    from atoplib.training import loop
-    from atoplib.transforms import TransformSettings
-
-    loop.CHECK_EVERY = 1
+    loop.CHECK_EVERY, notes = 1, []
     torch.set_num_threads(1)
     torch.manual_seed(0)
     split = data.load_dataset("mnist5k", data_dir=folder / "data", max_train=images, max_test=1).train
@@ -59,7 +61,9 @@ def train(stage: str, folder: Path, epochs: int, images: int) -> None:
         networks = {"purifier": pipeline.purifier} | ({"discriminator": discriminator} if tuned else {})
         step = training.purifier_step(pipeline, objective, attack=attack, discriminator=discriminator)
     with open_run(folder, stage, {"epochs": epochs}, device=torch.device("cpu")) as run:
-        history = training.fit(step, networks, split, settings, state_path=run.state_path, save_every=0.0, notify=print)
+        history = training.fit(
+            step, networks, split, settings, state_path=run.state_path, save_every=0.0, notify=notes.append
+        )
     weights = {name: network.state_dict() for name, network in networks.items()}
     history = [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
     torch.save({"weights": weights, "history": history}, folder / "result.pt")
@@ -80,10 +84,36 @@ class Tally:
     equal: bool = False
 
 
-def command(stage: str, folder: Path, options: argparse.Namespace) -> list[str]:
-    """The process of one attempt."""
-    script = [sys.executable, __file__, "--train", stage, "--folder", str(folder)]
-    return [*script, "--epochs", str(options.epochs), "--images", str(options.images)]
+def start(stage: str, folder: Path, options: argparse.Namespace) -> int:
+    """Begin an attempt in a process of its own, forked so that torch is imported once; returns its number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            train(stage, folder, options.epochs, options.images)
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    return process
+
+
+def ended(process: int) -> bool:
+    """Whether an attempt has come to its end; raises RuntimeError if that was a failure."""
+    found, status = os.waitpid(process, os.WNOHANG)
+    if found and status:
+        raise RuntimeError(f"a training failed (status {status}), see above")
+    return bool(found)
+
+
+def finish(stage: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Let an attempt come to its end; returns what it trained."""
+    process = start(stage, folder, options)
+    while not ended(process):
+        time.sleep(0.005)
+    return torch.load(folder / "result.pt", weights_only=True)
 
 
 def is_saving(folder: Path) -> bool:
@@ -100,28 +130,33 @@ def kill_once(
     stage: str, folder: Path, options: argparse.Namespace, dice: random.Random, *, while_saving: bool
 ) -> bool | None:
     """Start an attempt and kill it; returns whether a save was going on, or None if it ended before."""
-    process = subprocess.Popen(command(stage, folder, options), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    before, began = steps_saved(folder), time.monotonic()
+    process, over = start(stage, folder, options), False
     try:
-        before, began = steps_saved(folder), time.monotonic()
-        while process.poll() is None and steps_saved(folder) == before:  # it goes forward from kill to kill
+        while not (over := ended(process)) and steps_saved(folder) == before:  # it goes forward from kill to kill
             if time.monotonic() - began > LONGEST:
                 raise TimeoutError(f"{stage} saved nothing in {LONGEST:.0f} s")
             time.sleep(0.001)
         strike = time.monotonic() + dice.random() * options.spread
-        while process.poll() is None and (time.monotonic() < strike or while_saving and not is_saving(folder)):
-            time.sleep(0.0 if while_saving else 0.001)
-        if process.poll() is not None:
-            if process.returncode:
-                raise RuntimeError(f"{stage} failed: {process.stderr.read().decode()[-2000:]}")
+        while not (over := over or ended(process)):
+            if time.monotonic() >= strike and (is_saving(folder) or not while_saving):
+                break
+        if over:
             return None
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        return is_saving(folder)
+        over = True  # the number may soon be another process's
+        return struck(process, folder)
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
-        process.stderr.close()
+        if not over:
+            with suppress(ProcessLookupError, ChildProcessError):
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+
+
+def struck(process: int, folder: Path) -> bool:
+    """Kill an attempt; returns whether it was saving."""
+    os.kill(process, signal.SIGKILL)
+    os.waitpid(process, 0)
+    return is_saving(folder)
 
 
 def same(first: object, second: object) -> bool:
@@ -138,8 +173,7 @@ def same(first: object, second: object) -> bool:
 def trial(stage: str, kills: int, folder: Path, options: argparse.Namespace, dice: random.Random) -> Tally:
     """Train a stage in peace and under fire, and compare. A training that ends before its kills is begun anew."""
     peace, number, tally = folder / f"{stage}-in-peace", 0, Tally(stage, equal=True)
-    subprocess.run(command(stage, peace, options), check=True, stdout=subprocess.DEVNULL)
-    wanted = torch.load(peace / "result.pt", weights_only=True)
+    wanted = finish(stage, peace, options)
     while tally.kills < kills:
         under_fire = folder / f"{stage}-{number}"
         number += 1
@@ -149,8 +183,7 @@ def trial(stage: str, kills: int, folder: Path, options: argparse.Namespace, dic
                 break
             tally.kills += 1
             tally.saving += struck
-        subprocess.run(command(stage, under_fire, options), check=True, stdout=subprocess.DEVNULL)
-        tally.equal &= same(torch.load(under_fire / "result.pt", weights_only=True), wanted)
+        tally.equal &= same(finish(stage, under_fire, options), wanted)
     return tally
 
 
@@ -163,13 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=320)
     parser.add_argument("--spread", type=float, default=0.3, help="seconds after a save within which a kill strikes")
     parser.add_argument("--stages", default=",".join(STAGES))
-    parser.add_argument("--train", choices=STAGES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.train:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        train(options.train, options.folder, options.epochs, options.images)
-        return 0
     stages = options.stages.split(",")
     if unknown := sorted(set(stages) - set(STAGES)):
         parser.error(f"unknown stage {unknown[0]!r}; allowed: {', '.join(STAGES)}")
