@@ -17,12 +17,16 @@ import torch
 from atoplib.attacks import PGDSettings
 from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
+from atoplib.evaluation import PROTOCOLS, Budget, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
+from atoplib.masking import FEWEST_IMAGES, MaskingSettings
 from atoplib.purifiers import build_purifier
 from atoplib.runs import workspace_dir
-from atoplib.training import FineTuningAttack, TrainingSettings
+from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute_dtype
 from atoplib.transforms import TransformSettings
 
+STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the order that the literature numbers them in
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -141,6 +145,11 @@ class Parameters:
             raise ParameterError(f"device {self.device!r} cannot be used here ({reason}); allowed: auto, cpu") from error
         return device
 
+    @property
+    def test_choice(self) -> int | list[int] | None:
+        """How many test images are loaded, or which."""
+        return self.max_test
+
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
         """The data set, on the device if it is small."""
         return load_dataset(
@@ -149,7 +158,7 @@ class Parameters:
             image_size=self.image_size,
             device=self.torch_device,
             max_train=self.max_train,
-            max_test=self.max_test,
+            max_test=self.test_choice,
             progress=progress,
         )
 
@@ -326,48 +335,138 @@ class Attacking(Parameters):
     ap_run: str = from_run(PretrainPurifier.STAGE)
     atop_run: str = from_run(FinetuneAtop.STAGE)
     eps: float = 0.3
+    max_batch: int = 250
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_batch < 1:
+            raise ValueError(f"max_batch must be at least 1, got {self.max_batch}")
+
+    def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
+        """As ``Parameters.load_data``; raises ParameterError if more test images are asked for than there are."""
+        loaded = super().load_data(progress)
+        if self.max_test is not None and not self.smoke and len(loaded.test.labels) < self.max_test:
+            raise ParameterError(
+                f"max_test is {self.max_test}, but {self.dataset} has {len(loaded.test.labels)} test images; ask for at "
+                "most these"
+            )
+        return loaded
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Attacking):
+    """04: the protocol that the numbers are measured by, and what of it is changed."""
+
+    STAGE = "04_attack"
+
+    max_test: int | None = None
+    protocol: str = "demo"
+    eps_l2: float = 2.0
+    steps: int | None = None
+    eot_samples: int | None = None
+    queries: int | None = None
+    num_draws: int | None = None
+    num_seeds: int = 1
+    attack_batch: int = 100
+    keep_images: bool = False
+    masking_images: int = 32
+    dtype: str = "auto"
+
+    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "queries": 4, "num_draws": 3}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
+        for name in ("steps", "eot_samples", "queries", "num_draws"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
+        if min(self.num_seeds, self.attack_batch) < 1:
+            raise ValueError(f"num_seeds and attack_batch must be at least 1, got {self.num_seeds} and {self.attack_batch}")
+        if self.masking_images and self.masking_images < FEWEST_IMAGES:
+            raise ValueError(
+                f"masking_images must be 0 (no checks) or at least {FEWEST_IMAGES}, got {self.masking_images}; 64 are usual"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        for planned in self.plan.attacks:
+            planned.build(self.budget, random=True, verdict=self.plan.verdict)
+
+    @property
+    def plan(self) -> Protocol:
+        """The protocol, with what was changed of it."""
+        return adjusted(
+            PROTOCOLS[self.protocol],
+            steps=self.steps,
+            eot_samples=self.eot_samples,
+            queries=self.queries,
+            num_draws=self.num_draws,
+        )
+
+    @property
+    def masking(self) -> MaskingSettings:
+        """What the masking checks cost."""
+        if self.smoke:
+            return MaskingSettings(self.eps, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
+        return MaskingSettings(self.eps)
+
+    @property
+    def budget(self) -> Budget:
+        """How far attacks may go."""
+        return Budget(linf=self.eps, l2=self.eps_l2)
+
+    @property
+    def published(self) -> tuple[Published, ...]:
+        """Numbers of the literature that ours can stand beside."""
+        comparable = self.dataset in ("cifar10", "cifar10_jpeg") and abs(self.eps - 8 / 255) < 1e-4
+        return PUBLISHED if comparable else ()
+
+    @property
+    def attack_dtype(self) -> torch.dtype:
+        """What attacks compute in; verdicts are always float32."""
+        return compute_dtype(self.dtype, self.torch_device)
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Of the repetitions."""
+        return tuple(range(self.seed, self.seed + self.num_seeds))
+
+    @property
+    def test_choice(self) -> int | list[int] | None:
+        """The test images that the protocol attacks, ``max_test`` of them if it is set."""
+        count = self.max_test or self.plan.num_images
+        if self.plan.selection == "lee-kim" and self.dataset in STANDARD_ORDER and count <= 512:
+            return lee_kim_indices()[:count]
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visualize(Attacking):
+    """05: how many images are shown, and the attack on them."""
+
+    STAGE = "05_visualize"
+
+    max_test: int | None = 6
+    show: str = "atop"
     norm: str = "linf"
     steps: int = 40
     alpha: float | None = 0.02
     eot_samples: int = 10
     stop_after: int = 3
     num_draws: int = 10
-    max_batch: int = 250
 
     SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "num_draws": 3}
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if min(self.num_draws, self.max_batch) < 1:
-            raise ValueError(f"num_draws and max_batch must be at least 1, got {self.num_draws} and {self.max_batch}")
-        _ = self.attack
 
     @property
     def attack(self) -> PGDSettings:
         """PGD's settings."""
         return PGDSettings(self.eps, self.norm, self.steps, self.alpha, self.eot_samples, stop_after=self.stop_after)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Attack(Attacking):
-    """04: on how many images the numbers are measured."""
-
-    STAGE = "04_attack"
-
-    max_test: int | None = 200
-
-
-@dataclass(frozen=True, kw_only=True)
-class Visualize(Attacking):
-    """05: how many images are shown."""
-
-    STAGE = "05_visualize"
-
-    max_test: int | None = 6
-    show: str = "atop"
-
     def __post_init__(self) -> None:
         super().__post_init__()
+        _ = self.attack
+        if self.num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
         if self.show not in ("ap", "atop"):
             raise ValueError(f"unknown show {self.show!r}; allowed: ap, atop")
 

@@ -42,6 +42,9 @@ class AToPPipeline(nn.Module):
         self.classifier.eval()
         return self
 
+    def extra_repr(self) -> str:
+        return f"transform={self.transform}"
+
     def reseed(self, seed: int) -> None:
         """Start the pipeline's random numbers anew from ``seed``."""
         self.seed = seed

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 Model = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in [0, 1] -> logits (B, classes); may be random."""
 
+PROBES = 8  # a model of few possible draws often gives one image the same one twice
+
 VERDICTS = ("one_shot", "majority", "mean_softmax", "worst_of_n")
 
 
@@ -114,9 +116,13 @@ def judge(
 
 
 @torch.no_grad()
-def is_random(model: Model, images: Float[Tensor, "batch 3 height width"]) -> bool:
-    """Whether two forward passes on the same images differ, so that an attack needs EOT and a verdict several draws."""
-    return not torch.equal(model(images), model(images))
+def is_random(model: Model, images: Float[Tensor, "batch 3 height width"], *, max_batch: int = 512) -> bool:
+    """Whether a model throws dice, so that an attack needs EOT and a verdict several draws.
+
+    It does if two passes over ``PROBES`` images differ; fewer images are shown several times.
+    """
+    probes = images[torch.arange(PROBES, device=images.device) % len(images)].split(max_batch)
+    return any(not torch.equal(model(part), model(part)) for part in probes)
 
 
 def reseed(model: Model, seed: int) -> None:
@@ -125,8 +131,8 @@ def reseed(model: Model, seed: int) -> None:
         model.reseed(seed)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959964) -> tuple[float, float]:
-    """The 95 % interval of a share (Wilson 1927), within [0, 1].
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927), within [0, 1]; ``successes`` may be a mean over repetitions.
 
     Raises:
         ValueError: unless 0 <= successes <= trials and trials >= 1.

@@ -1,6 +1,6 @@
 """How fast a fine-tuning step is, and what share of the machine's own convolution speed it reaches.
 
-    python benchmarks/training_speed.py [--threads N] [--repetitions N] [--device cpu] [--paper-batch 8] [--skip-paper]
+    python -m benchmarks.training_speed [--threads N] [--repetitions N] [--device cpu] [--paper-batch 8] [--skip-paper]
 
 Three things are measured in turn, round after round, so that a machine that slows down slows all of them down:
 
@@ -15,14 +15,12 @@ multiply-add; convolutions and matrix products only). The result is Markdown on 
 """
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from math import ceil, floor, isfinite, log10
+from math import ceil, isfinite
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,6 +40,7 @@ from atoplib.purifiers import PatchDiscriminator, build_purifier
 from atoplib.training import Batch, FineTuningAttack, TrainingSettings, Updater, compute_dtype, purifier_step
 from atoplib.training.loop import average
 from atoplib.transforms import TransformSettings
+from benchmarks.report import find_device, machine_facts, markdown, number, positive, synchronize
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
 EMULATED_REPETITIONS = 2  # of what the processor has no instructions for: seconds a convolution, and not worth more
@@ -274,12 +273,6 @@ def seconds_of(call: Callable[[], None], times: int, device: torch.device) -> fl
     return (time.perf_counter() - started) / times
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def measure(
     workloads: Sequence[Workload],
     *,
@@ -321,21 +314,9 @@ def peak_of(peaks: Iterable[Measurement], dtype: torch.dtype) -> float:
     return max(peak.flops_per_second for peak in peaks if peak.form.dtype == dtype)
 
 
-def number(value: float) -> str:
-    """Three significant digits, never in powers of ten."""
-    value = float(f"{value:.3g}")
-    return f"{value:.{max(0, 2 - floor(log10(value))) if value > 0 else 0}f}"
-
-
 def with_range(values: tuple[float, float, float]) -> str:
     """``median (slowest to fastest)``."""
     return f"{number(values[0])} ({number(values[1])} to {number(values[2])})"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def peak_table(peaks: Sequence[Measurement], device: torch.device) -> str:
@@ -380,54 +361,6 @@ def ratio_table(steps: Sequence[Measurement], paper: str | None) -> str:
         if paper is not None and name != paper:
             rows.append((name, f"over the paper's setting, {form}", number(speed / speeds[paper, form])))
     return markdown(("images/s of", "compared", "ratio"), rows)
-
-
-def machine_facts(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on: processor, threads, torch, and the instructions that decide which dtype is fast."""
-    abilities = torch.cpu.get_capabilities()
-    relevant = ("avx", "amx", "bf16", "fp16", "sve")
-    present = [name for name, there in abilities.items() if there is True and any(part in name for part in relevant)]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    native = [str(f.dtype).removeprefix("torch.") for f in FORMATS[1:] if is_native(f, device)]
-    facts = {
-        "processor": f"{processor_name(abilities)}, cores usable: {cores}",
-        "instructions": ", ".join(sorted(present)) or "unknown",
-        "threads": str(torch.get_num_threads()),
-        "load before": f"{os.getloadavg()[0]:.2f}" if hasattr(os, "getloadavg") else "unknown",
-        "torch": f"{torch.__version__}, Python {platform.python_version()}, {platform.system()}",
-        "device": str(device),
-        "native dtypes": ", ".join(native),
-    }
-    if device.type == "cuda":
-        tf32 = "TF32" if torch.backends.cudnn.allow_tf32 else "no TF32"
-        facts["device"] = f"{torch.cuda.get_device_name(device)}, float32 convolutions with {tf32}"
-    return facts
-
-
-def processor_name(abilities: dict[str, Any]) -> str:
-    """The processor's name as the system gives it."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(filter(None, [*names, abilities.get("cpu_name"), platform.processor()]), platform.machine())
-
-
-def positive(text: str) -> int:
-    """An argument that must be a whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def find_device(name: str) -> torch.device:
-    """``auto`` is CUDA where present; raises ArgumentTypeError for a device that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda") from error
-    return device
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

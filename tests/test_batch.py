@@ -1,6 +1,7 @@
 """A recipe is read as data, checked as a whole before anything runs, and asks for each run once."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import yaml
 from atoplib.batch import Job, RecipeError, cli, find_recipe, main, make_plan, read_recipe
 from atoplib.batch.cli import parse_overrides
 from atoplib.batch.plan import report_job, select
-from atoplib.parameters import NOTEBOOKS, REPORT
+from atoplib.evaluation import PROTOCOLS
+from atoplib.parameters import NOTEBOOKS, REPORT, Attack
 from atoplib.runs import run_name
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -43,7 +45,7 @@ def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_
         assert (judge.ap_run, judge.atop_run) == (runs["02_pretrain_purifier"], runs["03_finetune_atop"])
     assert len({(p.dataset, p.image_size, p.experiment) for p in (stage.parameters for stage in stages)}) == 1
     assert pretrained.transform_settings == finetuned.transform_settings
-    assert (attack.eps, attack.norm) == (finetuned.eps, finetuned.norm) == (pictures.eps, pictures.norm)
+    assert attack.eps == finetuned.eps == pictures.eps and finetuned.norm == pictures.norm
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -284,3 +286,34 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, capsys):
     assert "[1/19] 01_train_classifier " in printed and printed.count("to run, cost unknown") == 19
     assert "19 runs, 0 of them done; 19 to run\ntime: unknown" in printed and "free" in printed
     assert not workspace.exists()
+
+
+@pytest.mark.parametrize(
+    "parameters, sentence, seen",
+    [
+        (
+            {},
+            "200 test images of mnist5k; protocol demo, l_inf eps 0.3.",
+            "transfer: the attack sees the classifier alone; white-box: it sees the whole pipeline.",
+        ),
+        (
+            {"protocol": "lee-kim", "eps": 8 / 255, "eps_l2": 0.5},
+            "protocol lee-kim, l_inf eps 0.03137, l_2 eps 0.5.",
+            "transfer PGD-200: the attack sees the classifier alone; the others meet the whole pipeline.",
+        ),
+        (
+            {"protocol": "authors-log", "steps": 7},
+            "protocol authors-log (steps 7), l_inf eps 0.3.",
+            "FGSM on f, PGD-20 on f, AutoAttack on f: the attack sees the classifier alone.",
+        ),
+    ],
+)
+def test_the_table_is_introduced_by_its_protocol_with_the_norms_and_the_sight_of_its_attacks(parameters, sentence, seen):
+    first, second = cli.measured(Attack(**parameters), 200)
+    assert first.endswith(sentence) and second == seen
+
+
+def test_a_table_without_an_attack_on_the_classifier_alone_speaks_of_none(monkeypatch):
+    whole = replace(PROTOCOLS["demo"], attacks=PROTOCOLS["demo"].attacks[1:])
+    monkeypatch.setitem(PROTOCOLS, "demo", whole)
+    assert len(list(cli.measured(Attack(), 200))) == 1

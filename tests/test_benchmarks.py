@@ -7,8 +7,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from atoplib import runs
+from atoplib.checkpoints import save_checkpoint
 from atoplib.classifiers import build_classifier
 from atoplib.purifiers import GatedUNet
+from benchmarks import attack_speed
 from benchmarks import training_speed as speed
 
 CPU = torch.device("cpu")
@@ -202,3 +205,45 @@ def test_a_wrong_argument_is_refused_with_a_sentence(argv, sentence, capsys):
         speed.main(argv)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """A folder of runs with a tiny classifier and a tiny fine-tuned purifier."""
+    folder = tmp_path / "runs" / "tiny"
+    options = {"num_classes": 10, "mean": (0.5,) * 3, "std": (0.25,) * 3, "width": 4}
+    with runs.open_run(folder, "01_train_classifier", {"adversarial": False}, device=CPU) as run:
+        save_checkpoint(
+            run.path / "classifier.safetensors",
+            build_classifier("small_resnet", **options),
+            kind="classifier",
+            architecture="small_resnet",
+            options=options,
+        )
+    with runs.open_run(folder, "03_finetune_atop", {}, device=CPU) as run:
+        save_checkpoint(
+            run.path / "purifier.safetensors",
+            GatedUNet(width=4, blocks=0),
+            kind="purifier",
+            architecture="gated_unet",
+            options={"width": 4, "blocks": 0},
+            transform={"name": "rt2", "noise_std": 0.1},
+        )
+    return folder
+
+
+def test_the_attack_benchmark_times_every_row_on_a_trained_pipeline(experiment, capsys):
+    attack_speed.main([str(experiment), "--images", "6", "--steps", "2", "--eot", "3", "--device", "cpu"])
+    printed = capsys.readouterr().out
+    (rows,) = rows_of(printed).values()
+    assert [row["attack"].split()[0] for row in rows] == ["torchattacks", "torchattacks", "atoplib", "atoplib"]
+    assert first_number(rows[0]["ratio"]) == 1 and all(first_number(row["images/s"]) > 0 for row in rows)
+    assert all(re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", row["robust accuracy %"]) for row in rows)
+    assert "PGD-2 + EOT-3, l_inf 0.3, 6 images" in printed
+
+
+def test_the_pipeline_that_is_attacked_fast_is_the_plain_one(experiment):
+    images = torch.rand(2, 3, 32, 32)
+    plain, fast = (attack_speed.load(experiment, CPU, fast=fast) for fast in (False, True))
+    with plain.fixed_draws(1), fast.fixed_draws(1), torch.no_grad():
+        torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-4)

@@ -115,6 +115,23 @@ class TestMnist5k:
         assert torch.equal(larger.train.images[:50], smaller.train.images)
         assert len(larger.test.labels.unique()) == 10
 
+    def test_indices_tell_where_the_images_stand_in_the_whole_split(self, mnist5k, tmp_path):
+        part = load_dataset("mnist5k", data_dir=tmp_path, max_train=200, max_test=100)
+        for some, whole in ((part.train, mnist5k.train), (part.test, mnist5k.test)):
+            assert torch.equal(whole.indices, torch.arange(len(whole.labels)))
+            assert torch.equal(some.images, whole.images[some.indices])
+            assert torch.equal(some.labels, whole.labels[some.indices])
+
+    def test_test_images_can_be_chosen_by_position(self, mnist5k, tmp_path):
+        chosen = load_dataset("mnist5k", data_dir=tmp_path, max_test=[998, 3, 40]).test
+        assert chosen.indices.tolist() == [998, 3, 40]
+        assert torch.equal(chosen.images, mnist5k.test.images[[998, 3, 40]])
+
+    @pytest.mark.parametrize("positions, message", [([3, 1000], "1000.*0 to 999"), ([3, 3], "all different"), ([], "0 pos")])
+    def test_positions_that_do_not_exist_or_repeat_are_refused(self, tmp_path, positions, message):
+        with pytest.raises(ValueError, match=message):
+            load_dataset("mnist5k", data_dir=tmp_path, max_test=positions)
+
     def test_limit_above_the_size_takes_all(self, tmp_path):
         assert len(load_dataset("mnist5k", data_dir=tmp_path, max_test=10**6).test.labels) == 1000
 
@@ -349,6 +366,15 @@ class TestFolder:
         whole = load(tree).train
         matches = [[torch.equal(image, other) for other in whole.images] for image in dataset.train.images]
         assert [whole.labels[row.index(True)] for row in matches] == dataset.train.labels.tolist()
+
+    @pytest.mark.parametrize("cache_of_all", [False, True])
+    def test_test_images_chosen_by_position_are_those(self, tree, cache_of_all):
+        if cache_of_all:
+            load(tree)
+        chosen = load(tree, max_test=[2, 0]).test
+        whole = load(tree).test
+        assert chosen.indices.tolist() == [2, 0]
+        assert torch.equal(chosen.images, whole.images[[2, 0]]) and torch.equal(chosen.labels, whole.labels[[2, 0]])
 
     def test_limit_is_the_same_subset_with_and_without_a_cache_of_all(self, tree, tmp_path):
         alone = load_dataset(f"folder:{tree}", data_dir=tmp_path / "other", max_train=3)

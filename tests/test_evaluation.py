@@ -1,5 +1,6 @@
-"""Scores are the known ones, and an evaluation can be repeated to the last digit."""
+"""Scores are the known ones; an evaluation can be repeated, interrupted and resumed to the last digit."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -7,43 +8,125 @@ import torch
 from torch import nn
 
 from atoplib.attacks import PGDSettings, check_budget, pgd
-from atoplib.evaluation import Score, evaluate, score
+from atoplib.evaluation import (
+    PROTOCOLS,
+    Budget,
+    Outcomes,
+    PlannedAttack,
+    Protocol,
+    adjusted,
+    evaluate,
+    judge_draws,
+    score,
+    worst_case,
+)
+from atoplib.evaluation import measure as measure_module
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
-from atoplib.verdicts import wilson_interval
-
-# Five images of class 0, three draws; each row of logits is one draw of one image.
-RIGHT, WRONG, VERY_WRONG = [1.0, 0.0, 0.0], [0.0, 0.5, 0.0], [0.0, 9.0, 0.0]
-LOGITS = torch.tensor(
-    [
-        [RIGHT, RIGHT, RIGHT, WRONG, WRONG],
-        [RIGHT, RIGHT, WRONG, RIGHT, [0.0, 0.0, 0.5]],
-        [RIGHT, VERY_WRONG, WRONG, RIGHT, WRONG],
-    ]
-)
-
-
-def test_each_verdict_counts_what_its_name_says():
-    result = score(LOGITS, torch.zeros(5, dtype=torch.int64), defence="a", attack="b", seconds=2.5)
-    right = LOGITS.softmax(dim=2).mean(dim=0).argmax(dim=1) == 0
-    assert right.tolist() == [True, False, True, True, False], "the votes by softmax and by majority should differ"
-    low, high = wilson_interval(3, 5)
-    expected = Score("a", "b", 5, 3, 3 / 5, low, high, majority=3 / 5, mean_softmax=3 / 5, worst_of_n=1 / 5, seconds=2.5)
-    for name, value in vars(expected).items():
-        assert getattr(result, name) == pytest.approx(value), name
-    assert result.accuracy == result.one_shot
-
-
-def test_with_one_draw_all_verdicts_agree():
-    logits = torch.randn(1, 50, 4)
-    labels = torch.randint(4, (50,))
-    result = score(logits, labels)
-    share = (logits[0].argmax(dim=1) == labels).float().mean().item()
-    assert result.one_shot == result.majority == result.mean_softmax == result.worst_of_n == pytest.approx(share)
-
+from atoplib.verdicts import VERDICTS, Verdict, judge, reseed, wilson_interval
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
-ATTACK = PGDSettings(eps=0.05, steps=4, eot_samples=3)
+BUDGET = Budget(linf=0.05, l2=0.5)
+PGD = {"steps": 3, "eot_samples": 2}
+PROTOCOL = Protocol(
+    "test",
+    "a small one",
+    (
+        PlannedAttack("transfer", "pgd", sees="classifier", settings=PGD),
+        PlannedAttack("white-box", "pgd", settings=PGD),
+        PlannedAttack("white-box l2", "pgd", norm="l2", settings=PGD),
+    ),
+    num_draws=5,
+)
+COLUMNS = ["clean", "transfer", "white-box", "white-box l2", "worst case linf", "worst case"]
+
+
+def outcomes_of(one_shot, attack="pgd", norm="linf", defence="a", seconds=1.0, draws=3):
+    """Outcomes whose verdicts all agree: a list of lists, seeds and images."""
+    right = torch.tensor(one_shot, dtype=torch.bool)
+    return Outcomes(defence, attack, norm, draws, dict.fromkeys(VERDICTS, right), right.float(), seconds)
+
+
+def test_the_draws_of_each_image_are_judged_by_every_verdict():
+    logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 9.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
+    right, average = judge_draws(logits, torch.tensor([0, 0]))
+    assert {name: value.tolist() for name, value in right.items()} == {
+        "one_shot": [True, True],
+        "majority": [True, True],
+        "mean_softmax": [False, True],
+        "worst_of_n": [False, True],
+    }
+    assert average.tolist() == pytest.approx([2 / 3, 1])
+
+
+def test_a_score_is_the_mean_over_seeds_with_its_interval_and_spread():
+    found = score(outcomes_of([[1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0]]))
+    assert (found.images, found.draws, found.seeds, found.seconds) == (4, 3, 3, 1.0)
+    assert found.one_shot == found.majority == found.average == found.accuracy == pytest.approx(0.5)
+    assert found.interval("worst_of_n") == pytest.approx(wilson_interval(2, 4))
+    assert (found.low, found.high) == pytest.approx(wilson_interval(2, 4))
+    assert found.spread == pytest.approx(0.25)
+    assert found.images_per_second == pytest.approx(12)
+
+
+def test_one_seed_has_no_spread():
+    assert score(outcomes_of([[1, 0]])).spread is None
+
+
+def test_the_worst_case_counts_an_image_only_if_it_survives_every_attack():
+    several = [outcomes_of([[1, 1, 0, 1], [1, 1, 1, 1]]), outcomes_of([[0, 1, 1, 1], [1, 0, 1, 1]], "apgd", draws=2)]
+    worst = worst_case(several, "all")
+    assert worst.right["majority"].tolist() == [[False, True, False, True], [True, False, True, True]]
+    assert worst.average.tolist() == [[0, 1, 0, 1], [1, 0, 1, 1]]
+    assert (worst.defence, worst.attack, worst.norm, worst.draws, worst.seconds) == ("a", "all", "linf", 2, 2.0)
+    assert worst_case([*several, outcomes_of([[1] * 4] * 2, norm="l2")], "all").norm == ""
+
+
+@pytest.mark.parametrize("several", [[], [outcomes_of([[1]]), outcomes_of([[1]], defence="b")]], ids=["none", "two"])
+def test_a_worst_case_of_no_or_several_defences_is_refused(several):
+    with pytest.raises(ValueError, match="of a single defence"):
+        worst_case(several, "all")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attack": "pdg"}, "unknown attack 'pdg'; allowed: .*pgd"),
+        ({"norm": "l7"}, "pgd knows the norms linf, l2, not 'l7'"),
+        ({"sees": "nothing"}, "unknown sees 'nothing'; allowed: defence, classifier, bpda"),
+    ],
+    ids=str,
+)
+def test_an_attack_that_cannot_be_planned_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        PlannedAttack(**{"label": "a", "attack": "pgd"} | change)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"attacks": (PROTOCOL.attacks[0],) * 2}, "two attacks of test have the label 'transfer'"),
+        ({"num_images": 0}, "must be at least 1, got 0 and 5"),
+        ({"selection": "best"}, "unknown selection 'best'"),
+    ],
+    ids=str,
+)
+def test_an_impossible_protocol_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PROTOCOL, **change)
+
+
+@pytest.mark.parametrize("change, message", [({"linf": 8}, "8/255?"), ({"l2": 0}, "budget l2 must be above 0, got 0")])
+def test_an_impossible_budget_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(BUDGET, **change)
+
+
+def test_settings_scale_with_the_budget_and_a_calm_model_needs_one_draw():
+    planned = PlannedAttack("a", "pgd", norm="l2", relative_step=0.1, settings=PGD)
+    expected = PGDSettings(0.5, "l2", 3, 0.05, 2, verdict=PROTOCOL.verdict)
+    assert planned.build(BUDGET, random=True, verdict=PROTOCOL.verdict) == expected
+    assert planned.build(BUDGET, random=False, verdict=PROTOCOL.verdict).eot_samples == 1
 
 
 def linear(seed=0):
@@ -67,43 +150,76 @@ def setting():
 LABELS = linear()(IMAGES).argmax(dim=1)  # so that the undefended classifier is right on all of them
 
 
-def run(**settings):
-    classifier, defences = setting()
-    settings = {"attack": ATTACK, "num_draws": 5} | settings
-    return evaluate(defences, IMAGES, LABELS, classifier=classifier, **settings)
+def run(protocol=PROTOCOL, defences=None, **settings):
+    classifier, usual = setting()
+    settings = {"batch_size": 20, "keep_images": True} | settings
+    return evaluate(defences or usual, IMAGES, LABELS, protocol, BUDGET, classifier=classifier, **settings)
+
+
+def numbers(evaluation):
+    return [replace(item, seconds=0) for item in evaluation.scores]
+
+
+def assert_same(first, second):
+    assert numbers(first) == numbers(second)
+    for a, b in zip(first.outcomes, second.outcomes, strict=True):
+        assert all(torch.equal(a.right[name], b.right[name]) for name in VERDICTS)
+    assert first.adversarial.keys() == second.adversarial.keys()
+    for key, images in first.adversarial.items():
+        assert torch.equal(images, second.adversarial[key]), key
 
 
 @pytest.fixture(scope="module")
-def result():
-    return run()
+def finished(tmp_path_factory):
+    """A directory that holds a whole evaluation."""
+    return tmp_path_factory.mktemp("evaluation")
 
 
-def test_every_defence_is_scored_clean_under_transfer_and_white_box_in_order(result):
-    columns = ["clean", "transfer", "white-box"]
-    expected = [(defence, attack) for defence in ("undefended", "other", "pipeline") for attack in columns]
-    assert [(s.defence, s.attack) for s in result.scores] == expected
-    assert list(result.adversarial) == expected
-    assert all(s.images == 40 and s.draws == 5 and s.low <= s.one_shot <= s.high for s in result.scores)
+@pytest.fixture(scope="module")
+def result(finished):
+    return run(directory=finished)
 
 
-def by_name(result):
-    return {(s.defence, s.attack): s for s in result.scores}
+@pytest.fixture
+def directory(result, finished, tmp_path):
+    """A copy of that directory."""
+    return shutil.copytree(finished, tmp_path / "copy")
+
+
+def by_name(evaluation):
+    return {(item.defence, item.attack): item for item in evaluation.scores}
+
+
+def test_every_defence_has_every_column_and_its_worst_cases_in_order(result):
+    assert [(s.defence, s.attack) for s in result.scores] == [
+        (name, column) for name in ("undefended", "other", "pipeline") for column in COLUMNS
+    ]
+    assert all(s.images == 40 and s.draws == (5 if s.defence == "pipeline" else 1) for s in result.scores)
+
+
+def test_a_worst_case_is_that_of_its_columns(result):
+    outcomes = {(item.defence, item.attack): item.right["one_shot"] for item in result.outcomes}
+    for name in ("undefended", "other", "pipeline"):
+        both = outcomes[name, "transfer"] & outcomes[name, "white-box"]
+        assert torch.equal(outcomes[name, "worst case linf"], both)
+        assert torch.equal(outcomes[name, "worst case"], both & outcomes[name, "white-box l2"])
 
 
 def test_the_transfer_images_are_made_once_against_the_classifier_alone(result):
     shown = result.adversarial
-    assert torch.equal(shown["undefended", "clean"], IMAGES)
+    assert torch.equal(shown["undefended", "clean", 0], IMAGES)
     for defence in ("other", "pipeline"):
-        assert torch.equal(shown[defence, "transfer"], shown["undefended", "transfer"])
-        assert not torch.equal(shown[defence, "white-box"], shown[defence, "transfer"])
-    alone = pgd(linear(), IMAGES, LABELS, replace(ATTACK, eot_samples=1), generator=torch.Generator().manual_seed(0))
-    assert torch.equal(shown["undefended", "transfer"], alone)
-    for images in shown.values():
-        check_budget(images, IMAGES, ATTACK.eps, ATTACK.norm)
+        assert torch.equal(shown[defence, "transfer", 0], shown["undefended", "transfer", 0])
+        assert not torch.equal(shown[defence, "white-box", 0], shown[defence, "transfer", 0])
+    for (_, attack, _), images in shown.items():
+        if attack != "clean":
+            norm = "l2" if attack.endswith("l2") else "linf"
+            check_budget(images, IMAGES, getattr(BUDGET, norm), norm)
 
 
 def test_the_white_box_attack_on_the_classifier_is_the_transfer_attack(result):
-    assert torch.equal(result.adversarial["undefended", "white-box"], result.adversarial["undefended", "transfer"])
+    shown = result.adversarial
+    assert torch.equal(shown["undefended", "white-box", 0], shown["undefended", "transfer", 0])
     scores = by_name(result)
     assert scores["undefended", "clean"].one_shot == 1
     assert scores["undefended", "white-box"].one_shot == scores["undefended", "transfer"].one_shot < 0.5
@@ -111,19 +227,13 @@ def test_the_white_box_attack_on_the_classifier_is_the_transfer_attack(result):
 
 def test_the_white_box_attack_is_the_stronger_one_on_what_the_transfer_attack_does_not_know(result):
     scores = by_name(result)
-    for defence in ("other", "pipeline"):
-        assert scores[defence, "white-box"].one_shot < scores[defence, "transfer"].one_shot
-    losses = {
-        attack: nn.functional.cross_entropy(linear(7)(result.adversarial["other", attack]), LABELS).item()
-        for attack in ("clean", "transfer", "white-box")
-    }
-    assert losses["white-box"] > max(losses["clean"], losses["transfer"])
+    assert scores["other", "white-box"].one_shot < scores["other", "transfer"].one_shot
 
 
 def test_the_scores_are_those_of_the_images_that_come_with_them(result):
     for defence, model in (("undefended", linear()), ("other", linear(7))):
         for attack in ("clean", "transfer", "white-box"):
-            right = model(result.adversarial[defence, attack]).argmax(dim=1) == LABELS
+            right = model(result.adversarial[defence, attack, 0]).argmax(dim=1) == LABELS
             found = by_name(result)[defence, attack]
             assert found.one_shot == found.majority == found.worst_of_n == pytest.approx(right.float().mean().item())
 
@@ -135,37 +245,48 @@ def test_a_random_defence_has_verdicts_that_differ(result):
     )
 
 
-@pytest.mark.parametrize("max_batch", [256, 25])
-def test_a_second_evaluation_gives_the_same_numbers_and_images(result, max_batch):
-    first = result if max_batch == 256 else run(max_batch=max_batch)
+def test_a_second_evaluation_gives_the_same_numbers_and_images(result):
     torch.manual_seed(99)  # the global generator plays no part
-    second = run(max_batch=max_batch)
-    assert [replace(s, seconds=0) for s in first.scores] == [replace(s, seconds=0) for s in second.scores]
-    for key, images in first.adversarial.items():
-        assert torch.equal(images, second.adversarial[key]), key
+    assert_same(result, run())
 
 
 def test_a_used_up_sequence_of_dice_does_not_change_an_evaluation(result):
     classifier, defences = setting()
     for _ in range(3):
         defences["pipeline"](IMAGES)
-    again = evaluate(defences, IMAGES, LABELS, classifier=classifier, attack=ATTACK, num_draws=5)
-    assert [replace(s, seconds=0) for s in again.scores] == [replace(s, seconds=0) for s in result.scores]
+    again = evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, batch_size=20, keep_images=True)
+    assert_same(result, again)
 
 
-def test_another_seed_gives_other_random_starts_and_dice(result):
-    other = run(seed=1)
+def test_seeds_are_repetitions_with_other_random_starts_and_dice(result):
+    both = run(seeds=(0, 1))
     for defence in ("undefended", "pipeline"):
-        assert not torch.equal(other.adversarial[defence, "white-box"], result.adversarial[defence, "white-box"])
+        first, second = (both.adversarial[defence, "white-box", seed] for seed in (0, 1))
+        assert torch.equal(first, result.adversarial[defence, "white-box", 0]) and not torch.equal(first, second)
+    assert all(item.seeds == 2 and item.spread is not None for item in both.scores)
+    assert both.outcomes[0].right["one_shot"].shape == (2, 40)
 
 
-def test_attack_and_verdict_use_different_dice():
+def test_attack_and_verdict_use_different_dice_in_every_piece():
     classifier, defences = setting()
     pipeline, seen = defences["pipeline"], []
     reseed = pipeline.reseed
     pipeline.reseed = lambda seed: (seen.append(seed), reseed(seed))
-    evaluate({"pipeline": pipeline}, IMAGES, LABELS, classifier=classifier, attack=ATTACK, num_draws=1, seed=5)
-    assert set(seen) == {5, 6}
+    evaluate({"pipeline": pipeline}, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, batch_size=20)
+    assert len(set(seen)) == 4, "two batches, each with dice for attacks and others for verdicts"
+    assert {0, 1} < set(seen), "those of the first batch are seed and seed + 1"
+
+
+def test_a_single_batch_is_what_a_call_by_hand_gives(result):
+    classifier, defences = setting()
+    found = evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, seeds=(5,), keep_images=True)
+    pipeline, settings = defences["pipeline"], PGDSettings(BUDGET.linf, **PGD)
+    reseed(pipeline, 5)
+    by_hand = pgd(pipeline, IMAGES, LABELS, settings, generator=torch.Generator().manual_seed(5), max_batch=256)
+    assert torch.equal(by_hand, found.adversarial["pipeline", "white-box", 5])
+    reseed(pipeline, 6)
+    right = judge(pipeline, by_hand, LABELS, Verdict("majority", 5), max_batch=256)
+    assert float(right.float().mean()) == pytest.approx(by_name(found)["pipeline", "white-box"].majority)
 
 
 def test_only_a_random_defence_costs_eot_draws():
@@ -177,14 +298,109 @@ def test_only_a_random_defence_costs_eot_draws():
             copies[name] += len(given[0]) if torch.is_grad_enabled() else 0
 
         defences[name].register_forward_pre_hook(count)
-    evaluate({n: defences[n] for n in copies}, IMAGES, LABELS, classifier=classifier, attack=ATTACK, num_draws=2)
-    assert copies == {"other": 4 * 40, "pipeline": 4 * 40 * 3}
+    one = replace(PROTOCOL, attacks=PROTOCOL.attacks[1:2])
+    evaluate({n: defences[n] for n in copies}, IMAGES, LABELS, one, BUDGET, classifier=classifier)
+    assert copies == {"other": 3 * 40, "pipeline": 3 * 40 * 2}
 
 
-def test_progress_counts_every_gradient_step_of_every_attack():
+def test_progress_counts_the_images_of_every_attack_and_target():
     calls = []
     run(progress=lambda done, total, unit, numbers: calls.append((done, total, unit)))
-    assert calls == [(done, 16, "steps") for done in range(1, 17)]
+    counts = [done for done, _, _ in calls]
+    assert counts == sorted(counts) and counts[-1] == 40 * (1 + 1 + 3 + 3)
+    assert {call[1:] for call in calls} == {(320, "images")}
+    assert {46, 53, 60} <= set(counts), "within a piece of 20 images progress follows the attack's 3 steps"
+
+
+def stopped_after(images, directory, **settings):
+    """An evaluation into ``directory`` that Ctrl-C ends once ``images`` images are done."""
+
+    def stop(done, *_):
+        if done >= images:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(directory=directory, progress=stop, **settings)
+
+
+@pytest.mark.parametrize("images", [60, 150, 300])
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(result, tmp_path, monkeypatch, images):
+    stopped_after(images, tmp_path)
+    kept = len(list(tmp_path.glob("*.safetensors")))
+    assert kept >= 2
+    calls = []
+    attack = measure_module._attack
+    monkeypatch.setattr(measure_module, "_attack", lambda *given: (calls.append(given), attack(*given))[1])
+    assert_same(result, run(directory=tmp_path))
+    assert len(calls) == 2 * (1 + 1 + 3 + 3) - kept, "what was finished is not done again"
+
+
+def test_a_finished_evaluation_is_only_read(result, directory, monkeypatch):
+    monkeypatch.setattr(measure_module, "_attack", None)
+    again = run(directory=directory)
+    assert_same(result, again)
+    assert [item.seconds for item in again.scores] == [item.seconds for item in result.scores]
+
+
+def test_a_damaged_piece_is_measured_again(result, directory):
+    for path in sorted(directory.glob("*.safetensors"))[::3]:
+        path.write_bytes(path.read_bytes()[:-20])
+    assert_same(result, run(directory=directory))
+
+
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        ({"protocol": replace(PROTOCOL, num_draws=4)}, "protocol"),
+        ({"seeds": (3,)}, "seeds"),
+        ({"batch_size": 8}, "batch_size"),
+        ({"keep_images": False}, "images_kept"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_results_of_another_evaluation_are_refused_and_stay(result, directory, change, named):
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    with pytest.raises(ValueError, match=f"another evaluation.*different: {named}.*another directory"):
+        run(directory=directory, **change)
+    assert before == {path: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_results_of_another_model_or_of_other_images_are_refused(directory):
+    classifier, defences = setting()
+    with torch.no_grad():
+        defences["other"][1].bias[0] += 1e-3
+    settings = {"classifier": classifier, "directory": directory, "batch_size": 20, "keep_images": True}
+    with pytest.raises(ValueError, match="different: models"):
+        evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, **settings)
+    _, defences = setting()
+    with pytest.raises(ValueError, match="different: images"):
+        evaluate(defences, IMAGES.flip(0), LABELS, PROTOCOL, BUDGET, **settings)
+    defences["pipeline"].transform = replace(defences["pipeline"].transform, noise_std=0.06)
+    with pytest.raises(ValueError, match="different: models"):
+        evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, **settings)
+
+
+def test_pieces_without_a_word_of_what_they_are_stay_unread(directory):
+    (directory / "evaluation.json").unlink()
+    with pytest.raises(ValueError, match="no evaluation.json that says of what; choose another directory"):
+        run(directory=directory)
+
+
+def test_a_disk_that_fills_up_keeps_what_was_finished(result, tmp_path, monkeypatch):
+    write, left = measure_module.Store.save, [4]
+
+    def full(self, *given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("No space left on device")
+        write(self, *given)
+
+    monkeypatch.setattr(measure_module.Store, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        run(directory=tmp_path)
+    monkeypatch.undo()
+    assert len(list(tmp_path.glob("*.safetensors"))) == 4
+    assert_same(result, run(directory=tmp_path))
 
 
 @pytest.mark.parametrize("place", ["defence", "classifier"])
@@ -196,12 +412,79 @@ def test_a_model_in_train_mode_is_refused_before_its_statistics_move(place):
     classifier = wrong if place == "classifier" else linear()
     defences = {"wrong": wrong} if place == "defence" else {"right": linear()}
     with pytest.raises(ValueError, match="is in train mode"):
-        evaluate(defences, IMAGES, LABELS, classifier=classifier, attack=ATTACK)
+        evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier)
     assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
 
 
-def test_images_outside_0_to_1_and_labels_without_a_logit_are_refused():
-    with pytest.raises(ValueError, match=r"images must lie in \[0, 1\]"):
-        evaluate({"a": linear()}, IMAGES * 255, LABELS, classifier=linear(), attack=ATTACK)
-    with pytest.raises(ValueError, match=r"labels must lie in 0\.\.2"):
-        evaluate({"a": linear()}, IMAGES, LABELS + 1, classifier=linear(), attack=ATTACK)
+@pytest.mark.parametrize(
+    "images, labels, settings, message",
+    [
+        (IMAGES * 255, LABELS, {}, r"images must lie in \[0, 1\]"),
+        (IMAGES, LABELS + 1, {}, r"labels must lie in 0\.\.2"),
+        (IMAGES, LABELS, {"seeds": ()}, "different seeds are needed"),
+        (IMAGES, LABELS, {"seeds": (1, 1)}, "different seeds are needed"),
+        (IMAGES, LABELS, {"batch_size": 0}, "batch_size and max_batch must be at least 1"),
+    ],
+    ids=["images", "labels", "no seed", "seed twice", "batch size"],
+)
+def test_bad_input_is_refused(images, labels, settings, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate({"a": linear()}, images, labels, PROTOCOL, BUDGET, classifier=linear(), **settings)
+
+
+def test_the_attack_may_compute_in_bfloat16_but_the_verdict_is_float32():
+    classifier, seen = linear(), {True: set(), False: set()}
+    classifier.register_forward_hook(lambda _m, _i, output: seen[torch.is_grad_enabled()].add(output.dtype))
+    found = run(defences={"a": classifier}, attack_dtype=torch.bfloat16)
+    assert seen[True] == {torch.bfloat16}
+    for item in found.outcomes[:4]:
+        shown = found.adversarial["a", item.attack, 0]
+        assert torch.equal(item.right["one_shot"][0], classifier(shown).argmax(dim=1) == LABELS)
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_every_protocol_runs_and_its_attacks_stay_within_their_budgets(name):
+    torch.manual_seed(0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).eval()
+    purifying = AToPPipeline(TransformSettings("rt2", noise_std=0.05, grid_size=4), Recolour(), classifier).eval()
+    protocol = adjusted(PROTOCOLS[name], steps=2, eot_samples=2, queries=5, num_draws=3)
+    images = IMAGES[:6]
+    labels = classifier(images).argmax(dim=1)
+    defences = {"undefended": classifier, "pipeline": purifying}
+    found = evaluate(defences, images, labels, protocol, BUDGET, classifier=classifier, keep_images=True)
+    columns = {planned.label for planned in protocol.attacks}
+    blind = {planned.label for planned in protocol.attacks if planned.sees == "bpda"}
+    assert columns <= {s.attack for s in found.scores if s.defence == "pipeline"}
+    assert columns - blind <= {s.attack for s in found.scores if s.defence == "undefended"}
+    assert not blind & {s.attack for s in found.scores if s.defence == "undefended"}, "nothing purifies there"
+    for planned in protocol.attacks:
+        if planned.norm != "flow":
+            shown = found.adversarial["pipeline", planned.label, 0]
+            check_budget(shown, images, getattr(BUDGET, planned.norm), planned.norm)
+
+
+def test_an_attack_is_not_planned_with_settings_that_it_does_not_take():
+    with pytest.raises(ValueError, match="pgd does not take queries; allowed: .*steps"):
+        replace(PROTOCOL, attacks=(PlannedAttack("a", "pgd", settings={"queries": 3}),))
+
+
+def test_a_random_defence_meets_autoattack_rand_and_a_calm_one_the_standard_version():
+    planned = PlannedAttack("AutoAttack", "autoattack", settings={"steps": 3})
+    random, calm = (planned.build(BUDGET, random=value, verdict=PROTOCOL.verdict) for value in (True, False))
+    assert (random.version, random.verdict) == ("rand", PROTOCOL.verdict) and calm.version == "standard"
+
+
+class Rounded(nn.Module):
+    """A purifier without gradient."""
+
+    def forward(self, given):
+        return (given[:, :3] * 64).round() / 64
+
+
+def test_bpda_is_attacked_and_the_defence_itself_is_judged():
+    classifier = linear()
+    defence = AToPPipeline(TransformSettings("none", grid_size=4), Rounded(), classifier).eval()
+    attacks = tuple(PlannedAttack(sees, "pgd", sees=sees, settings={"steps": 5}) for sees in ("defence", "bpda"))
+    protocol = replace(PROTOCOL, attacks=attacks)
+    found = by_name(evaluate({"rounded": defence}, IMAGES, LABELS, protocol, BUDGET, classifier=classifier))
+    assert found["rounded", "bpda"].one_shot < 0.5 < found["rounded", "defence"].one_shot

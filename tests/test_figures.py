@@ -22,6 +22,7 @@ from atoplib.figures import (
     PurificationStages,
     accuracy_against,
     accuracy_bars,
+    certified_and_attacked,
     format_table,
     masks_and_inputs,
     purification_rows,
@@ -486,6 +487,97 @@ def test_a_table_that_cannot_be_shown_is_refused(function, table, message):
         function(table)
 
 
+# certified and attacked
+
+
+@dataclass(frozen=True)
+class Certified:
+    radius: float
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Attacked:
+    attack: str
+    eps: float
+    accuracy: float
+    low: float
+    high: float
+
+
+CERTIFIED = [Certified(0.0, 0.8, 0.7, 0.87), Certified(0.25, 0.5, 0.39, 0.61), Certified(0.5, 0.2, 0.12, 0.31)]
+ATTACKED = [
+    Attacked("PGD-40 + EOT-20, l2", 0.2, 0.7, 0.59, 0.79),
+    Attacked("PGD-40 + EOT-20, l2", 0.4, 0.6, 0.49, 0.7),
+    Attacked("Square, l2", 0.4, 0.75, 0.64, 0.83),
+]
+CLEAN = {"accuracy": 0.9, "low": 0.81, "high": 0.95}
+
+
+def shaded_between(figure: Figure) -> np.ndarray:
+    (gap,) = [shape for shape in figure.axes[0].collections if str(shape.get_label()).startswith("not known")]
+    return gap.get_paths()[0].vertices
+
+
+def test_bounds_are_steps_no_better_than_they_are_known():
+    figure = certified_and_attacked(CERTIFIED, ATTACKED, clean=CLEAN)
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    lower, upper = lines["certified: lower bound"], lines["strongest attack: upper bound"]
+    assert lower.get_drawstyle() == "steps-pre" and upper.get_drawstyle() == "steps-post"
+    np.testing.assert_allclose(lower.get_xydata(), [(0, 80), (0, 80), (0.25, 50), (0.5, 20)])
+    steps = dict(upper.get_xydata().round(6).tolist())
+    assert [steps[radius] for radius in (0.0, 0.2, 0.25, 0.4, 0.5)] == pytest.approx([90, 70, 70, 60, 60])
+
+
+@pytest.mark.parametrize("radius, low, high", [(0.1, 50, 90), (0.22, 50, 70), (0.3, 20, 70), (0.45, 20, 60), (0.51, 0, 60)])
+def test_the_gap_between_the_bounds_is_shaded_and_nothing_else(radius, low, high):
+    figure = certified_and_attacked(CERTIFIED, ATTACKED, clean=CLEAN)
+    path = matplotlib.path.Path(shaded_between(figure))
+    for value, inside in ((low - 1, False), (low + 1, True), (high - 1, True), (high + 1, False)):
+        assert path.contains_point((radius, value)) == inside, (radius, value)
+
+
+def test_without_clean_images_nothing_is_known_above_the_first_attack():
+    path = matplotlib.path.Path(shaded_between(certified_and_attacked(CERTIFIED, ATTACKED)))
+    assert path.contains_point((0.1, 99)) and not path.contains_point((0.3, 71))
+
+
+def test_bounds_have_their_intervals_units_and_names():
+    figure = certified_and_attacked(CERTIFIED[::-1], ATTACKED, clean=CLEAN, title="AToP, 64 images, RT2 at sigma 0.25")
+    (axes,) = figure.axes
+    segments = [
+        segment[:, 1].tolist() for bar in axes.containers for lines in bar.lines[2] for segment in lines.get_segments()
+    ]
+    np.testing.assert_allclose(segments, [(81, 95), (59, 79), (49, 70), (64, 83)])
+    band = axes.collections[1].get_paths()[0].vertices
+    assert (band[:, 1].min(), band[:, 1].max()) == pytest.approx((12, 87))
+    assert "l2" in axes.get_xlabel() and "%" in axes.get_ylabel() and "majority" in axes.get_ylabel()
+    names = [text.get_text().replace("\n", " ") for text in figure.legends[0].get_texts()]
+    assert {"clean", "PGD-40 + EOT-20, l2", "Square, l2", "certified: lower bound"} <= set(names)
+    assert_nothing_is_cut_or_overlaps(figure)
+
+
+@pytest.mark.parametrize(
+    ("certified", "attacked", "message"),
+    [
+        ([], ATTACKED, "no certified point"),
+        (CERTIFIED, [], "no attacked point"),
+        ([replace(CERTIFIED[0], accuracy=80.0)], ATTACKED, "not per cent"),
+        ([replace(CERTIFIED[0], radius=-0.1)], ATTACKED, "at least 0"),
+        (CERTIFIED, [replace(ATTACKED[0], eps=0.0)], "above 0"),
+        (CERTIFIED, CERTIFIED, "lacks 'eps'"),
+        ([replace(CERTIFIED[0], radius=0.5)], ATTACKED, "same model, images and verdict"),
+    ],
+)
+def test_bounds_that_cannot_be_drawn_are_refused(certified, attacked, message):
+    if message.startswith("same"):
+        attacked = [replace(ATTACKED[0], accuracy=0.3, low=0.2, high=0.4)]
+    with pytest.raises(ValueError, match=message):
+        certified_and_attacked(certified, attacked)
+
+
 # all of them
 
 
@@ -493,7 +585,8 @@ def all_figures() -> list[Figure]:
     stages = make_stages(batch=1)
     rows = purification_rows(stages, labels=torch.tensor([0]), predictions={"clean": one_hot([0], 0.9, 3)}, title="t")
     masks = masks_and_inputs(stages.clean, {"RT1": stages.clean}, title="t")
-    return [rows, masks, training_curves(HISTORY, title="t"), accuracy_bars(TABLE, title="t")]
+    bounds = certified_and_attacked(CERTIFIED, ATTACKED, clean=CLEAN, title="t")
+    return [rows, masks, training_curves(HISTORY, title="t"), accuracy_bars(TABLE, title="t"), bounds]
 
 
 def pixels(figure: Figure) -> np.ndarray:

@@ -11,6 +11,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from atoplib.attacks import PGDSettings
+from atoplib.evaluation import PROTOCOLS
 from atoplib.parameters import NOTEBOOKS, Attack, FinetuneAtop, ParameterError, PretrainPurifier, TrainClassifier, Visualize
 from atoplib.transforms import TransformSettings
 
@@ -102,7 +103,7 @@ def test_smoke_shrinks_the_work_and_moves_the_run_elsewhere(name, kind):
     if hasattr(small, "training"):
         assert small.training.max_steps == 2 and small.training.batch_size <= small.max_train
     if hasattr(small, "num_draws"):
-        assert small.attack.steps == 2 and small.attack.eot_samples == 2
+        assert small.steps == 2 and small.eot_samples == 2
 
 
 @pytest.mark.parametrize(
@@ -229,9 +230,17 @@ NAN = float("nan")
         (FinetuneAtop, {"attack_sees": "all"}, "unknown sees 'all'; allowed: classifier, pipeline"),
         (FinetuneAtop, {"classification_weight": -1}, "classification_weight must be 0 or more"),
         (FinetuneAtop, {"ramp_epochs": "inf"}, "ramp_epochs must be 0 or more"),
-        (Attack, {"num_draws": 0}, "num_draws and max_batch must be at least 1, got 0"),
-        (Attack, {"eot_samples": 0}, "steps and eot_samples must be at least 1"),
-        (Attack, {"alpha": 0}, "alpha must be above 0"),
+        (Attack, {"max_batch": 0}, "max_batch must be at least 1, got 0"),
+        (Attack, {"num_draws": 0}, "num_draws must be at least 1 .or None: the protocol's., got 0"),
+        (Attack, {"eot_samples": 0}, "eot_samples must be at least 1 .or None: the protocol's., got 0"),
+        (Attack, {"num_seeds": 0}, "num_seeds and attack_batch must be at least 1, got 0"),
+        (Attack, {"protocol": "best"}, "unknown protocol 'best'; allowed: demo"),
+        (Attack, {"eps": 8}, "eps of the linf norm must be at most 1.*got 8.0; 8/255"),
+        (Attack, {"eps_l2": 0}, "the budget l2 must be above 0"),
+        (Attack, {"dtype": "float16"}, "unknown dtype 'float16'; allowed: auto, float32, bfloat16"),
+        (Visualize, {"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        (Visualize, {"eot_samples": 0}, "steps and eot_samples must be at least 1"),
+        (Visualize, {"alpha": 0}, "alpha must be above 0"),
         (Visualize, {"show": "all"}, "unknown show 'all'; allowed: ap, atop"),
     ],
 )
@@ -300,3 +309,23 @@ def test_data_are_loaded_as_asked(tmp_path):
     assert dataset.train.images.shape == (20, 3, 16, 16) and dataset.test.images.shape == (10, 3, 16, 16)
     TrainClassifier(max_train=20, max_test=10, image_size=16, workspace=str(tmp_path / "space"), device="cpu").load_data()
     assert (tmp_path / "data" / "cache").is_dir() and (tmp_path / "space" / "data" / "cache").is_dir()
+
+
+def test_a_protocol_can_be_changed_and_says_so():
+    plain, changed = Attack(), Attack(steps=7, eot_samples=2, num_draws=5, max_test=30, num_seeds=3, seed=4)
+    assert plain.plan == PROTOCOLS["demo"] and plain.test_choice == 200
+    assert changed.plan.name == "demo (steps 7, eot_samples 2, num_draws 5)"
+    assert all(item.settings["steps"] == 7 and item.settings["eot_samples"] == 2 for item in changed.plan.attacks)
+    assert changed.plan.num_draws == 5 and changed.test_choice == 30 and changed.seeds == (4, 5, 6)
+
+
+def test_published_numbers_stand_beside_comparable_ones_only():
+    assert Attack(dataset="cifar10", eps=8 / 255).published
+    assert not Attack(dataset="cifar10", eps=4 / 255).published and not Attack(eps=8 / 255).published
+
+
+@pytest.mark.parametrize("kind", [Attack, Visualize])
+def test_more_images_than_there_are_are_refused_when_asked_for_and_taken_as_they_come_when_not(kind, tmp_path):
+    with pytest.raises(ParameterError, match="max_test is 1001, but mnist5k has 1000 test images; ask for at most these"):
+        kind.from_mapping({"max_test": 1001, "data_dir": str(tmp_path)}).load_data()
+    assert len(kind.from_mapping({"max_test": 1000, "data_dir": str(tmp_path)}).load_data().test.labels) == 1000

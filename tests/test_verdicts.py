@@ -104,6 +104,15 @@ def test_a_random_model_is_told_from_a_deterministic_one():
     assert is_random(noisy, images_of(1)) and not is_random(calm, images_of(1))
 
 
+def test_a_model_of_few_possible_draws_is_told_from_a_deterministic_one_even_by_one_image():
+    coin = torch.Generator().manual_seed(0)
+
+    def rarely(images):  # one image of two gets the other answer
+        return calm(images) + torch.randint(2, (len(images), 1), generator=coin)
+
+    assert sum(is_random(rarely, images_of(1)) for _ in range(50)) >= 49, "two images would be found half of the time"
+
+
 def test_an_unknown_vote_or_no_draws_are_refused():
     with pytest.raises(ValueError, match="unknown vote 'median'; allowed: one_shot, majority, mean_softmax"):
         predict(Planted(PLANTED), images_of(3), vote="median")

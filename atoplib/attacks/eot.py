@@ -1,21 +1,13 @@
 """Expectation over transformation (EOT): gradients averaged over the draws of a random model."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
 
+from atoplib.attacks.losses import Loss, cross_entropy
 from atoplib.verdicts import Model
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-
-
-def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-    """Cross-entropy of each image, in float32."""
-    return F.cross_entropy(logits.float(), labels, reduction="none")
 
 
 class InputGradient(NamedTuple):
@@ -32,6 +24,7 @@ def input_gradient(
     labels: Int[Tensor, " batch"],
     *,
     loss: Loss = cross_entropy,
+    targets: Int[Tensor, " batch"] | None = None,
     eot_samples: int = 1,
     max_batch: int = 512,
 ) -> InputGradient:
@@ -42,19 +35,21 @@ def input_gradient(
 
     Args:
         model: images in [0, 1] -> logits.
-        loss: (logits, labels) -> one value an image.
+        loss: (logits, labels) -> one value an image; (logits, labels, targets), if there are targets.
+        targets: the class that a targeted loss drives each image to.
 
     Source: Athalye et al. 2018, section 4.2.
     """
     total = torch.zeros_like(images)
     value = torch.zeros(len(images), device=images.device)
     right = torch.zeros(len(images), device=images.device)
+    classes = (labels,) if targets is None else (labels, targets)
     index = torch.arange(eot_samples * len(images), device=images.device) % len(images)
     for part in index.split(max_batch):
         copies = images.detach()[part].requires_grad_()
         with torch.enable_grad():
             logits = model(copies)
-            losses = loss(logits, labels[part])
+            losses = loss(logits, *(chosen[part] for chosen in classes))
             (gradient,) = torch.autograd.grad(losses.sum(), copies)
         total.index_add_(0, part, gradient)
         value.index_add_(0, part, losses.detach().to(value.dtype))

@@ -12,6 +12,15 @@ def _check(norm: str) -> None:
         raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(NORMS)}")
 
 
+def check_ball(eps: float, norm: str) -> None:
+    """Raise ValueError unless ``eps`` is a radius of the norm in units of the image ([0, 1])."""
+    _check(norm)
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps must be above 0, got {eps}")
+    if norm == "linf" and eps > 1:
+        raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {eps}; 8/255?")
+
+
 def perturbation_size(perturbation: Float[Tensor, "batch 3 height width"], norm: str) -> Float[Tensor, " batch"]:
     """The norm of each image's perturbation, in units of the image ([0, 1])."""
     _check(norm)

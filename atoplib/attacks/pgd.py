@@ -1,18 +1,17 @@
 """FGSM and PGD, with EOT for random models."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from atoplib.attacks.attempts import Attempt, StepCallback, random_model_with_votes, strongest_attempt
 from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.eot import Loss, cross_entropy, input_gradient
-from atoplib.attacks.norms import NORMS, project, random_start, steepest_step
-from atoplib.verdicts import Model
-
-StepCallback = Callable[[int, int, Tensor, Tensor], None]
+from atoplib.attacks.eot import input_gradient
+from atoplib.attacks.losses import Loss, cross_entropy
+from atoplib.attacks.norms import check_ball, project, random_start, steepest_step
+from atoplib.verdicts import Model, Verdict
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,11 @@ class PGDSettings:
         start: ``random`` (uniform in the ball) or ``clean``.
         stop_after: an image leaves the batch once every draw has been wrong in so many steps in a row, which saves the time
             of images that are broken anyhow; 0: never.
+        momentum: share of the past direction in the next one: g <- momentum * g + gradient / its l1 norm, and a step along
+            g in place of the gradient (MI-FGSM; Dong et al. 2018, eq. 6 and 7). 0: plain PGD.
+        restarts: runs, each from a random start of its own, at least 1. With several, each attacks those images alone that
+            ``verdict`` still calls right. Training makes one run, whatever is set.
+        verdict: when an image counts as broken between restarts; several draws for a random model.
     """
 
     eps: float
@@ -37,14 +41,12 @@ class PGDSettings:
     eot_samples: int = 1
     start: str = "random"
     stop_after: int = 0
+    momentum: float = 0.0
+    restarts: int = 1
+    verdict: Verdict = Verdict()
 
     def __post_init__(self) -> None:
-        if self.norm not in NORMS:
-            raise ValueError(f"unknown norm {self.norm!r}; allowed: {', '.join(NORMS)}")
-        if not 0 < self.eps < float("inf"):
-            raise ValueError(f"eps must be above 0, got {self.eps}")
-        if self.norm == "linf" and self.eps > 1:
-            raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {self.eps}; 8/255?")
+        check_ball(self.eps, self.norm)
         if self.steps < 1 or self.eot_samples < 1:
             raise ValueError(f"steps and eot_samples must be at least 1, got {self.steps} and {self.eot_samples}")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
@@ -53,6 +55,12 @@ class PGDSettings:
             raise ValueError(f"stop_after must be 0 (never) or more, got {self.stop_after}")
         if self.start not in ("random", "clean"):
             raise ValueError(f"unknown start {self.start!r}; allowed: random, clean")
+        if not 0 <= self.momentum < float("inf"):
+            raise ValueError(f"momentum must be 0 (none) or more, got {self.momentum}")
+        if self.restarts < 1:
+            raise ValueError(f"restarts must be at least 1, got {self.restarts}")
+        if self.restarts > 1 and self.start == "clean":
+            raise ValueError(f"{self.restarts} restarts differ in their starts only; choose start 'random' (or 1 restart)")
 
     @property
     def step_size(self) -> float:
@@ -73,7 +81,7 @@ def ascend(
     max_batch: int = 512,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """The bare loop of PGD on any callable, without checks: what training uses on every batch. Arguments as ``pgd``."""
+    """One run of PGD on any callable, without checks: what training uses on every batch. Arguments as ``pgd``."""
     adversarial = images.detach()
     if settings.start == "random":
         adversarial = random_start(images, settings.eps, settings.norm, generator)
@@ -81,6 +89,7 @@ def ascend(
     active = torch.arange(len(images), device=images.device)
     wrong_in_a_row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     losses = torch.zeros(len(images), device=images.device)
+    past = torch.zeros_like(adversarial) if settings.momentum else None
     for step in range(settings.steps):
         if len(active) == 0:
             break
@@ -92,7 +101,10 @@ def ascend(
             eot_samples=settings.eot_samples,
             max_batch=max_batch,
         )
-        moved = adversarial[active] + settings.step_size * steepest_step(found.gradient, settings.norm)
+        direction = found.gradient
+        if past is not None:
+            direction = past[active] = settings.momentum * past[active] + _of_l1_norm_1(found.gradient)
+        moved = adversarial[active] + settings.step_size * steepest_step(direction, settings.norm)
         adversarial[active] = project(moved, images[active], settings.eps, settings.norm)
         losses[active] = found.loss
         if callback is not None:
@@ -101,6 +113,11 @@ def ascend(
             wrong_in_a_row[active] = torch.where(found.right > 0, 0, wrong_in_a_row[active] + 1)
             active = active[wrong_in_a_row[active] < settings.stop_after]
     return adversarial.detach()
+
+
+def _of_l1_norm_1(gradient: Tensor) -> Tensor:
+    tiny = torch.finfo(gradient.dtype).tiny
+    return gradient / gradient.flatten(1).norm(p=1, dim=1).clamp_min(tiny).view(-1, 1, 1, 1)
 
 
 def pgd(
@@ -114,7 +131,10 @@ def pgd(
     max_batch: int = 512,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """Adversarial images by projected gradient ascent; the last iterate, whether or not it succeeded.
+    """Adversarial images by projected gradient ascent: the last iterate, whether or not it succeeded.
+
+    With several restarts: the last iterate of the first run that broke an image by the verdict; where none did, that of the
+    largest margin loss.
 
     Args:
         model: in eval mode, images in [0, 1] -> logits; may be random.
@@ -129,14 +149,32 @@ def pgd(
         adversarial images in [0, 1], within eps of ``images``.
 
     Raises:
-        ValueError: for a model in train mode, images outside [0, 1] or NaN, labels without a logit.
+        ValueError: as ``check_attack``; for restarts on a random model with a verdict of a single draw.
 
     Source: Madry et al. 2018, section 2.1; EOT: Athalye et al. 2018, section 4.2.
     """
     check_attack(model, images, labels)
-    adversarial = ascend(
-        model, images, labels, settings, generator=generator, loss=loss, max_batch=max_batch, callback=callback
-    )
+
+    def run(positions: Tensor, report: StepCallback | None) -> Tensor:
+        return ascend(
+            model,
+            images[positions],
+            labels[positions],
+            settings,
+            generator=generator,
+            loss=loss,
+            max_batch=max_batch,
+            callback=report,
+        )
+
+    if settings.restarts == 1:
+        adversarial = run(torch.arange(len(images), device=images.device), callback)
+    else:
+        random_model_with_votes(model, images, settings.verdict)
+        attempts = [Attempt(settings.steps, run)] * settings.restarts
+        adversarial = strongest_attempt(
+            model, images, labels, attempts, settings.verdict, max_batch=max_batch, callback=callback
+        )
     check_budget(adversarial, images, settings.eps, settings.norm)
     return adversarial
 

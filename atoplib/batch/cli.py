@@ -17,6 +17,7 @@ from atoplib.batch.recipe import RecipeError, find_recipe, load_yaml, read_recip
 from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import write_table
 from atoplib.evaluation import Score
+from atoplib.parameters import Attack
 from atoplib.progress import format_seconds
 from atoplib.runs import read_json, workspace_dir
 
@@ -111,6 +112,22 @@ def scores_of(jobs: Sequence[Job]) -> list[Score]:
     return []
 
 
+def measured(attack: Attack, images: int) -> Iterator[str]:
+    """What the table of one attack notebook shows: how many images, by which protocol, how strong, seen from where."""
+    budget = {"linf": "l_inf eps", "l2": "l_2 eps", "flow": "flow"}
+    used = [norm for norm in budget if any(planned.norm == norm for planned in attack.plan.attacks)]
+    yield (
+        f"Accuracy in % with its 95 % interval, one draw an image, {images} test images of {attack.dataset}; "
+        f"protocol {attack.plan.name}, {', '.join(f'{budget[norm]} {getattr(attack.budget, norm):.4g}' for norm in used)}."
+    )
+    blind = [planned.label for planned in attack.plan.attacks if planned.sees == "classifier"]
+    seeing = [planned.label for planned in attack.plan.attacks if planned.sees != "classifier"]
+    if blind:
+        rest = "; the others meet the whole pipeline" if seeing else ""
+        rest = f"; {seeing[0]}: it sees the whole pipeline" if len(seeing) == 1 else rest
+        yield f"{', '.join(blind)}: the attack sees the classifier alone{rest}."
+
+
 def summary(outcomes: Sequence[Outcome], table: Path) -> Iterator[str]:
     """What a recipe ends with: the table of scores, and where everything is."""
     from atoplib.figures import format_table  # here, because a recipe should start without a second of matplotlib's import
@@ -119,13 +136,8 @@ def summary(outcomes: Sequence[Outcome], table: Path) -> Iterator[str]:
     attacks = [job for job in good if job.stage == "04_attack"]
     scores = scores_of(attacks) if len(attacks) == 1 else []
     if scores:
-        attack = attacks[0].parameters
         yield ""
-        yield (
-            f"Accuracy in % with its 95 % interval, one draw an image, {scores[0].images} test images of {attack.dataset}; "
-            f"{attack.norm} eps {attack.eps:.4g}, PGD-{attack.steps} + EOT-{attack.eot_samples}."
-        )
-        yield "transfer: the attack sees the classifier alone; white-box: it sees the whole pipeline."
+        yield from measured(attacks[0].parameters, scores[0].images)
         yield ""
         yield format_table(scores)
     yield ""

@@ -15,13 +15,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Split:
-    """Images in [0, 255] and their class indices.
+    """Images in [0, 255] and their class indices; `indices`, where known, tells where each image stands in the whole split.
 
     The images of a large set are memory-mapped (CPU) and read-only: writing into them ends the process.
     """
 
     images: UInt8[Tensor, "n 3 h w"]
     labels: Int64[Tensor, "n"]
+    indices: Int64[Tensor, "n"] | None = None
 
 
 @dataclass(frozen=True)

@@ -103,18 +103,18 @@ def listing_sources(request: Request, listings: Sequence[Listing]) -> list[Sourc
     return sources
 
 
-def _listing_source(request: Request, listing: Listing, limit: int | None) -> Source:
+def _listing_source(request: Request, listing: Listing, limit: int | tuple[int, ...] | None) -> Source:
     chosen = subset(len(listing.files), limit)
     whole = _cache_path(request, listing)
-    if len(chosen) < len(listing.files):
+    if not np.array_equal(chosen, np.arange(len(listing.files))):
         if whole.exists():
             with contextlib.suppress(BrokenCache):
-                return Source(open_cache(whole, len(listing.files))[chosen], listing.labels[chosen])
+                return Source(open_cache(whole, len(listing.files))[chosen], listing.labels[chosen], chosen)
         listing = listing.choose(chosen)
     path = _cache_path(request, listing)
     if path.exists():
         with contextlib.suppress(BrokenCache):
-            return Source(open_cache(path, len(listing.files)), listing.labels)
+            return Source(open_cache(path, len(listing.files)), listing.labels, chosen)
     first = read_image(listing.path(0), request.image_size)
     expected = first.shape
 
@@ -135,7 +135,7 @@ def _listing_source(request: Request, listing: Listing, limit: int | None) -> So
         unit=f"{listing.split} images",
         progress=request.progress,
     )
-    return Source(images, listing.labels)
+    return Source(images, listing.labels, chosen)
 
 
 def _cache_path(request: Request, listing: Listing) -> Path:

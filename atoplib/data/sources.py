@@ -34,7 +34,7 @@ def load_dataset(
     image_size: int | None = None,
     device: str | torch.device = "cpu",
     max_train: int | None = None,
-    max_test: int | None = None,
+    max_test: int | Sequence[int] | None = None,
     progress: Progress | None = None,
 ) -> Dataset:
     """Load a data set by name; download, decode and cache it on first use.
@@ -48,7 +48,8 @@ def load_dataset(
         square is resized (bilinear, antialiased): the same as resizing the shorter side and cropping the centre.
     device: where small sets live. A set above SMALL_SET_BYTES stays on the CPU, memory-mapped.
     max_train, max_test: at most that many images, a fixed subset in which classes are mixed; a smaller one is the
-        beginning of a larger one. Only those images are decoded.
+        beginning of a larger one. Only those images are decoded. max_test may also be the positions, in the set's own
+        order, of the test images wanted; Split.indices tells them in any case.
     progress: called as progress(done, total, unit) while data are downloaded or decoded.
 
     Images are converted to 8-bit RGB: gray is repeated, 16-bit gray divided by 257, transparency composited over white,
@@ -61,7 +62,12 @@ def load_dataset(
     name = str(name)
     check_positive("image_size", image_size)
     check_positive("max_train", max_train)
-    check_positive("max_test", max_test)
+    if isinstance(max_test, Sequence) and not isinstance(max_test, str):
+        max_test = tuple(int(index) for index in max_test)
+        if not max_test or len(set(max_test)) < len(max_test):
+            raise ValueError(f"max_test names {len(max_test)} positions, which must be at least one and all different")
+    else:
+        check_positive("max_test", max_test)
     device = usable_device(device)
     request = Request(name, Path(data_dir).expanduser(), image_size, max_train, max_test, progress)
     if name.startswith("folder:"):
@@ -86,8 +92,8 @@ def _to_split(source: Source, device: torch.device | None) -> Split:
     if device is None:
         with warnings.catch_warnings():  # torch has no read-only tensors and warns of this one, which Split explains
             warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            return Split(torch.from_numpy(source.pixels), torch.from_numpy(source.labels))
-    return Split(torch.tensor(source.pixels, device=device), torch.tensor(source.labels, device=device))
+            return Split(*(torch.from_numpy(array) for array in source))
+    return Split(*(torch.tensor(array, device=device) for array in source))
 
 
 def _mnist5k(request: Request) -> tuple[list[Source], tuple[str, ...]]:
@@ -190,14 +196,19 @@ def _array_sources(request: Request, arrays: Sequence[tuple[np.ndarray, np.ndarr
 
 
 def _array_source(
-    request: Request, split: str, pixels: np.ndarray, labels: np.ndarray, limit: int | None, jpeg: bool
+    request: Request,
+    split: str,
+    pixels: np.ndarray,
+    labels: np.ndarray,
+    limit: int | tuple[int, ...] | None,
+    jpeg: bool,
 ) -> Source:
     chosen = subset(len(labels), limit)
-    if len(chosen) < len(labels):
+    if not np.array_equal(chosen, np.arange(len(labels))):
         pixels, labels = pixels[chosen], labels[chosen]
     size = request.image_size or pixels.shape[-1]
     if not jpeg and size == pixels.shape[-1]:
-        return Source(pixels, labels)
+        return Source(pixels, labels, chosen)
 
     def load(index: int) -> np.ndarray:
         image = Image.fromarray(pixels[index].transpose(1, 2, 0))
@@ -213,7 +224,7 @@ def _array_source(
         unit=f"{split} images",
         progress=request.progress,
     )
-    return Source(images, labels)
+    return Source(images, labels, chosen)
 
 
 def _sha256(pixels: np.ndarray) -> str:

@@ -2,6 +2,7 @@
 
 from atoplib.training.classifier import accuracy, classifier_step
 from atoplib.training.loop import (
+    DTYPES,
     Batch,
     TrainingDiverged,
     TrainingSettings,
@@ -13,6 +14,7 @@ from atoplib.training.loop import (
 from atoplib.training.purifier import FineTuningAttack, purifier_step
 
 __all__ = [
+    "DTYPES",
     "Batch",
     "FineTuningAttack",
     "TrainingDiverged",

@@ -1,0 +1,99 @@
+"""What an attack raises: losses (logits, labels) -> one value an image, the higher the nearer the model is to an error."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+Loss = Callable[..., Tensor]
+"""(logits, labels) -> (B,); a targeted loss takes the target classes (B,) as a third argument."""
+
+TINY = 1e-12  # keeps the ratios of DLR finite where logits tie
+
+
+def cross_entropy(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Cross-entropy of each image, in float32."""
+    return F.cross_entropy(logits.float(), labels, reduction="none")
+
+
+def margin(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Largest other logit minus the true one, in float32: above 0 exactly where the model is wrong.
+
+    Raises:
+        ValueError: for fewer than 2 classes.
+
+    Source: Carlini & Wagner 2017, section IV.A (f6, kappa = 0, without the cut at 0).
+    """
+    _require_classes(logits, 2, "the margin loss")
+    logits = logits.float()
+    return _without(logits, labels).amax(dim=1) - _of(logits, labels)
+
+
+def dlr(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """Difference of logits ratio, in float32: the margin over the distance from the largest logit to the third largest.
+
+    It changes neither with a shift nor with a scale of the logits, so that no model saturates it. Within [-1, 1] as long as
+    the true class is among the two most likely.
+
+    Raises:
+        ValueError: for fewer than 3 classes.
+
+    Source: Croce & Hein 2020, eq. 6.
+    """
+    _require_classes(logits, 3, "the DLR loss")
+    logits = logits.float()
+    largest = logits.topk(3, dim=1).values
+    return margin(logits, labels) / (largest[:, 0] - largest[:, 2] + TINY)
+
+
+def targeted_dlr(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], targets: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Target's logit minus the true one, over the distance from the largest logit to the mean of third and fourth.
+
+    Args:
+        targets: the class that each image is driven to, other than its label.
+
+    Raises:
+        ValueError: for fewer than 4 classes.
+
+    Source: Croce & Hein 2020, eq. 7.
+    """
+    _require_classes(logits, 4, "the targeted DLR loss")
+    logits = logits.float()
+    largest = logits.topk(4, dim=1).values
+    scale = largest[:, 0] - (largest[:, 2] + largest[:, 3]) / 2
+    return target_margin(logits, labels, targets) / (scale + TINY)
+
+
+def target_margin(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], targets: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Target's logit minus the true one, in float32: 0 on the boundary between the two classes."""
+    logits = logits.float()
+    return _of(logits, targets) - _of(logits, labels)
+
+
+def likely_targets(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"], count: int
+) -> Int[Tensor, "batch targets"]:
+    """The ``count`` most likely classes other than the true one (or all of them, if they are fewer), likeliest first."""
+    return _without(logits.float(), labels).topk(min(count, logits.shape[1] - 1), dim=1).indices
+
+
+def _of(logits: Tensor, classes: Tensor) -> Tensor:
+    return logits.gather(1, classes.unsqueeze(1)).squeeze(1)
+
+
+def _without(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.scatter(1, labels.unsqueeze(1), -torch.inf)
+
+
+def _require_classes(logits: Tensor, least: int, name: str) -> None:
+    if logits.shape[1] < least:
+        raise ValueError(
+            f"{name} needs at least {least} classes, but the model has {logits.shape[1]}; "
+            "the cross-entropy works with any number"
+        )

@@ -1,0 +1,26 @@
+"""Honest numbers: accuracy under attacks with its interval, for every way to judge a random defence, by named protocols."""
+
+from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate
+from atoplib.evaluation.protocols import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation.quality import Quality, purification_quality
+from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
+
+__all__ = [
+    "CLEAN",
+    "PROTOCOLS",
+    "WORST",
+    "Budget",
+    "Evaluation",
+    "Outcomes",
+    "PlannedAttack",
+    "Protocol",
+    "Quality",
+    "Score",
+    "adjusted",
+    "evaluate",
+    "judge_draws",
+    "lee_kim_indices",
+    "purification_quality",
+    "score",
+    "worst_case",
+]

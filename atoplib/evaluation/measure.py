@@ -1,0 +1,274 @@
+"""Measure defences by a protocol: attack, judge, count; in pieces that survive an interruption."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from atoplib.attacks import BPDA, check_attack
+from atoplib.attacks.suite import ATTACKS
+from atoplib.evaluation.protocols import Budget, PlannedAttack, Protocol
+from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
+from atoplib.evaluation.store import Store, attack_seed, hashed, model_fingerprint, tensor_fingerprint, verdict_seed
+from atoplib.pipeline import AToPPipeline
+from atoplib.progress import Report
+from atoplib.verdicts import VERDICTS, draw_logits, is_random, reseed
+
+CLEAN = "clean"
+WORST = "worst case"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured: the table's cells, what became of each image, and the images where they were kept.
+
+    Attributes:
+        scores: a cell for each defence and attack; last of each defence the worst cases: of each norm, and of all attacks.
+        outcomes: the same, image by image.
+        adversarial: by (defence, attack, seed), ``clean`` included, if they were to be kept.
+    """
+
+    scores: tuple[Score, ...]
+    outcomes: tuple[Outcomes, ...]
+    adversarial: dict[tuple[str, str, int], Tensor]
+
+
+class _Unit(NamedTuple):
+    """A piece of work: one attack on one target for one batch of images, then shown to some defences."""
+
+    planned: PlannedAttack | None  # None: clean images
+    target: str  # a defence, or "" for the classifier alone
+    shown_to: tuple[str, ...]
+    seed: int
+    batch: int
+    images: slice
+
+    @property
+    def size(self) -> int:
+        return self.images.stop - self.images.start
+
+    @property
+    def label(self) -> str:
+        return CLEAN if self.planned is None else self.planned.label
+
+    @property
+    def name(self) -> str:
+        words = f"{self.label} {self.target or 'all'}".lower()
+        slug = "-".join("".join(c if c.isalnum() else " " for c in words).split())
+        return f"{slug}-{hashed(self.label, self.target) % 2**24:06x}-seed{self.seed}-batch{self.batch}"
+
+
+class _Piece(NamedTuple):
+    """A finished unit: verdicts by ``DEFENCE/VERDICT``, the images if they are kept, and the seconds it took."""
+
+    unit: _Unit
+    tensors: dict[str, Tensor]
+    seconds: float
+
+
+def evaluate(
+    defences: Mapping[str, nn.Module],
+    images: Float[Tensor, "batch 3 height width"],
+    labels: Int[Tensor, " batch"],
+    protocol: Protocol,
+    budget: Budget,
+    *,
+    classifier: nn.Module,
+    seeds: Sequence[int] = (0,),
+    batch_size: int = 100,
+    max_batch: int = 256,
+    attack_dtype: torch.dtype = torch.float32,
+    directory: Path | None = None,
+    keep_images: bool = False,
+    progress: Report | None = None,
+) -> Evaluation:
+    """Accuracy of each defence on the same images, clean and under each attack of ``protocol``, by every verdict.
+
+    Only attacks that see the whole defence say something about robustness; one that sees the classifier alone is made
+    once and shown to every defence; BPDA is for pipelines that purify. Each piece (attack, target, seed, batch) has random
+    numbers of its own, so its result depends neither on the other pieces nor on an interruption.
+
+    Args:
+        defences: by name; any module in eval mode, images in [0, 1] -> logits. One with a method ``reseed(seed)``, as
+            ``AToPPipeline``, gives the same numbers again.
+        images, labels: in [0, 1]; true classes; on the defences' device.
+        protocol, budget: what is done, and how far an attack may go.
+        classifier: what transfer attacks see.
+        seeds: repetitions, each with other random starts and dice.
+        batch_size: images of one piece.
+        max_batch: copies of images (images x draws) that are in memory at once.
+        attack_dtype: what attacks compute in (autocast); verdicts are always float32.
+        directory: where finished pieces are kept; the same call goes on there. None keeps nothing.
+        keep_images: return the adversarial images, and keep them in ``directory``.
+        progress: called with images done and in all, an image counting once an attack and target.
+
+    Raises:
+        ValueError: for a model in train mode, images outside [0, 1], labels without a logit, seeds that repeat, or a
+            ``directory`` that holds another evaluation.
+
+    Source: Carlini et al. 2019; Lee & Kim 2023 (PGD + EOT through the whole pipeline); Croce & Hein 2020.
+    """
+    if not defences or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"at least one defence and different seeds are needed, got {list(defences)} and {list(seeds)}")
+    if batch_size < 1 or max_batch < 1:
+        raise ValueError(f"batch_size and max_batch must be at least 1, got {batch_size} and {max_batch}")
+    for model in (classifier, *defences.values()):
+        check_attack(model, images, labels)  # all of them before the first runs: no statistics move, no hour is lost
+    targets: dict[str, nn.Module] = {"": classifier, **defences}
+    random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
+    settings = {
+        (planned.label, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
+        for planned in protocol.attacks
+        for name in targets
+    }
+    purifying = [name for name, model in defences.items() if isinstance(model, AToPPipeline)]
+    identity = {
+        "protocol": _plain(asdict(protocol)),
+        "budget": asdict(budget),
+        "images": tensor_fingerprint(images),
+        "labels": tensor_fingerprint(labels),
+        "models": {name or "classifier": model_fingerprint(model) for name, model in targets.items()},
+        "seeds": list(seeds),
+        "batch_size": batch_size,
+        "max_batch": max_batch,
+        "attack_dtype": str(attack_dtype),
+        "images_kept": keep_images,
+    }
+    store = Store(directory, identity)
+    units = list(_units(protocol, tuple(defences), purifying, seeds, len(images), batch_size))
+    total, done = sum(unit.size for unit in units), 0
+    pieces = []
+    for unit in units:
+
+        def report(step: int, steps: int, *_: Tensor, done: int = done, size: int = unit.size) -> None:
+            if progress is not None:
+                progress(done + size * step // max(1, steps), total, "images", {})
+
+        piece = store.load(unit.name)
+        if piece is None:
+            started = time.monotonic()
+            shown, truth = images[unit.images], labels[unit.images]
+            if unit.planned is not None:
+                with torch.autocast(images.device.type, dtype=attack_dtype, enabled=attack_dtype != torch.float32):
+                    model, chosen = targets[unit.target], settings[unit.label, unit.target]
+                    model = BPDA(model) if unit.planned.sees == "bpda" else model
+                    shown = _attack(unit, model, shown, truth, chosen, max_batch, report)
+            tensors = _verdicts(unit, shown, truth, defences, random, protocol.num_draws, max_batch)
+            if keep_images:
+                tensors["adversarial"] = shown
+            piece = tensors, time.monotonic() - started
+            store.save(unit.name, *piece)
+        pieces.append(_Piece(unit, *piece))
+        done += unit.size
+        report(0, 1, done=done)
+    outcomes = tuple(_collect(protocol, pieces, random))
+    return Evaluation(tuple(score(item) for item in outcomes), outcomes, _images_kept(pieces) if keep_images else {})
+
+
+def _attack(
+    unit: _Unit, model: nn.Module, images: Tensor, labels: Tensor, settings: Any, max_batch: int, report: Callable
+) -> Tensor:
+    """The unit's adversarial images; its random numbers depend on nothing but the unit."""
+    seed = attack_seed(unit.seed, unit.batch)
+    reseed(model, seed)
+    generator = torch.Generator(images.device).manual_seed(seed)
+    function = ATTACKS[unit.planned.attack].function
+    return function(model, images, labels, settings, generator=generator, max_batch=max_batch, callback=report)
+
+
+def _units(
+    protocol: Protocol,
+    defences: tuple[str, ...],
+    purifying: Sequence[str],
+    seeds: Sequence[int],
+    count: int,
+    batch_size: int,
+) -> Iterator[_Unit]:
+    """The pieces of work, in order. BPDA is for what purifies; elsewhere there is nothing to put the identity for."""
+    batches = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    for seed in seeds:
+        for planned in (None, *protocol.attacks):
+            blind = planned is None or planned.sees == "classifier"
+            for target in ("",) if blind else purifying if planned.sees == "bpda" else defences:
+                for batch, images in enumerate(batches):
+                    yield _Unit(planned, target, defences if blind else (target,), seed, batch, images)
+
+
+def _verdicts(
+    unit: _Unit,
+    shown: Tensor,
+    labels: Tensor,
+    defences: Mapping[str, nn.Module],
+    random: Mapping[str, bool],
+    num_draws: int,
+    max_batch: int,
+) -> dict[str, Tensor]:
+    """Every defence's verdicts on the images shown, with dice that the attack has not seen."""
+    tensors = {}
+    for name in unit.shown_to:
+        reseed(defences[name], verdict_seed(unit.seed, unit.batch))
+        draws = num_draws if random[name] else 1
+        right, average = judge_draws(draw_logits(defences[name], shown, num_draws=draws, max_batch=max_batch), labels)
+        tensors |= {f"{name}/{verdict}": value for verdict, value in right.items()}
+        tensors[f"{name}/average"] = average
+    return tensors
+
+
+def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, bool]) -> Iterator[Outcomes]:
+    """Put the pieces together: for each defence clean, every attack, and the worst cases."""
+    for name in pieces[0].unit.shown_to:  # the clean images, which come first, are shown to all
+        attacked = []
+        for planned in (None, *protocol.attacks):
+            parts = [piece for piece in pieces if piece.unit.planned == planned and name in piece.unit.shown_to]
+            if not parts:
+                continue
+            outcomes = Outcomes(
+                defence=name,
+                attack=CLEAN if planned is None else planned.label,
+                norm="" if planned is None else planned.norm,
+                draws=protocol.num_draws if random[name] else 1,
+                right={verdict: _joined(parts, f"{name}/{verdict}") for verdict in VERDICTS},
+                average=_joined(parts, f"{name}/average"),
+                seconds=sum(piece.seconds for piece in parts),
+            )
+            yield outcomes
+            if planned is not None:
+                attacked.append(outcomes)
+        norms = list(dict.fromkeys(item.norm for item in attacked))
+        for norm in norms if len(norms) > 1 else ():
+            of_norm = [item for item in attacked if item.norm == norm]
+            if len(of_norm) > 1:
+                yield worst_case(of_norm, f"{WORST} {norm}")
+        if len(attacked) > 1:
+            yield worst_case(attacked, WORST)
+
+
+def _joined(parts: Sequence[_Piece], key: str) -> Tensor:
+    """Batches side by side, seeds one below the other: (seeds, images)."""
+    rows: dict[int, list[Tensor]] = {}
+    for piece in parts:
+        rows.setdefault(piece.unit.seed, []).append(piece.tensors[key].cpu())
+    return torch.stack([torch.cat(row) for row in rows.values()])
+
+
+def _images_kept(pieces: Sequence[_Piece]) -> dict[tuple[str, str, int], Tensor]:
+    """Adversarial images by defence, attack and seed."""
+    kept: dict[tuple[str, str, int], list[Tensor]] = {}
+    for piece in pieces:
+        for name in piece.unit.shown_to:
+            kept.setdefault((name, piece.unit.label, piece.unit.seed), []).append(piece.tensors["adversarial"])
+    return {key: torch.cat(parts) for key, parts in kept.items()}
+
+
+def _plain(value: object) -> object:
+    """Settings as JSON has them: tuples become lists, mappings dicts."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

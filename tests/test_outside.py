@@ -1,0 +1,162 @@
+"""The pipeline runs unchanged in other people's attack libraries, and none of them beats our PGD at an equal budget."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from torch import nn
+from torch.nn import functional as F
+
+from atoplib import data
+from atoplib.attacks import PGDSettings, check_budget, pgd
+from atoplib.attacks.foreign import ForeignSettings, MeanLogits, torchattacks_attack
+from atoplib.pipeline import AToPPipeline
+from atoplib.transforms import TransformSettings
+from atoplib.verdicts import Verdict, judge, reseed
+
+IMAGES, STEPS, DRAWS = 128, 15, 4
+BUDGETS = {"linf": (0.15, 0.025), "l2": (1.0, 0.17)}  # eps, alpha
+VOTE = Verdict("majority", num_draws=15)
+OUTSIDERS = [
+    ("torchattacks", "linf"),
+    ("torchattacks", "l2"),
+    ("foolbox", "linf"),
+    ("foolbox", "l2"),
+    ("art", "linf"),
+    ("art", "l2"),
+]
+
+
+class Visible(nn.Module):
+    """The purifier that hands on what it sees: quick, and differentiable."""
+
+    def forward(self, given):
+        return given[:, :3]
+
+
+def small_classifier():
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 16, 10),
+    )
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """Real digits at 16 px: training images and labels, test images and labels."""
+    loaded = data.load_dataset("mnist5k", data_dir=tmp_path_factory.mktemp("data"), max_train=3000, max_test=IMAGES)
+    parts = [(F.avg_pool2d(data.to_float(part.images), 2), part.labels) for part in (loaded.train, loaded.test)]
+    return parts[0] + parts[1]
+
+
+@pytest.fixture(scope="module")
+def models(digits):
+    """A plain classifier, and a random pipeline around it; trained on what the random transform lets through."""
+    torch.manual_seed(0)
+    images, labels, *test = digits
+    pipeline = AToPPipeline(TransformSettings("rt2", 0.1, 0.1, grid_size=8), Visible(), small_classifier()).eval()
+    pipeline.classifier.requires_grad_(True)
+    optimizer = torch.optim.Adam(pipeline.classifier.parameters(), lr=3e-3)
+    for batch in torch.randperm(8 * len(images)).remainder(len(images)).split(100):
+        optimizer.zero_grad()
+        F.cross_entropy(pipeline(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    pipeline.classifier.requires_grad_(False)
+    for model in (pipeline, pipeline.classifier):
+        assert judge(model, *test, VOTE).float().mean() > 0.8
+    return {"deterministic": (pipeline.classifier, 1), "random": (pipeline, DRAWS)}
+
+
+def by_torchattacks(model, images, labels, norm, draws):
+    eps, alpha = BUDGETS[norm]
+    name = {"linf": "PGD", "l2": "PGDL2"}[norm]
+    settings = ForeignSettings(name, eps, norm, draws, {"steps": STEPS, "alpha": alpha})
+    return torchattacks_attack(model, images, labels, settings, generator=torch.Generator().manual_seed(1))
+
+
+def by_foolbox(model, images, labels, norm, draws):
+    foolbox = pytest.importorskip("foolbox")
+    eps, alpha = BUDGETS[norm]
+    kind = {"linf": foolbox.attacks.LinfPGD, "l2": foolbox.attacks.L2PGD}[norm]
+    wrapped = foolbox.PyTorchModel(model if draws == 1 else MeanLogits(model, draws), bounds=(0, 1), device="cpu")
+    return kind(abs_stepsize=alpha, steps=STEPS).run(wrapped, images, labels, epsilon=eps)
+
+
+def by_art(model, images, labels, norm, draws):
+    evasion = pytest.importorskip("art.attacks.evasion")
+    classification = pytest.importorskip("art.estimators.classification")
+    eps, alpha = BUDGETS[norm]
+    wrapped = classification.PyTorchClassifier(
+        model if draws == 1 else MeanLogits(model, draws),
+        loss=nn.CrossEntropyLoss(),
+        input_shape=tuple(images.shape[1:]),
+        nb_classes=10,
+        clip_values=(0.0, 1.0),
+        device_type="cpu",
+    )
+    attack = evasion.ProjectedGradientDescentPyTorch(
+        wrapped,
+        norm={"linf": np.inf, "l2": 2}[norm],
+        eps=eps,
+        eps_step=alpha,
+        max_iter=STEPS,
+        num_random_init=1,
+        batch_size=len(images),
+        verbose=False,
+    )
+    return torch.from_numpy(attack.generate(images.numpy(), y=labels.numpy()))
+
+
+BY = {"torchattacks": by_torchattacks, "foolbox": by_foolbox, "art": by_art}
+
+
+@pytest.fixture(scope="module")
+def ours(models, digits):
+    """Which test images stand after our own PGD, by model and norm."""
+    images, labels = digits[2:]
+    standing = {}
+    for kind, (model, draws) in models.items():
+        for norm, (eps, alpha) in BUDGETS.items():
+            reseed(model, 0)
+            settings = PGDSettings(eps, norm, STEPS, alpha, draws)
+            found = pgd(model, images, labels, settings, generator=torch.Generator().manual_seed(1))
+            reseed(model, 2)
+            standing[kind, norm] = judge(model, found, labels, VOTE)
+            assert 0 < standing[kind, norm].float().mean() < 0.8, "a test with nothing to win or lose"
+    return standing
+
+
+def beats(outside, inside):
+    """Whether the outsider broke significantly more: exact McNemar test, one-sided, 95 %."""
+    only_outside, only_inside = int((inside & ~outside).sum()), int((outside & ~inside).sum())
+    return only_outside + only_inside > 0 and binomtest(
+        only_outside, only_outside + only_inside, alternative="greater"
+    ).pvalue < 0.05  # fmt: skip
+
+
+def test_the_comparison_can_be_lost():
+    ours, theirs = torch.ones(128, dtype=torch.bool), torch.ones(128, dtype=torch.bool)
+    theirs[:5] = False
+    assert beats(theirs, ours) and not beats(ours, theirs)
+    theirs[4] = True
+    assert not beats(theirs, ours), "four images may be chance"
+
+
+@pytest.mark.parametrize("kind", ["deterministic", "random"])
+@pytest.mark.parametrize("library, norm", OUTSIDERS)
+def test_no_outsider_beats_pgd_at_an_equal_budget(library, norm, kind, models, ours, digits):
+    model, draws = models[kind]
+    images, labels = digits[2:]
+    reseed(model, 0)
+    found = BY[library](model, images, labels, norm, draws).detach()
+    check_budget(found, images, BUDGETS[norm][0], norm, tolerance=1e-5)
+    assert not any(part.training for part in model.modules()), "the outsider left the model in train mode"
+    reseed(model, 2)
+    standing = judge(model, found, labels, VOTE)
+    assert standing.float().mean() < 0.9, "the outsider did not attack at all"
+    assert not beats(standing, ours[kind, norm]), f"{standing.sum()} stand, but {ours[kind, norm].sum()} after ours"
+    assert abs(int(standing.sum()) - int(ours[kind, norm].sum())) < 0.15 * IMAGES, "the budgets are not equal"

@@ -1,0 +1,76 @@
+"""The weights that come with the kit are what their headers say."""
+
+import pytest
+import torch
+
+from atoplib import data
+from atoplib.checkpoints import read_header, save_checkpoint
+from atoplib.classifiers import build_classifier
+from atoplib.pipeline import AToPPipeline
+from atoplib.pretrained import FOLDER, available, load_pretrained, save_pretrained
+from atoplib.purifiers import GatedUNet
+from atoplib.verdicts import predict
+
+OPTIONS = {"num_classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3, "width": 4}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Weights of a small classifier and a small purifier, put among others."""
+    classifier = build_classifier("small_resnet", **OPTIONS)
+    source = tmp_path / "classifier.safetensors"
+    save_checkpoint(
+        source,
+        classifier,
+        kind="classifier",
+        architecture="small_resnet",
+        options=OPTIONS,
+        seed=3,
+        dataset="folder:/me",
+        parameters={"epochs": 2, "workspace": "/home/me", "dataset": "folder:/me"},
+    )
+    save_pretrained(source, "shapes", "undefended", folder=tmp_path / "weights", test_accuracy=0.5, dataset="shapes")
+    purifier = tmp_path / "purifier.safetensors"
+    options, transform = {"width": 4, "blocks": 0}, {"name": "rt1", "missing_rate": 0.5}
+    save_checkpoint(
+        purifier, GatedUNet(**options), kind="purifier", architecture="gated_unet", options=options, transform=transform
+    )
+    save_pretrained(purifier, "shapes", "ap", folder=tmp_path / "weights")
+    return tmp_path / "weights"
+
+
+def test_a_run_becomes_a_defence_in_one_line(folder):
+    assert available(folder) == {"shapes": ("undefended", "ap")}
+    defence = load_pretrained("shapes", "ap", folder=folder)
+    assert isinstance(defence, AToPPipeline) and not defence.training and defence.transform.name == "rt1"
+    assert defence(torch.rand(2, 3, 32, 32)).dtype == torch.float32
+    header = read_header(folder / "shapes-undefended.safetensors")
+    assert header["seed"] == 3 and header["test_accuracy"] == 0.5
+    assert header["parameters"] == {"epochs": 2, "dataset": "shapes"} and header["dataset"] == "shapes", "no one's folders"
+
+
+@pytest.mark.parametrize("dataset, defence", [("shapes", "atop"), ("forms", "ap")])
+def test_weights_that_are_not_there_are_named_with_those_that_are(folder, dataset, defence):
+    with pytest.raises(ValueError, match=f"no weights of '{defence}' for '{dataset}'.*shapes: undefended, ap"):
+        load_pretrained(dataset, defence, folder=folder)
+
+
+def test_the_kit_comes_with_weights_and_they_are_not_too_many():
+    assert {"undefended", "ap", "atop"} <= set(available()["mnist"])
+    assert {"undefended", "ap"} <= set(available()["cifar10"])
+    assert not any("/tmp" in str(read_header(path)) or "/home" in str(read_header(path)) for path in FOLDER.iterdir())
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 30e6
+
+
+@pytest.mark.parametrize("defence", available().get("mnist", ()))
+def test_the_digits_are_read_as_well_as_the_header_says(defence, tmp_path):
+    digits = data.load_dataset("mnist5k", data_dir=tmp_path, max_test=300).test
+    right = predict(load_pretrained("mnist", defence), data.to_float(digits.images)) == digits.labels
+    measured = read_header(FOLDER / f"mnist-{defence}.safetensors")["test_accuracy"]
+    assert float(right.float().mean()) == pytest.approx(measured, abs=0.04), "300 of the 1,000 images"
+
+
+@pytest.mark.parametrize("defence", available().get("cifar10", ()))
+def test_every_defence_of_cifar_is_whole(defence):
+    logits = load_pretrained("cifar10", defence)(torch.rand(2, 3, 32, 32))
+    assert logits.shape == (2, 10) and torch.isfinite(logits).all()
