@@ -189,7 +189,7 @@ def open_run(
             error.errno, f"could not make {path}: {error.strerror}. Choose another workspace, or make that folder writable"
         ) from error
     with locked(path / "run.lock"):
-        for left_over in path.glob(".*.part"):  # of a process that was killed while it wrote
+        for left_over in path.rglob(".*.part"):  # of a process that was killed while it wrote
             left_over.unlink(missing_ok=True)
         yield from record_run(path, stage, parameters, device, source)
 

@@ -54,6 +54,54 @@ def jobs(tmp_path, monkeypatch) -> list[Job]:
     return made
 
 
+# A Slurm for tests, of this machine: what submitit calls, each a few lines.
+SLURM = {
+    "sbatch": """
+import os, pathlib, subprocess, sys
+here = pathlib.Path(__file__).parent
+number = len(list(here.glob("*.pid"))) + 1
+environment = {**os.environ, "SLURM_JOB_ID": str(number), "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+process = subprocess.Popen(["bash", sys.argv[1]], env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
+(here / f"{number}.pid").write_text(str(process.pid))
+print("Submitted batch job", number)
+""",
+    "srun": """
+import os, sys
+arguments = sys.argv[1:]
+while arguments[0].startswith("--"):
+    option = arguments.pop(0)
+    if option in ("--output", "--error"):
+        path = arguments.pop(0).replace("%j", os.environ["SLURM_JOB_ID"]).replace("%t", "0")
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1 if option == "--output" else 2)
+os.execvp(arguments[0], arguments)
+""",
+    "sacct": """
+import os, pathlib, sys
+print("JobID|State|NodeList")
+for path in pathlib.Path(__file__).parent.glob("*.pid"):
+    there = os.path.exists(f"/proc/{path.read_text()}")
+    print(f"{path.stem}|{'RUNNING' if there else 'NODE_FAIL'}|here")
+""",
+    "scancel": """
+import os, pathlib, signal, sys
+os.killpg(int((pathlib.Path(__file__).parent / f"{sys.argv[1]}.pid").read_text()), signal.SIGTERM)
+""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch) -> Path:
+    """Puts the Slurm above on the path; its folder holds a file for each job, the number of its group of processes."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, script in SLURM.items():
+        (folder / name).write_text(f"#!{sys.executable} -IS\n{script}")
+        (folder / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    return folder
+
+
 def statuses(jobs: list[Job], engine: str, **options: object) -> dict[str, str]:
     settings = Settings(jobs=3, threads=1, options=options)
     overview = Overview(jobs, workers=3, out=io.StringIO(), live=False)
@@ -67,13 +115,17 @@ def options_of(engine: str, tmp_path: Path) -> dict[str, object]:
         return {"num_cpus": 0}
     if engine == "slurm":
         pytest.importorskip("submitit")
-        return {"cluster": "local", "folder": str(tmp_path / "slurm")}
+        return {"folder": str(tmp_path / "slurm"), "slurm_partition": "long"}
+    if engine == "slurm on this machine":
+        pytest.importorskip("submitit")
+        return {"folder": str(tmp_path / "slurm"), "cluster": "local"}
     return {}
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_runs_every_job_once_and_reports_what_failed(engine, jobs, tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", [*ENGINES, "slurm on this machine"])
+def test_an_engine_runs_every_job_once_and_reports_what_failed(engine, jobs, tmp_path, monkeypatch, slurm):
     options = options_of(engine, tmp_path)
+    engine = engine.split()[0]
     monkeypatch.setenv("ATOP_TEST_FAIL", "1")
     first = list(statuses(jobs, engine, **options).values())
     assert [first.count(status) for status in ("complete", "failed", "not run")] == [5, 1, 1]
@@ -83,6 +135,58 @@ def test_an_engine_runs_every_job_once_and_reports_what_failed(engine, jobs, tmp
     made = {job.label: len((job.run_dir / "made").read_text().splitlines()) for job in jobs}
     assert sorted(made.values()) == [1] * 6 + [2]
     assert all(read_json(job.run_dir / "metrics.json") == {"value": sum(map(ord, job.run_dir.name))} for job in jobs)
+
+
+def test_a_slurm_job_asks_for_what_the_options_say(jobs, tmp_path, slurm):
+    pytest.importorskip("submitit")
+    options = options_of("slurm", tmp_path) | {"gpus_per_node": 1, "mem_gb": 4}
+    assert statuses(jobs[:1], "slurm", **options) == {jobs[0].label: "complete"}
+    (script,) = (tmp_path / "slurm").glob("*_submission.sh")
+    asked = {line.removeprefix("#SBATCH --") for line in script.read_text().splitlines()}
+    assert {"partition=long", "gpus-per-node=1", "mem=4GB", "cpus-per-task=1", "time=1440"} <= asked
+
+
+def test_a_slurm_job_that_is_lost_with_its_machine_fails_alone_and_is_retried_on_demand(jobs, tmp_path, monkeypatch, slurm):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.SlurmJob.watcher, "_delay_s", 0.5)  # it asks sacct once in ten minutes
+    monkeypatch.setattr(submitit.SlurmJob, "_results_timeout_s", 0.5)
+    monkeypatch.setenv("ATOP_TEST_SECONDS", "3")
+    struck = []
+
+    def strike() -> None:
+        made = list(jobs[0].run_dir.parent.glob("02*/made"))
+        if made and not struck:
+            struck.append(made[0].parent)
+            os.killpg(int((slurm / "2.pid").read_text()), signal.SIGKILL)
+
+    overview = Overview(jobs, workers=1, out=io.StringIO(), live=False)
+    monkeypatch.setattr(overview, "show", strike)
+    settings = Settings(jobs=1, threads=1, options=options_of("slurm", tmp_path))
+    outcomes = run_jobs(jobs[:3], settings, overview, engine=ENGINES["slurm"])
+    assert [outcome.status for outcome in outcomes] == ["complete", "failed", "not run"]
+    assert "failed: it was lost (UncompletedJobError" in outcomes[1].reason
+    monkeypatch.setenv("ATOP_TEST_SECONDS", "0.1")
+    assert set(statuses(jobs[:3], "slurm", **settings.options).values()) == {"done before", "complete"}
+
+
+def test_a_slurm_job_is_told_to_stop_when_the_batch_is_interrupted(jobs, tmp_path, monkeypatch, slurm):
+    submitit = pytest.importorskip("submitit")
+    monkeypatch.setattr(submitit.SlurmJob.watcher, "_delay_s", 0.5)
+    monkeypatch.setenv("ATOP_TEST_SECONDS", "60")
+    overview = Overview(jobs, workers=1, out=io.StringIO(), live=False)
+
+    def press() -> None:
+        if (jobs[0].run_dir / "made").exists():
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(overview, "show", press)
+    settings = Settings(jobs=1, threads=1, options=options_of("slurm", tmp_path))
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(jobs, settings, overview, engine=ENGINES["slurm"])
+    assert time.monotonic() - began < 40 and not (jobs[0].run_dir / "manifest.json").exists()
+    made_by = int((jobs[0].run_dir / "made").read_text())
+    assert not Path(f"/proc/{made_by}").exists()
 
 
 @pytest.mark.parametrize("name", ["ray", "submitit"])

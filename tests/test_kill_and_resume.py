@@ -14,13 +14,21 @@ from benchmarks import kill_and_resume
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_a_training_that_is_killed_ends_with_the_same_bits():
+@pytest.mark.parametrize(
+    "stage, signals, options",
+    [
+        ("finetune", "KILL", ("--epochs", "2", "--images", "96", "--spread", "0.05")),
+        ("classifier", "TERM,INT", ("--epochs", "2", "--images", "160", "--spread", "0.02")),
+        ("evaluation", "KILL", ("--images", "64", "--spread", "0.1")),
+    ],
+)
+def test_what_is_killed_ends_with_the_same_bits(stage, signals, options):
     """In a process of its own, because this one has had threads, which a fork does not take along."""
-    arguments = ["--kills", "3", "--stages", "finetune", "--epochs", "2", "--images", "96", "--spread", "0.05"]
+    arguments = ["--kills", "3", "--stages", stage, "--signals", signals, *options]
     command = [sys.executable, kill_and_resume.__file__, *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert ended.returncode == 0, ended.stderr
-    assert "| finetune | 3 | " in ended.stdout and "equal, bit by bit" in ended.stdout
+    assert f"| {stage} | 3 | " in ended.stdout and "equal, bit by bit" in ended.stdout
 
 
 def test_a_result_with_other_bits_is_reported(monkeypatch, capsys):
@@ -40,7 +48,23 @@ def test_equality_is_bit_by_bit():
     assert not kill_and_resume.same(first, {**first, "history": []}) and not kill_and_resume.same(first, {"weights": {}})
 
 
-def test_an_unknown_stage_is_refused(capsys):
+def test_what_does_not_end_within_ten_seconds_of_sigterm_is_a_failure(tmp_path, monkeypatch):
+    monkeypatch.setattr(kill_and_resume, "MOST_SECONDS_TO_END", 0.2)
+    deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        with pytest.raises(TimeoutError, match="it went on for 0 s after SIGTERM"):
+            kill_and_resume.struck(process.pid, tmp_path, "TERM")
+
+
+@pytest.mark.parametrize(
+    "option, message",
+    [
+        ("--stages", "unknown stage 'nothing'; allowed: classifier, "),
+        ("--signals", "unknown signal 'nothing'; allowed: KILL"),
+    ],
+)
+def test_an_unknown_stage_or_signal_is_refused(option, message, capsys):
     with pytest.raises(SystemExit):
-        kill_and_resume.main(["--stages", "nothing"])
-    assert "unknown stage 'nothing'; allowed: classifier" in capsys.readouterr().err
+        kill_and_resume.main([option, "nothing"])
+    assert message in capsys.readouterr().err

@@ -19,6 +19,7 @@ from atoplib.batch import ledger, worker
 from atoplib.batch.plan import Job
 from atoplib.batch.worker import NotebookFailed, execute
 
+A_DAY = 24 * 60  # minutes that a Slurm job may take, unless its options say otherwise; submitit's own default is 5
 LOST_NODES = 3  # so often a run is begun anew because the machine under it was lost
 
 
@@ -96,9 +97,16 @@ def attempt(job: Job, timeout: float | None, threads: int | None, reuse: bool) -
         return 0.0, str(error)
 
 
-def outcome(result: tuple[float, str]) -> float:
-    """The seconds of an ``attempt``; raises NotebookFailed if it failed."""
-    seconds, reason = result
+def seconds_of(job: Job, get: Callable[[], tuple[float, str]]) -> float:
+    """The seconds of an ``attempt`` whose result ``get`` waits for.
+
+    Raises:
+        NotebookFailed: if the attempt failed, or was lost with its machine.
+    """
+    try:
+        seconds, reason = get()
+    except Exception as error:  # of the cluster's own kinds
+        raise NotebookFailed(f"{job.label} failed: it was lost ({type(error).__name__}: {error})") from error
     if reason:
         raise NotebookFailed(reason)
     return seconds
@@ -127,7 +135,7 @@ def ray(settings: Settings) -> Iterator[Submit]:
         def submit(job: Job) -> "Future[float]":
             reference = task.remote(job, settings.timeout, settings.threads, settings.reuse)
             references.append(reference)
-            return pool.submit(lambda: outcome(core.get(reference)))
+            return pool.submit(seconds_of, job, lambda: core.get(reference))
 
         try:
             yield submit
@@ -152,14 +160,14 @@ def slurm(settings: Settings) -> Iterator[Submit]:
     options = dict(settings.options)
     folder = Path(options.pop("folder", "runs/slurm")).expanduser().resolve()
     executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
-    executor.update_parameters(cpus_per_task=settings.threads or 1, **options)
+    executor.update_parameters(**{"cpus_per_task": settings.threads or 1, "timeout_min": A_DAY, **options})
     tasks: list[Any] = []
     with ThreadPoolExecutor(settings.jobs, thread_name_prefix="slurm") as pool:
 
         def submit(job: Job) -> "Future[float]":
             task = executor.submit(attempt, job, settings.timeout, settings.threads, settings.reuse)
             tasks.append(task)
-            return pool.submit(lambda: outcome(task.result()))
+            return pool.submit(seconds_of, job, task.result)
 
         try:
             yield submit
@@ -167,7 +175,7 @@ def slurm(settings: Settings) -> Iterator[Submit]:
             for task in tasks:
                 if not task.done():
                     task.cancel()
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
 
 
