@@ -116,25 +116,25 @@ def options_of(engine: str, tmp_path: Path) -> dict[str, object]:
     if engine == "slurm":
         pytest.importorskip("submitit")
         return {"folder": str(tmp_path / "slurm"), "slurm_partition": "long"}
-    if engine == "slurm on this machine":
-        pytest.importorskip("submitit")
-        return {"folder": str(tmp_path / "slurm"), "cluster": "local"}
     return {}
 
 
-@pytest.mark.parametrize("engine", [*ENGINES, "slurm on this machine"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_an_engine_runs_every_job_once_and_reports_what_failed(engine, jobs, tmp_path, monkeypatch, slurm):
     options = options_of(engine, tmp_path)
-    engine = engine.split()[0]
+    jobs = [job for job in jobs if job.name < "03"][:3]
     monkeypatch.setenv("ATOP_TEST_FAIL", "1")
-    first = list(statuses(jobs, engine, **options).values())
-    assert [first.count(status) for status in ("complete", "failed", "not run")] == [5, 1, 1]
+    assert list(statuses(jobs, engine, **options).values()) == ["complete", "complete", "failed"]
     monkeypatch.delenv("ATOP_TEST_FAIL")
-    second = list(statuses(jobs, engine, **options).values())
-    assert [second.count(status) for status in ("done before", "complete")] == [5, 2]
-    made = {job.label: len((job.run_dir / "made").read_text().splitlines()) for job in jobs}
-    assert sorted(made.values()) == [1] * 6 + [2]
+    assert list(statuses(jobs, engine, **options).values()) == ["done before", "done before", "complete"]
+    assert [len((job.run_dir / "made").read_text().splitlines()) for job in jobs] == [1, 1, 2]
     assert all(read_json(job.run_dir / "metrics.json") == {"value": sum(map(ord, job.run_dir.name))} for job in jobs)
+
+
+def test_submitit_runs_jobs_on_this_machine_without_slurm(jobs, tmp_path):
+    pytest.importorskip("submitit")
+    options = {"folder": str(tmp_path / "slurm"), "cluster": "local"}
+    assert set(statuses(jobs[:2], "slurm", **options).values()) == {"complete"}
 
 
 def test_a_slurm_job_asks_for_what_the_options_say(jobs, tmp_path, slurm):

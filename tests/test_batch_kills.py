@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
 notebooks:
   01_train_classifier:
-    {max_train: 512, max_test: 64, batch_size: 8, epochs: 50, classifier_options: {width: 4, stem_stride: 2}}
+    {max_train: 512, max_test: 64, batch_size: 8, epochs: 30, classifier_options: {width: 4, stem_stride: 2}}
 """
 
 

@@ -11,6 +11,8 @@ import signal
 import sys
 import threading
 
+START_SECONDS = 600  # for a kernel to start: cold file systems and crowded machines take longer than the usual minute
+
 
 def stop(*_: object) -> None:
     """The first SIGTERM; those that follow wait for it."""
@@ -44,6 +46,7 @@ def main(notebook: str, output: str, parameters: str, transport: str) -> None:
         values,
         kernel_name="python3",
         progress_bar=False,
+        start_timeout=START_SECONDS,
         shutdown_kernel="immediate",  # its own farewell takes seconds once it has imported torch
         config=Config({"KernelManager": {"transport": transport}}),
     )
