@@ -60,19 +60,21 @@ def work(stage: str, folder: Path, epochs: int, images: int) -> None:
     torch.manual_seed(0)
     split = data.load_dataset("mnist5k", data_dir=folder / "data", max_train=images, max_test=1).train
     classifier = build_classifier("small_resnet", num_classes=10, mean=(0.1,) * 3, std=(0.3,) * 3, width=2, stem_stride=2)
-    transform = TransformSettings("rt2", missing_rate=0.25, noise_std=0.1, grid_size=4)
-    pipeline = AToPPipeline(transform, build_purifier("gated_unet", width=4, blocks=1, fold=2), classifier)
     with open_run(folder, stage, {"epochs": epochs}, device=torch.device("cpu")) as run:
         if stage == "evaluation":
-            result = measure(classifier, pipeline, split, run)
+            result = measure(classifier, split, run)
         else:
-            result = train(stage, classifier, pipeline, split, epochs, run)
+            result = train(stage, classifier, split, epochs, run)
     torch.save(result, folder / "result.pt")
 
 
-def train(
-    stage: str, classifier: nn.Module, pipeline: AToPPipeline, split: data.Split, epochs: int, run: Run
-) -> dict[str, Any]:
+def pipeline_of(classifier: nn.Module) -> AToPPipeline:
+    """A tiny one; it freezes the classifier."""
+    transform = TransformSettings("rt2", missing_rate=0.25, noise_std=0.1, grid_size=4)
+    return AToPPipeline(transform, build_purifier("gated_unet", width=4, blocks=1, fold=2), classifier)
+
+
+def train(stage: str, classifier: nn.Module, split: data.Split, epochs: int, run: Run) -> dict[str, Any]:
     """A training that saves after every step: weights and history."""
     loop.CHECK_EVERY, notes = 1, []
     settings = training.TrainingSettings(
@@ -82,22 +84,22 @@ def train(
         attack = PGDSettings(0.3, steps=2) if stage == "adversarial" else None
         networks, step = {"classifier": classifier}, training.classifier_step(classifier, attack=attack)
     else:
-        tuned = stage == "finetune"
+        tuned, pipeline = stage == "finetune", pipeline_of(classifier).train()
         discriminator = PatchDiscriminator(2) if tuned else None
         objective = Objective("ft_adv" if tuned else "ap", gan_weight=0.1 if tuned else 0.0)
         attack = training.FineTuningAttack(PGDSettings(0.3, steps=2), ramp_epochs=1) if tuned else None
         networks = {"purifier": pipeline.purifier} | ({"discriminator": discriminator} if tuned else {})
-        step = training.purifier_step(pipeline.train(), objective, attack=attack, discriminator=discriminator)
+        step = training.purifier_step(pipeline, objective, attack=attack, discriminator=discriminator)
     history = training.fit(step, networks, split, settings, state_path=run.state_path, save_every=0.0, notify=notes.append)
     weights = {name: network.state_dict() for name, network in networks.items()}
     history = [{name: value for name, value in entry.items() if name != "seconds"} for entry in history]
     return {"weights": weights, "history": history}
 
 
-def measure(classifier: nn.Module, pipeline: AToPPipeline, split: data.Split, run: Run) -> dict[str, Any]:
+def measure(classifier: nn.Module, split: data.Split, run: Run) -> dict[str, Any]:
     """An evaluation in small pieces: every verdict on every image, and every score."""
     evaluation = evaluate(
-        {"undefended": classifier.eval(), "defended": pipeline.eval()},
+        {"undefended": classifier.eval(), "defended": pipeline_of(classifier).eval()},
         data.to_float(split.images),
         split.labels,
         PROTOCOL,

@@ -5,10 +5,12 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 
 from atoplib.checkpoints import load_checkpoint, load_state
 from atoplib.runs import read_json
@@ -77,11 +79,26 @@ class Batch:
         }
 
 
-def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_bits(tmp_path):
-    calm = Batch(tmp_path / "calm")
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[[str], Batch]]:
+    """Starts a batch in a workspace of that name; what still runs at the end of the test is killed."""
+    started = []
+
+    def begin(name: str) -> Batch:
+        started.append(Batch(tmp_path / name))
+        return started[-1]
+
+    yield begin
+    for batch in started:
+        batch.process.kill()  # its papermill notices
+        batch.process.wait()
+
+
+def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_bits(start):
+    calm = start("calm")
     steps = [0]
     for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler, a terminal
-        batch = Batch(tmp_path / "struck").training()
+        batch = start("struck").training()
         told = time.monotonic()
         batch.process.send_signal(number)
         assert batch.end() == 130 and time.monotonic() - told < 10
@@ -89,20 +106,20 @@ def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_b
         assert read_json(batch.run_dir / "manifest.json")["status"] == "interrupted"
         steps.append(batch.steps())
 
-    batch = Batch(tmp_path / "struck").training()
+    batch = start("struck").training()
     batch.process.kill()
     assert batch.end() == -signal.SIGKILL
     steps.append(batch.steps())
     assert steps == sorted(set(steps)), "each went on and saved before it ended"
 
     for victim in ("kernel", "papermill"):  # nothing can save here: the state of the last save stays
-        batch = Batch(tmp_path / "struck").training()
+        batch = start("struck").training()
         (batch.papermill if victim == "papermill" else batch.kernels[0]).kill()
         assert batch.end() == 1
         assert "01_train_classifier failed: " in batch.log.read_text() and batch.steps() == steps[-1]
         assert not (batch.run_dir / "notebook.ipynb").exists()
 
-    batch = Batch(tmp_path / "struck").training()
+    batch = start("struck").training()
     assert batch.end() == 0 and calm.process.wait(timeout=120) == 0
     assert same(batch.result(), calm.result())
     assert read_json(batch.run_dir / "batch.json")["attempts"] == 6
