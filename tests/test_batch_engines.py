@@ -1,6 +1,6 @@
 """Every engine runs the same jobs to the same end: nothing twice, failures told, a lost machine made up for.
 
-Ray and submitit are no part of the installation; their tests are skipped where they are not installed.
+Slurm itself is replaced by a few small scripts; submitit is the real one.
 """
 
 import io
@@ -110,9 +110,6 @@ def statuses(jobs: list[Job], engine: str, **options: object) -> dict[str, str]:
 
 def options_of(engine: str, tmp_path: Path) -> dict[str, object]:
     """What an engine needs to run on this machine."""
-    if engine == "ray":
-        pytest.importorskip("ray")
-        return {"num_cpus": 0}
     if engine == "slurm":
         pytest.importorskip("submitit")
         return {"folder": str(tmp_path / "slurm"), "slurm_partition": "long"}
@@ -146,6 +143,15 @@ def test_a_slurm_job_asks_for_what_the_options_say(jobs, tmp_path, slurm):
     assert {"partition=long", "gpus-per-node=1", "mem=4GB", "cpus-per-task=1", "time=1440"} <= asked
 
 
+@pytest.mark.parametrize("there, option, message", [(False, "slurm_partition", "srun"), (True, "partitoin", "partitoin")])
+def test_no_slurm_and_unknown_options_are_refused(jobs, tmp_path, monkeypatch, request, there, option, message):
+    pytest.importorskip("submitit")
+    if there:
+        request.getfixturevalue("slurm")
+    with pytest.raises(ValueError, match=f"the engine slurm cannot be used so: .*{message}"):
+        statuses(jobs, "slurm", **{"folder": str(tmp_path / "slurm"), option: "long"})
+
+
 def test_a_slurm_job_that_is_lost_with_its_machine_fails_alone_and_is_retried_on_demand(jobs, tmp_path, monkeypatch, slurm):
     submitit = pytest.importorskip("submitit")
     monkeypatch.setattr(submitit.SlurmJob.watcher, "_delay_s", 0.5)  # it asks sacct once in ten minutes
@@ -172,7 +178,7 @@ def test_a_slurm_job_that_is_lost_with_its_machine_fails_alone_and_is_retried_on
 def test_a_slurm_job_is_told_to_stop_when_the_batch_is_interrupted(jobs, tmp_path, monkeypatch, slurm):
     submitit = pytest.importorskip("submitit")
     monkeypatch.setattr(submitit.SlurmJob.watcher, "_delay_s", 0.5)
-    monkeypatch.setenv("ATOP_TEST_SECONDS", "60")
+    monkeypatch.setenv("ATOP_TEST_SECONDS", "600")
     overview = Overview(jobs, workers=1, out=io.StringIO(), live=False)
 
     def press() -> None:
@@ -184,16 +190,15 @@ def test_a_slurm_job_is_told_to_stop_when_the_batch_is_interrupted(jobs, tmp_pat
     began = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         run_jobs(jobs, settings, overview, engine=ENGINES["slurm"])
-    assert time.monotonic() - began < 40 and not (jobs[0].run_dir / "manifest.json").exists()
+    assert time.monotonic() - began < 300 and not (jobs[0].run_dir / "manifest.json").exists()
     made_by = int((jobs[0].run_dir / "made").read_text())
     assert not Path(f"/proc/{made_by}").exists()
 
 
-@pytest.mark.parametrize("name", ["ray", "submitit"])
-def test_an_engine_that_is_not_installed_says_how_to_install_it(jobs, monkeypatch, name):
-    monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ValueError, match=f"needs {name}, which is not installed: .venv/bin/pip install {name}"):
-        statuses(jobs, {"submitit": "slurm"}.get(name, name))
+def test_an_engine_that_is_not_installed_says_how_to_install_it(jobs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    with pytest.raises(ValueError, match="needs submitit, which is not installed: .venv/bin/pip install submitit"):
+        statuses(jobs, "slurm")
 
 
 def test_the_local_engine_refuses_options(jobs):
@@ -205,30 +210,3 @@ def test_a_job_that_was_completed_elsewhere_meanwhile_is_not_run_again(jobs):
     assert engines.attempt(jobs[0], None, 1, False)[1] == ""
     before = (jobs[0].run_dir / "made").read_text()
     assert engines.attempt(jobs[0], None, 1, False) == (0.0, "") and (jobs[0].run_dir / "made").read_text() == before
-
-
-def test_a_node_of_a_ray_cluster_that_is_killed_costs_no_run_and_none_is_completed_twice(jobs, monkeypatch):
-    ray = pytest.importorskip("ray")
-    cluster_utils = pytest.importorskip("ray.cluster_utils")
-    monkeypatch.setenv("ATOP_TEST_SECONDS", "4")
-    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
-    try:
-        killed = []
-
-        def show() -> None:
-            if len(list(jobs[0].run_dir.parent.glob("02*/made"))) == 3 and not killed:
-                killed.append(nodes[0])
-                os.kill(nodes[0].all_processes["raylet"][0].process.pid, signal.SIGKILL)
-
-        overview = Overview(jobs, workers=3, out=io.StringIO(), live=False)
-        monkeypatch.setattr(overview, "show", show)
-        settings = Settings(jobs=3, threads=1, options={"address": cluster.address})
-        outcomes = run_jobs(jobs, settings, overview, engine=ENGINES["ray"])
-        assert killed and [outcome.status for outcome in outcomes] == ["complete"] * len(jobs)
-        times = [len((job.run_dir / "made").read_text().splitlines()) for job in jobs]
-        assert sorted(times) == [1] * 6 + [2], "one was begun anew"
-        time.sleep(0.5)
-    finally:
-        ray.shutdown()
-        cluster.shutdown()

@@ -45,7 +45,7 @@ class Batch:
 
     def training(self) -> "Batch":
         """Wait until it has trained for a moment; what is running is then known."""
-        until = time.monotonic() + 120
+        until = time.monotonic() + 600
         while time.monotonic() < until and self.process.poll() is None:
             lines = [path.read_text() for path in self.runs.glob("*/progress.txt")]
             if any("training the classifier" in line and "training the classifier:   0 %" not in line for line in lines):
@@ -58,7 +58,7 @@ class Batch:
 
     def end(self) -> int:
         """Wait until it has ended, and all that it started; returns its exit code."""
-        code = self.process.wait(timeout=120)
+        code = self.process.wait(timeout=900)
         _, left = psutil.wait_procs([self.papermill, *self.kernels], timeout=10)
         assert not left, "something was left running"
         return code
@@ -120,6 +120,6 @@ def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_b
         assert not (batch.run_dir / "notebook.ipynb").exists()
 
     batch = start("struck").training()
-    assert batch.end() == 0 and calm.process.wait(timeout=120) == 0
+    assert batch.end() == 0 and calm.process.wait(timeout=900) == 0
     assert same(batch.result(), calm.result())
     assert read_json(batch.run_dir / "batch.json")["attempts"] == 6

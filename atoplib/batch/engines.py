@@ -1,10 +1,9 @@
 """Where jobs are executed: an engine takes a job and gives a future of the seconds that it took.
 
-``local`` is this machine. ``ray`` and ``slurm`` need a package of that kind, a file system that all machines share, and the
-same environment on each (docs/cluster.md).
+``local`` is this machine. ``slurm`` needs a file system that all machines share, and the same environment on each
+(docs/cluster.md).
 """
 
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,7 +19,6 @@ from atoplib.batch.plan import Job
 from atoplib.batch.worker import NotebookFailed, execute
 
 A_DAY = 24 * 60  # minutes that a Slurm job may take, unless its options say otherwise; submitit's own default is 5
-LOST_NODES = 3  # so often a run is begun anew because the machine under it was lost
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class Settings:
         timeout: seconds for one attempt; None sets no limit.
         threads: that each run computes with; None leaves the choice to torch.
         reuse: take finished runs even if code or inputs have changed since.
-        options: what an engine itself takes. ``ray``: ``address`` of a running cluster, and anything of a Ray task
-            (``num_gpus``, ``resources``, ...). ``slurm``: anything of submitit's executor (``slurm_partition``,
+        options: what an engine itself takes. ``slurm``: anything of submitit's executor (``slurm_partition``,
             ``gpus_per_node``, ``timeout_min``, ...), ``folder`` for its logs, and ``cluster``.
     """
 
@@ -113,54 +110,20 @@ def seconds_of(job: Job, get: Callable[[], tuple[float, str]]) -> float:
 
 
 @contextmanager
-def ray(settings: Settings) -> Iterator[Submit]:
-    """Ray Core: one task a run, begun anew on another node when its own is lost.
-
-    Raises:
-        ValueError: if Ray is not installed.
-    """
-    core = optional("ray")
-    resources = {"num_cpus": settings.threads or 1, **settings.options}
-    address = resources.pop("address", None)
-    started = not core.is_initialized()
-    if started:
-        before = signal.getsignal(signal.SIGTERM)
-        core.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)  # Ray sets its own, which would end the batch without saving
-    task = core.remote(max_retries=LOST_NODES, retry_exceptions=False, **resources)(attempt)
-    references: list[Any] = []
-    with ThreadPoolExecutor(settings.jobs, thread_name_prefix="ray") as pool:
-
-        def submit(job: Job) -> "Future[float]":
-            reference = task.remote(job, settings.timeout, settings.threads, settings.reuse)
-            references.append(reference)
-            return pool.submit(seconds_of, job, lambda: core.get(reference))
-
-        try:
-            yield submit
-        except BaseException:
-            for reference in references:  # an interruption in the task: its notebook saves and ends
-                core.cancel(reference)
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-        finally:
-            if started:
-                core.shutdown()
-
-
-@contextmanager
 def slurm(settings: Settings) -> Iterator[Submit]:
     """Slurm, by submitit: one job of the cluster a run; the option ``cluster=local`` tries it on this machine.
 
     Raises:
-        ValueError: if submitit is not installed.
+        ValueError: if submitit is not installed, there is no Slurm, or an option is none of submitit's.
     """
     submitit = optional("submitit")
     options = dict(settings.options)
     folder = Path(options.pop("folder", "runs/slurm")).expanduser().resolve()
-    executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
-    executor.update_parameters(**{"cpus_per_task": settings.threads or 1, "timeout_min": A_DAY, **options})
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=options.pop("cluster", "slurm"))
+        executor.update_parameters(**{"cpus_per_task": settings.threads or 1, "timeout_min": A_DAY, **options})
+    except (RuntimeError, NameError, TypeError) as error:
+        raise ValueError(f"the engine slurm cannot be used so: {error}") from error
     tasks: list[Any] = []
     with ThreadPoolExecutor(settings.jobs, thread_name_prefix="slurm") as pool:
 
@@ -191,4 +154,4 @@ def optional(name: str) -> ModuleType:
         raise ValueError(f"this engine needs {name}, which is not installed: .venv/bin/pip install {name}") from error
 
 
-ENGINES: Mapping[str, Engine] = {"local": local, "ray": ray, "slurm": slurm}
+ENGINES: Mapping[str, Engine] = {"local": local, "slurm": slurm}
