@@ -106,7 +106,8 @@ def read_header(path: Path) -> dict[str, Any]:
             size = int.from_bytes(file.read(8), "little")
         if size > MOST_HEADER_BYTES:
             raise CheckpointError(
-                f"{path} announces a header of {size} bytes, allowed are {MOST_HEADER_BYTES}: do not use it"
+                f"{path} is not a whole safetensors file: it announces a header of {size} bytes, allowed are "
+                f"{MOST_HEADER_BYTES}. Do not use it"
             )
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

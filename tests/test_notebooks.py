@@ -12,7 +12,7 @@ import pytest
 from papermill.parameterize import parameterize_notebook
 
 from atoplib.batch import main
-from atoplib.parameters import NOTEBOOKS
+from atoplib.parameters import NOTEBOOKS, REPORT
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = list(NOTEBOOKS)
@@ -40,6 +40,14 @@ def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> 
         assert "<html" in (run / "notebook.html").read_text()
         assert list((run / "figures").glob("*.png")), stage
         assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_the_report_names_the_results_it_was_made_from(demo: Path) -> None:
+    """So that it is made anew when one of them is."""
+    (manifest,) = demo.glob("runs/mnist-smoke/08_report-*/manifest.json")
+    inputs = json.loads(manifest.read_text())["inputs"]
+    assert [name.rpartition("-")[0] for name in sorted(inputs)] == [stage for stage in STAGES if stage != REPORT]
+    assert all(entry["file"] == f"{name}/metrics.json" for name, entry in inputs.items())
 
 
 def test_a_second_call_reuses_what_is_done(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
