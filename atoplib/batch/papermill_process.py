@@ -1,23 +1,49 @@
 """The process that executes one notebook: papermill, but for its signals. Started by ``worker`` with this file's path.
 
 A Ctrl-C in a terminal reaches it along with the batch, another one (``kill``, an editor's stop) does not: so it ignores
-that one and heeds the batch's SIGTERM, once, as if it were a Ctrl-C. It then interrupts the cell that is running, which
-saves what it has, and ends its kernel; a kernel without its papermill may run on for ever. It does the same when the batch
-is killed outright: standard input is a pipe that ends with the batch.
+that one and heeds the batch's SIGTERM, once, as if it were a Ctrl-C. It then interrupts the cell that is running, waits
+until that has saved and left the run's directory, and ends its kernel; a kernel without its papermill may run on for ever.
+It does the same when the batch is killed outright: standard input is a pipe that ends with the batch.
 """
 
+import fcntl
 import os
 import signal
 import sys
 import threading
+import time
+from pathlib import Path
 
 START_SECONDS = 600  # for a kernel to start: cold file systems and crowded machines take longer than the usual minute
 
 
-def stop(*_: object) -> None:
+SAVE_SECONDS = 50  # for a cell to end its step and save; the worker that waits for this process has more patience
+
+
+def stop(run_dir: Path) -> None:
     """The first SIGTERM; those that follow wait for it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    import psutil
+
+    for kernel in psutil.Process().children():
+        kernel.send_signal(signal.SIGINT)
+    until = time.monotonic() + SAVE_SECONDS
+    # papermill would kill the kernel at once: here it is given the time to save.
+    while time.monotonic() < until and in_use(run_dir / "run.lock"):
+        time.sleep(0.05)
     raise KeyboardInterrupt
+
+
+def in_use(lock: Path) -> bool:
+    """Whether a process holds the run (``runs.locked``, without its import of torch)."""
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        return False
+    return False
 
 
 def follow_parent() -> None:
@@ -30,7 +56,7 @@ def follow_parent() -> None:
 def main(notebook: str, output: str, parameters: str, transport: str) -> None:
     """Execute a notebook with the parameters in a YAML file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: stop(Path(output).parent))
     threading.Thread(target=follow_parent, daemon=True).start()
 
     sys.modules["rfc3987_syntax"] = None  # a check of URIs, which notebooks have none of; its import takes seconds
