@@ -34,6 +34,7 @@ OUTCOMES = ("passed", "suspicious", "failed")
 FEWEST_IMAGES = 8  # eight images to none are the fewest on which a comparison can fail at the default significance
 AGREEMENT = {"failed": 0.5, "suspicious": 0.9}  # of gradient and loss: correlations that are too small
 VANISHED = {"failed": 0.1, "suspicious": 0.0}  # shares of images without a usable gradient that are too large
+SHORT_SCHEDULE = 2000  # of Square's shares: large squares for the few queries that a check can afford
 
 BlackBox = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """(model, images, labels) -> adversarial images within the eps and norm that are being checked."""
@@ -499,7 +500,7 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
             bench.model,
             bench.images,
             bench.labels,
-            SquareSettings(settings.eps, settings.norm, queries=settings.queries, eot_samples=bench.draws),
+            SquareSettings(settings.eps, settings.norm, settings.queries, 0.3, bench.draws, schedule=SHORT_SCHEDULE),
             generator=torch.Generator(bench.images.device).manual_seed(bench.seed),
             max_batch=bench.max_batch,
         )

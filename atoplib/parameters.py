@@ -345,11 +345,9 @@ class Attacking(Parameters):
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
         """As ``Parameters.load_data``; raises ParameterError if more test images are asked for than there are."""
         loaded = super().load_data(progress)
-        if self.max_test is not None and not self.smoke and len(loaded.test.labels) < self.max_test:
-            raise ParameterError(
-                f"max_test is {self.max_test}, but {self.dataset} has {len(loaded.test.labels)} test images; ask for at "
-                "most these"
-            )
+        there = len(loaded.test.labels)
+        if self.max_test is not None and not self.smoke and there < self.max_test:
+            raise ParameterError(f"max_test is {self.max_test}, but {self.dataset} has {there} test images; ask for fewer")
         return loaded
 
 
@@ -490,8 +488,52 @@ class Report(Parameters):
             raise ValueError(f"runs must be a list of names or paths of runs, got {self.runs!r}")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CrossCheck(Attacking):
+    """09: other people's attacks, the certificate, and whether the purifier still purifies."""
+
+    STAGE = "09_cross_check"
+
+    max_train: int | None = None
+    max_test: int | None = 128
+    attacked: str = "atop"
+    steps: int = 20
+    eot_samples: int = 10
+    num_draws: int = 20
+    certified_images: int = 32
+    certified_draws: int = 1000
+    reader_epochs: int = 3
+
+    SMOKE = {
+        "max_train": 64,
+        "max_test": 8,
+        "steps": 2,
+        "eot_samples": 2,
+        "num_draws": 3,
+        "certified_images": 4,
+        "certified_draws": 20,
+        "reader_epochs": 1,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        PGDSettings(self.eps, steps=self.steps, eot_samples=self.eot_samples)
+        for name in ("num_draws", "certified_images", "certified_draws", "reader_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.attacked not in ("ap", "atop"):
+            raise ValueError(f"unknown attacked {self.attacked!r}; allowed: ap, atop")
+
+    @property
+    def reader_training(self) -> TrainingSettings:
+        """How the classifier that the purifier never saw is trained."""
+        return TrainingSettings(
+            epochs=self.reader_epochs, batch_size=8 if self.smoke else 64, learning_rate=3e-3, flip=False
+        )
+
+
 NOTEBOOKS: dict[str, type[Parameters]] = {
-    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Report)
+    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Report, CrossCheck)
 }
 REPORT = Report.STAGE  # of what others measured: no notebook of a recipe
 

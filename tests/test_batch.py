@@ -12,12 +12,12 @@ from atoplib.batch import Job, RecipeError, cli, find_recipe, main, make_plan, r
 from atoplib.batch.cli import parse_overrides
 from atoplib.batch.plan import report_job, select
 from atoplib.evaluation import PROTOCOLS
-from atoplib.parameters import NOTEBOOKS, REPORT, Attack
+from atoplib.parameters import NOTEBOOKS, Attack
 from atoplib.runs import run_name
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 RECIPES = sorted(path.stem for path in (FOLDER / "recipes").glob("*.yaml"))
-STAGES = [stage for stage in NOTEBOOKS if stage != REPORT]
+STAGES = list(NOTEBOOKS)[:5]  # of every recipe
 FIRST = "01_train_classifier"
 
 

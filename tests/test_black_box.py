@@ -281,6 +281,10 @@ def test_the_squares_shrink_by_the_published_schedule():
         assert share_of_pixels(query + 1, settings) == pytest.approx(0.8 / 2**number)
     short = replace(settings, queries=100)
     assert [share_of_pixels(query, short) / 0.8 for query in (1, 3, 100)] == [0.5**2, 0.5**3, 0.5**9]
+    published = replace(short, schedule=10_000)  # as AutoAttack runs it: the share does not depend on the queries
+    assert [share_of_pixels(query, published) / 0.8 for query in (1, 11, 100)] == [1, 0.5, 0.5**2]
+    with pytest.raises(ValueError, match="schedule must be at least 1"):
+        replace(short, schedule=0)
 
 
 class LuckyAtFirst(nn.Module):

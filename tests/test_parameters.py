@@ -326,6 +326,6 @@ def test_published_numbers_stand_beside_comparable_ones_only():
 
 @pytest.mark.parametrize("kind", [Attack, Visualize])
 def test_more_images_than_there_are_are_refused_when_asked_for_and_taken_as_they_come_when_not(kind, tmp_path):
-    with pytest.raises(ParameterError, match="max_test is 1001, but mnist5k has 1000 test images; ask for at most these"):
+    with pytest.raises(ParameterError, match="max_test is 1001, but mnist5k has 1000 test images; ask for fewer"):
         kind.from_mapping({"max_test": 1001, "data_dir": str(tmp_path)}).load_data()
     assert len(kind.from_mapping({"max_test": 1000, "data_dir": str(tmp_path)}).load_data().test.labels) == 1000

@@ -16,6 +16,7 @@ from atoplib.attacks.norms import check_ball
 from atoplib.attacks.square import SquareSettings, square
 from atoplib.verdicts import Verdict, draw_logits, is_random
 
+PUBLISHED_SCHEDULE = 10_000  # of Square's shares; 5,000 queries run the first half of it
 LEAST_CLASSES = {"standard": 4, "rand": 3}
 """The versions, and how many classes their losses (targeted DLR; DLR) need."""
 
@@ -69,6 +70,7 @@ def autoattack_parts(settings: AutoAttackSettings) -> dict[str, Part]:
     Source: Croce & Hein 2020, section 5, in the composition of the authors' code since 2020-08.
     """
     eps, norm, steps, targets = settings.eps, settings.norm, settings.steps, settings.num_targets
+    square_settings = SquareSettings(eps, norm, settings.queries, verdict=Verdict(), schedule=PUBLISHED_SCHEDULE)
     if settings.version == "rand":
         rest = {"eot_samples": settings.eot_samples, "verdict": settings.verdict}
         return {
@@ -80,7 +82,7 @@ def autoattack_parts(settings: AutoAttackSettings) -> dict[str, Part]:
         "apgd-ce": Part(apgd, APGDSettings(eps, norm, steps, "ce"), steps),
         "apgd-t": Part(apgd, targeted, steps * targets),
         "fab-t": Part(fab, FABSettings(eps, norm, steps, targets), steps * targets),
-        "square": Part(square, SquareSettings(eps, norm, settings.queries, verdict=Verdict()), settings.queries),
+        "square": Part(square, square_settings, settings.queries),
     }
 
 

@@ -30,6 +30,8 @@ class SquareSettings:
         verdict: by which an image counts as broken and leaves; asked only where the mean margin says so.
         ask_again: for a random model, the value of the best point so far is measured anew after so many queries: the
             best of many noisy values is too good, and nothing would ever be accepted again. Not counted; 0: never.
+        schedule: queries that the published schedule of shares, made for 10,000, is stretched over; None: ``queries``.
+            10,000 is the schedule as published, of which AutoAttack runs the first 5,000 queries.
     """
 
     eps: float
@@ -39,6 +41,7 @@ class SquareSettings:
     eot_samples: int = 1
     verdict: Verdict = Verdict("majority", num_draws=10)
     ask_again: int = 20
+    schedule: int | None = None
 
     def __post_init__(self) -> None:
         check_ball(self.eps, self.norm)
@@ -46,13 +49,15 @@ class SquareSettings:
             raise ValueError(f"queries and eot_samples must be at least 1, got {self.queries} and {self.eot_samples}")
         if not 0 < self.first_share <= 1:
             raise ValueError(f"first_share must lie in (0, 1], got {self.first_share}")
+        if self.schedule is not None and self.schedule < 1:
+            raise ValueError(f"schedule must be at least 1 (or None: queries), got {self.schedule}")
         if self.ask_again < 0:
             raise ValueError(f"ask_again must be 0 (never) or more, got {self.ask_again}")
 
 
 def share_of_pixels(query: int, settings: SquareSettings) -> float:
-    """The share p that the squares of query number ``query`` (from 1) cover; its schedule is stretched to ``queries``."""
-    position = int(query / settings.queries * 10_000)
+    """The share p that the squares of query number ``query`` (from 1) cover, by the settings' schedule."""
+    position = int(query / (settings.schedule or settings.queries) * 10_000)
     return settings.first_share / 2 ** sum(position > limit for limit in HALVINGS)
 
 

@@ -4,12 +4,14 @@ from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate
 from atoplib.evaluation.protocols import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
 from atoplib.evaluation.quality import Quality, purification_quality
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
+from atoplib.evaluation.versus import Comparison, compare, comparison_table
 
 __all__ = [
     "CLEAN",
     "PROTOCOLS",
     "WORST",
     "Budget",
+    "Comparison",
     "Evaluation",
     "Outcomes",
     "PlannedAttack",
@@ -17,6 +19,8 @@ __all__ = [
     "Quality",
     "Score",
     "adjusted",
+    "compare",
+    "comparison_table",
     "evaluate",
     "judge_draws",
     "lee_kim_indices",
