@@ -14,9 +14,19 @@ import nbformat
 import pytest
 import yaml
 
-from atoplib.batch import Job, NotebookFailed, Settings, execute, main, make_plan, read_recipe, run_jobs, worker
+from atoplib.batch import (
+    Job,
+    NotebookFailed,
+    Settings,
+    execute,
+    main,
+    make_plan,
+    papermill_process,
+    read_recipe,
+    run_jobs,
+    worker,
+)
 from atoplib.batch.overview import Overview, format_bytes
-from atoplib.batch.papermill_process import __file__ as PAPERMILL
 from atoplib.batch.worker import Stopped, failing_cell
 from atoplib.checkpoints import write_json
 from atoplib.runs import locked, read_json
@@ -226,7 +236,7 @@ def papermill_itself(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
         "    assert options['config'].KernelManager.transport == 'ipc'\n"
         "    print('begun', flush=True)\n" + body
     )
-    command = [sys.executable, "-P", PAPERMILL, "in", "out", str(tmp_path / "parameters.yaml"), "ipc"]
+    command = [sys.executable, "-P", papermill_process.__file__, "in", "out", str(tmp_path / "parameters.yaml"), "ipc"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, **pipes, text=True, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert process.stdout.readline() == "begun\n"
@@ -241,6 +251,12 @@ SAVING = """    try:
         print('saved', flush=True)
         raise
 """
+
+
+def test_kernels_of_two_runs_share_no_socket(monkeypatch):
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", "/somewhere/first")
+    assert papermill_process.sockets("ipc") == {"ip": "/somewhere/first/kernel"}
+    assert papermill_process.sockets("tcp") == {}
 
 
 def test_papermill_heeds_our_signal_once_as_a_ctrl_c_and_no_other(tmp_path):

@@ -46,6 +46,14 @@ def in_use(lock: Path) -> bool:
     return False
 
 
+def sockets(transport: str) -> dict[str, str]:
+    """Where a kernel's sockets lie: in the run's own folder. Jupyter would give those of all kernels the same names in the
+    current folder, and two runs at once would take each other's for their own.
+    """
+    folder = os.environ.get("JUPYTER_RUNTIME_DIR")
+    return {"ip": os.path.join(folder, "kernel")} if transport == "ipc" and folder else {}
+
+
 def follow_parent() -> None:
     """End as by SIGTERM when the batch is gone."""
     while os.read(0, 1):  # not sys.stdin: a thread that waits in it breaks the interpreter's end
@@ -74,7 +82,7 @@ def main(notebook: str, output: str, parameters: str, transport: str) -> None:
         progress_bar=False,
         start_timeout=START_SECONDS,
         shutdown_kernel="immediate",  # its own farewell takes seconds once it has imported torch
-        config=Config({"KernelManager": {"transport": transport}}),
+        config=Config({"KernelManager": {"transport": transport, **sockets(transport)}}),
     )
 
 
