@@ -22,7 +22,7 @@ CANDIDATES = $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 # Settings of the caller's shell that would lead Python out of $(VENV).
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo test lab lock
+.PHONY: help setup demo test lab lock clean-runs
 .DEFAULT_GOAL = help
 
 help:  ## list the targets
@@ -30,6 +30,7 @@ help:  ## list the targets
 	@echo "make demo RECIPE=cifar10   another recipe (notebooks/recipes); WORKSPACE=DIR puts its results elsewhere"
 	@echo "make test                  run every test, the notebooks included"
 	@echo "make lab                   JupyterLab on the notebooks"
+	@echo "make clean-runs            remove replaced runs and leftovers; ARGS=--all: every run in $(WORKSPACE)/runs"
 	@echo "make setup                 install into $(VENV) only (the others do it when needed); PYTHON=PATH to choose"
 	@echo "make lock                  compile requirements.lock again after a change in pyproject.toml (needs uv)"
 
@@ -41,6 +42,9 @@ demo: $(STAMP)  ## run a recipe, notebook after notebook
 
 test: $(STAMP)  ## run every test
 	@$(RUN) -m pytest $(ARGS)
+
+clean-runs: $(STAMP)  ## free the room that no result needs
+	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
 	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)

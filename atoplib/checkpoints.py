@@ -3,9 +3,11 @@
 Nothing is ever unpickled without ``weights_only=True``.
 """
 
+import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from atoplib.classifiers import build_classifier
 from atoplib.purifiers import build_purifier
 
 FORMAT = "atoplib-checkpoint-1"
+MOST_HEADER_BYTES = 10_000_000  # of names, shapes and facts; ours take some ten thousand
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"classifier": build_classifier, "purifier": build_purifier}
 
 
@@ -72,8 +75,20 @@ def save_checkpoint(
     """
     header = {"format": FORMAT, "kind": kind, "architecture": architecture, "options": dict(options), **facts}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    header["sha256"] = digest(header, tensors)
     metadata = {"atoplib": json.dumps(header, sort_keys=True)}
     write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata))
+
+
+def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a checkpoint's content: its facts, but for the digest itself, and every name, type, shape and number."""
+    facts = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
+    hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hashed.update(tensor.flatten().view(torch.uint8).numpy())
+    return hashed.hexdigest()
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -87,6 +102,13 @@ def read_header(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; run the notebook that writes it first")
     try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+        if size > MOST_HEADER_BYTES:
+            raise CheckpointError(
+                f"{path} is not a whole safetensors file: it announces a header of {size} bytes, allowed are "
+                f"{MOST_HEADER_BYTES}. Do not use it"
+            )
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, OSError) as error:
@@ -96,7 +118,7 @@ def read_header(path: Path) -> dict[str, Any]:
         ) from error
     try:
         header = json.loads(metadata["atoplib"])
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} holds no atoplib header; was it written by another program?") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not of format {FORMAT}; it was written by another version of atoplib")
@@ -106,6 +128,8 @@ def read_header(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, *, kind: str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Build the module that a checkpoint holds, in eval mode, with its header.
 
+    Nothing as large as the file asks for is allocated before the file was seen to hold it.
+
     Raises:
         FileNotFoundError: if there is none.
         CheckpointError: if the file is damaged, of another kind, or its weights do not fit its own header.
@@ -114,26 +138,48 @@ def load_checkpoint(path: Path, *, kind: str, device: torch.device | str = "cpu"
     header = read_header(path)
     if header.get("kind") != kind:
         raise CheckpointError(f"{path} holds a {header.get('kind')}, not a {kind}")
+
+    def build() -> nn.Module:
+        return BUILDERS[kind](header["architecture"], **header["options"])
+
     try:
-        module = BUILDERS[kind](header["architecture"], **header["options"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        with torch.device("meta"):
+            expected = build().state_dict()
+    except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         raise CheckpointError(f"{path} names an architecture that cannot be built: {error}") from error
-    load_weights(module, safetensors.torch.load_file(path), path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
+        check_shapes({name: tensor.shape for name, tensor in expected.items()}, shapes, path)
+        tensors = safetensors.torch.load_file(path)
+    except (safetensors.SafetensorError, OSError, RuntimeError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): delete it and run the notebook that writes it") from error
+    if header.get("sha256", "") not in ("", digest(header, tensors)):
+        raise CheckpointError(
+            f"{path} is damaged: its content is not what was saved. Delete it and run the notebook that writes it again"
+        )
+    module = build()
+    load_weights(module, tensors, path)
     return module.to(device).eval(), header
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Copy weights into a module; every name and shape must fit (CheckpointError says which one does not)."""
-    expected = module.state_dict()
-    missing, surplus = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
-    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
+    check_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()}, source)
+    module.load_state_dict(tensors)
+
+
+def check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], source: Path) -> None:
+    """Raise CheckpointError unless a file's tensors have the names and shapes that the architecture has."""
+    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    wrong = [name for name in expected if name in found and found[name] != expected[name]]
     if missing or surplus or wrong:
         example = (missing or surplus or wrong)[0]
         raise CheckpointError(
             f"the weights in {source} belong to another architecture: {len(missing)} missing, {len(surplus)} unknown, "
             f"{len(wrong)} of another shape (for example {example!r})"
         )
-    module.load_state_dict(tensors)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -153,10 +199,15 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
         CheckpointError: if states are there, but none of them can be read.
     """
     problems = []
-    for candidate in (path, path.with_name(path.name + ".previous")):
+    # *.newest is there, and whole, when a process was killed between its writing and its renaming.
+    for candidate in (path.with_name(path.name + ".newest"), path, path.with_name(path.name + ".previous")):
         if not candidate.is_file():
             continue
         try:
+            with zipfile.ZipFile(candidate) as records:  # torch itself does not compare the checksums that it writes
+                damaged = records.testzip()
+            if damaged is not None:
+                raise ValueError(f"{damaged} is damaged")
             state = torch.load(candidate, map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise TypeError(f"it holds a {type(state).__name__}, not a state")

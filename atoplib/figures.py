@@ -334,6 +334,72 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
     return figure
 
 
+def accuracy_against(points: Iterable[Mapping[str, Any]], *, name: str, title: str = "") -> Figure:
+    """Accuracy in % against a parameter: a panel an attack, a colour a defence.
+
+    A point is a run, with its 95 % interval; the line joins the means of the runs that share a value.
+
+    Args:
+        points: mappings with ``defence``, ``attack``, ``accuracy``, ``low``, ``high`` (shares in [0, 1]) and ``value`` (the
+            parameter's: all numbers, or names, which stand in the order in which they come).
+        name: the parameter's name.
+        title: above the figure.
+
+    Raises:
+        ValueError: if there is no point, or a share lies outside [0, 1].
+    """
+    points = list(points)
+    if not points:
+        raise ValueError("there is no point to show: give rows with defence, attack, value, accuracy, low and high")
+    for point in points:
+        if not 0 <= point["low"] <= point["accuracy"] <= point["high"] <= 1:
+            raise ValueError(f"0 <= low <= accuracy <= high <= 1 must hold, got {dict(point)}")
+    attacks = list(dict.fromkeys(point["attack"] for point in points))
+    defences = list(dict.fromkeys(point["defence"] for point in points))
+    numeric = all(_is_number(point["value"]) for point in points)
+    names = list(dict.fromkeys(str(point["value"]) for point in points))
+    columns = min(3, len(attacks))
+    figure = _figure(max(4.2, 3.4 * columns), 3.0 * ceil(len(attacks) / columns) + 0.8, layout="constrained")
+    colours = dict(zip(defences, _palette() * len(defences), strict=False))
+    values = [point["value"] for point in points] if numeric else [0, 10]
+    beside = 0.012 * ((max(values) - min(values)) or 1)  # so that defences of equal accuracy do not hide each other
+    for position, attack in enumerate(attacks, start=1):
+        axes = figure.add_subplot(ceil(len(attacks) / columns), columns, position, facecolor="white")
+        for number, defence in enumerate(defences):
+            aside = beside * (number - (len(defences) - 1) / 2)
+            chosen = [point for point in points if (point["attack"], point["defence"]) == (attack, defence)]
+            places = [aside + (point["value"] if numeric else names.index(str(point["value"]))) for point in chosen]
+            heights = [100 * point["accuracy"] for point in chosen]
+            spans = [[100 * (p["accuracy"] - p["low"]) for p in chosen], [100 * (p["high"] - p["accuracy"]) for p in chosen]]
+            axes.errorbar(places, heights, spans, fmt="o", color=colours[defence], markersize=4, linewidth=1, capsize=2)
+            means = {place: [h for p, h in zip(places, heights, strict=True) if p == place] for place in sorted(set(places))}
+            line = [sum(of_place) / len(of_place) for of_place in means.values()]
+            axes.plot(list(means), line, color=colours[defence], linewidth=1.6, label=defence)
+        _style_axes(axes)
+        axes.set_ylim(-3, 103)
+        axes.grid(True, color="#e0e0e0", linewidth=0.7)
+        if not numeric:
+            slanted = {} if len(names) <= 3 else {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
+            axes.set_xticks(range(len(names)), [_fit(text, 90, SMALL) for text in names], **slanted)
+            axes.set_xlim(-0.5, len(names) - 0.5)
+        axes.set_xlabel(_fit(name, 220, SMALL), fontsize=SMALL, color=INK, family=FONT)
+        axes.set_ylabel("accuracy (%), 95 % interval", fontsize=SMALL, color=INK, family=FONT)
+        axes.set_title(attack, loc="left", fontsize=TEXT, color=INK, family=FONT)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles=handles,
+        labels=labels,
+        loc="outside lower center",
+        ncols=min(4, len(labels)),
+        frameon=False,
+        prop=FontProperties(family=FONT, size=SMALL),
+        labelcolor=INK,
+    )
+    if title:
+        _write_suptitle(figure, title)
+    return figure
+
+
 def certified_and_attacked(
     certified: Iterable[Any],
     attacked: Iterable[Any],

@@ -569,6 +569,25 @@ class Visualize(Attacking):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Report(Parameters):
+    """08: the runs that are compared.
+
+    Attributes:
+        runs: their names in the experiment, or paths; [] takes every complete run of the experiment.
+    """
+
+    STAGE = "08_report"
+    SMOKE = {"max_train": 64, "max_test": 16}
+
+    runs: list = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(isinstance(run, str) for run in self.runs):
+            raise ValueError(f"runs must be a list of names or paths of runs, got {self.runs!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CrossCheck(Attacking):
     """09: other people's attacks, the certificate, and whether the purifier still purifies."""
 
@@ -614,8 +633,9 @@ class CrossCheck(Attacking):
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
-    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, CrossCheck)
+    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Report, CrossCheck)
 }
+REPORT = Report.STAGE  # of what others measured: no notebook of a recipe
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:

@@ -8,13 +8,16 @@
         *.safetensors     what it trained
         state.pt          where an unfinished training goes on
 
-The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own.
+The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own. A run
+that is going on holds ``run.lock``, which the system frees when its process ends, however it ends.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +26,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,44 @@ from atoplib.checkpoints import write_json
 
 PLACES = ("workspace", "data_dir", "device")  # where a run happens does not change what it is
 PACKAGES = ("torch", "torchvision", "numpy", "torchattacks", "papermill")
+
+
+class RunInUse(RuntimeError):
+    """Another process works in this directory; the message says which one."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which the system frees when the process ends, even by ``kill -9``; the file itself stays.
+
+    A file system without locks (some network ones) is used without.
+
+    Raises:
+        RunInUse: if another process holds it.
+        OSError: if the file cannot be written, with what to do.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not write {path}: {error.strerror}. Choose another workspace, or make this folder writable"
+        ) from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+            raise RunInUse(
+                f"{path.parent} is in use by {holder}. Wait until it ends or stop it, then run again; no file was touched"
+            ) from error
+        except OSError:
+            pass
+        with suppress(OSError):  # a full disk: the name is only for people
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
 def run_name(stage: str, parameters: Mapping[str, Any]) -> str:
@@ -134,9 +176,28 @@ def open_run(
         stage: the notebook's name, such as ``01_train_classifier``.
         parameters: JSON values; those in ``PLACES`` are not part of the identity.
         source: folder whose git revision is noted.
+
+    Raises:
+        RunInUse: if another process is in the directory.
+        OSError: if it cannot be written, with what to do.
     """
     path = experiment_dir / run_name(stage, parameters)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno, f"could not make {path}: {error.strerror}. Choose another workspace, or make that folder writable"
+        ) from error
+    with locked(path / "run.lock"):
+        for left_over in path.rglob(".*.part"):  # of a process that was killed while it wrote
+            left_over.unlink(missing_ok=True)
+        yield from record_run(path, stage, parameters, device, source)
+
+
+def record_run(
+    path: Path, stage: str, parameters: Mapping[str, Any], device: torch.device, source: Path | None
+) -> Iterator[Run]:
+    """The run in a directory that this process holds, its manifest written before and after."""
     manifest: dict[str, Any] = {
         "stage": stage,
         "status": "running",
@@ -163,19 +224,39 @@ def open_run(
         manifest["status"] = "complete"
     finally:
         manifest["seconds"] = round(time.monotonic() - started, 2)
-        manifest["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")  # tells the latest run
+        manifest["ended"] = datetime.now(UTC).isoformat(timespec="milliseconds")
+        manifest["number"] = 1 + max((number for number, *_ in ended_runs(path.parent, stage)), default=0)
         if sys.exc_info()[0] is None or path.is_dir():
             write_json(path / "manifest.json", manifest)
 
 
+def recorded_inputs(manifest: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What a run was computed from, by name, as ``Run.input`` notes it; nothing else that a damaged manifest may hold."""
+    inputs = manifest.get("inputs")
+    return (
+        {name: entry for name, entry in sorted(inputs.items()) if isinstance(entry, dict)}
+        if isinstance(inputs, dict)
+        else {}
+    )
+
+
 def finished_runs(experiment_dir: Path, stage: str) -> list[Path]:
-    """Complete runs of a stage, the newest last."""
-    found = []
+    """Complete runs of a stage, the one that ended last is the last, whatever the clock said."""
+    return [path for _, status, _, path in sorted(ended_runs(experiment_dir, stage), key=itemgetter(0, 2, 3)) if status]
+
+
+def ended_runs(experiment_dir: Path, stage: str) -> Iterator[tuple[int, bool, str, Path]]:
+    """Of every run of a stage that ended: its number in the order of their ends, whether it is complete, when, and where."""
     for path in experiment_dir.glob(f"{stage}-*"):
-        manifest = read_json(path / "manifest.json")
-        if manifest and manifest.get("status") == "complete" and manifest.get("stage") == stage:
-            found.append((manifest.get("ended", ""), path))
-    return [path for _, path in sorted(found)]
+        manifest = read_json(path / "manifest.json") or {}
+        if manifest.get("stage") == stage and "ended" in manifest:
+            number = manifest.get("number", 0)
+            yield (
+                number if isinstance(number, int) else 0,
+                manifest.get("status") == "complete",
+                str(manifest["ended"]),
+                path,
+            )
 
 
 def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: Any) -> Path:

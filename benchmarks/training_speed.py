@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib.attacks import PGDSettings
-from atoplib.batch import plan
+from atoplib.batch import make_plan, read_recipe
 from atoplib.classifiers import build_classifier
 from atoplib.data import augment, to_float
 from atoplib.losses import Objective
@@ -165,7 +165,8 @@ class FineTuning:
 
 def recipe_settings(recipe: str) -> FineTuning:
     """The fine-tuning step of a CIFAR-10 recipe in ``notebooks/recipes``; without an ``image_size`` that is 32 px."""
-    stages = {s.name: s.parameters for s in plan(NOTEBOOKS / "recipes" / f"{recipe}.yaml", NOTEBOOKS, {})}
+    jobs = make_plan(read_recipe(NOTEBOOKS / "recipes" / f"{recipe}.yaml"), NOTEBOOKS, {})
+    stages = {job.name: job.parameters for job in jobs}
     classifier, purifier = stages["01_train_classifier"], stages["02_pretrain_purifier"]
     tuning = stages["03_finetune_atop"]
     return FineTuning(

@@ -20,6 +20,7 @@ from atoplib.figures import (
     RIGHT,
     WRONG,
     PurificationStages,
+    accuracy_against,
     accuracy_bars,
     certified_and_attacked,
     format_table,
@@ -640,3 +641,43 @@ def test_a_failed_save_keeps_the_earlier_file_and_leaves_nothing_behind(tmp_path
 def test_another_kind_of_file_is_refused(tmp_path, name):
     with pytest.raises(ValueError, match=r"must end in \.png or \.pdf"):
         save_figure(Figure(), tmp_path / name)
+
+
+def points(values: list[object]) -> list[dict[str, object]]:
+    """Two runs a value, of two defences under two attacks."""
+    return [
+        {"defence": defence, "attack": attack, "value": value, "accuracy": a, "low": a - 0.1, "high": a + 0.05}
+        for attack, start in (("clean", 0.9), ("white-box", 0.2))
+        for defence, less in (("AP", 0.1), ("AToP", 0.0))
+        for number, value in enumerate(values)
+        for a in (start - less, start - less + 0.01 * number)
+    ]
+
+
+def test_accuracy_stands_against_a_parameter_with_its_interval_and_the_mean_of_equal_values():
+    figure = accuracy_against(points([1, 4.0, 16]), name="classification_weight", title="mnist")
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["clean", "white-box"]
+    axes = figure.axes[1]
+    lines = {line.get_label(): line for line in axes.lines if not line.get_label().startswith("_")}
+    for line in lines.values():  # beside each other, by less than a hundredth of the axis
+        assert line.get_xdata() == pytest.approx([1, 4, 16], abs=0.01 * 15)
+    assert (np.asarray(lines["AP"].get_xdata()) < lines["AToP"].get_xdata()).all()
+    assert lines["AToP"].get_ydata() == pytest.approx([20, 20.5, 21])
+    assert lines["AP"].get_ydata() == pytest.approx([10, 10.5, 11])
+    bars = axes.containers[1].lines[2][0].get_segments()
+    assert [segment[:, 1].tolist() for segment in bars[:1]] == [pytest.approx([10, 25])] and len(bars) == 6
+    assert axes.get_xlabel() == "classification_weight"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["AP", "AToP"]
+
+
+def test_values_that_are_no_numbers_stand_in_their_order():
+    figure = accuracy_against(points(["pipeline", None, "classifier"]), name="attack_sees")
+    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == ["pipeline", "None", "classifier"]
+
+
+@pytest.mark.parametrize(
+    "wrong", [[], [{"defence": "a", "attack": "b", "value": 1, "accuracy": 0.5, "low": 0.6, "high": 1}]]
+)
+def test_points_that_cannot_be_shown_are_refused(wrong):
+    with pytest.raises(ValueError, match="no point to show|low <= accuracy"):
+        accuracy_against(wrong, name="eps")

@@ -19,11 +19,11 @@ from atoplib.checkpoints import load_checkpoint
 from atoplib.classifiers import fold_batch_norms
 from atoplib.explorer.knobs import to_yaml
 from atoplib.explorer.widgets import make_explorer
-from atoplib.parameters import NOTEBOOKS, Visualize
+from atoplib.parameters import NOTEBOOKS, REPORT, Visualize
 from atoplib.pipeline import load_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = list(yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"])
+DEMO = [*yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"], REPORT]
 
 
 def scores(workspace: Path) -> list[dict]:
@@ -36,7 +36,7 @@ def scores(workspace: Path) -> list[dict]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the recipe mnist ran in smoke size."""
     workspace = tmp_path_factory.mktemp("demo")
-    assert main(["mnist", "--smoke", "--workspace", str(workspace)]) == 0
+    assert main(["mnist", "--smoke", "--report", "--workspace", str(workspace)]) == 0
     return workspace
 
 
@@ -50,9 +50,17 @@ def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> 
         assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
 
 
+def test_the_report_names_the_results_it_was_made_from(demo: Path) -> None:
+    """So that it is made anew when one of them is."""
+    (manifest,) = demo.glob("runs/mnist-smoke/08_report-*/manifest.json")
+    inputs = json.loads(manifest.read_text())["inputs"]
+    assert [name.rpartition("-")[0] for name in sorted(inputs)] == DEMO[:-1]
+    assert all(entry["file"] == f"{name}/metrics.json" for name, entry in inputs.items())
+
+
 def test_a_second_call_reuses_what_is_done(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")}
-    assert main(["mnist", "--smoke", "--workspace", str(demo)]) == 0
+    assert main(["mnist", "--smoke", "--report", "--workspace", str(demo)]) == 0
     printed = capsys.readouterr().out
     assert printed.count("done before") == len(DEMO)
     assert "| AToP" in printed and "notebook.html" in printed

@@ -45,7 +45,7 @@ def test_a_size_that_it_cannot_halve_twice_is_refused(fold, size):
 
 @pytest.mark.parametrize("options", [{"width": 0}, {"blocks": -1}, {"fold": 0}], ids=str)
 def test_impossible_options_are_refused(options):
-    with pytest.raises(ValueError, match="width and fold must be at least 1, blocks at least 0"):
+    with pytest.raises(ValueError, match="width and fold must be at least 1, blocks in 0..100"):
         GatedUNet(**options)
 
 

@@ -1,9 +1,14 @@
 """A run's directory tells what it was and how it ended, and is found again."""
 
+import errno
 import hashlib
 import json
 import os
+import re
 import subprocess
+import sys
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,7 +16,17 @@ import pytest
 import torch
 
 from atoplib import runs
-from atoplib.runs import find_run, finished_runs, open_run, read_json, run_name, source_revision, workspace_dir
+from atoplib.runs import (
+    RunInUse,
+    find_run,
+    finished_runs,
+    locked,
+    open_run,
+    read_json,
+    run_name,
+    source_revision,
+    workspace_dir,
+)
 
 CPU = torch.device("cpu")
 PARAMETERS = {"eps": 0.3, "seed": 7, "adversarial": False, "workspace": "/a", "data_dir": "/b", "device": "cpu"}
@@ -201,3 +216,121 @@ def test_every_file_of_a_run_is_json_that_any_reader_takes(tmp_path):
             run.record(loss=float("nan"))
     for path in run.path.glob("*.json"):
         json.loads(path.read_text(), parse_constant=lambda name, path=path: pytest.fail(f"{path} holds {name}"))
+
+
+# Holds a lock until it is killed, in another process.
+HOLDER = """
+import sys, time
+from pathlib import Path
+from atoplib.runs import locked
+with locked(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+@contextmanager
+def held_elsewhere(path):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, str(path)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def test_a_second_process_on_a_run_stops_with_a_sentence_and_goes_on_once_the_first_was_killed(tmp_path):
+    path = make_run(tmp_path)
+    before = {file: file.read_bytes() for file in path.iterdir() if file.name != "run.lock"}
+    with held_elsewhere(path / "run.lock") as other:
+        with pytest.raises(
+            RunInUse, match=f"{re.escape(str(path))} is in use by process {other.pid} on .*Wait until it ends"
+        ):
+            make_run(tmp_path)
+        assert {file: file.read_bytes() for file in path.iterdir() if file.name != "run.lock"} == before
+        other.kill()  # -9: it cannot clean up
+        other.wait()
+        assert make_run(tmp_path) == path
+
+
+def test_a_run_can_be_opened_again_by_the_same_process_after_it_ended_but_not_inside(tmp_path):
+    with open_run(tmp_path, "01", PARAMETERS, device=CPU):
+        with pytest.raises(RunInUse, match=f"in use by process {os.getpid()} on"):
+            make_run(tmp_path, "01")
+    assert make_run(tmp_path, "01")
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "flock", unknown)
+    assert read_json(make_run(tmp_path) / "manifest.json")["status"] == "complete"
+
+
+def test_what_a_killed_process_left_half_written_is_removed_when_the_run_goes_on(tmp_path):
+    path = make_run(tmp_path)
+    (path / ".state.pt.newest.abc.part").write_bytes(b"half")
+    (path / "state.pt").write_bytes(b"whole")
+    make_run(tmp_path)
+    assert not list(path.glob("*.part")) and (path / "state.pt").read_bytes() == b"whole"
+
+
+@contextmanager
+def read_only(folder):
+    """A folder that this user may not write; root, who may, becomes nobody meanwhile."""
+    folder.chmod(0o555)
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+        folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_read_only_directory_is_refused_with_what_to_do(tmp_path, monkeypatch, existing):
+    monkeypatch.chdir(tmp_path)  # a relative path needs no rights on the folders above
+    where = Path(".")
+    folder = make_run(where) if existing else where
+    with (
+        read_only(folder),
+        pytest.raises(OSError, match="could not (make|write) .*: Permission denied. Choose another workspace"),
+    ):
+        make_run(where)
+
+
+@pytest.mark.parametrize("year", [1970, 2200])
+def test_the_latest_run_is_the_last_one_even_if_the_clock_jumps(tmp_path, monkeypatch, year):
+    first = make_run(tmp_path, seed=1)
+
+    class Clock(datetime):
+        @classmethod
+        def now(cls, zone=None):
+            return datetime(year, 1, 1, tzinfo=UTC)
+
+    with monkeypatch.context() as jumped:
+        jumped.setattr(runs, "datetime", Clock)
+        second = make_run(tmp_path, seed=2)
+    assert find_run(tmp_path, "01_train_classifier") == second
+    third = make_run(tmp_path, seed=3)
+    assert finished_runs(tmp_path, "01_train_classifier") == [first, second, third]
+
+
+def test_runs_of_an_earlier_version_come_before_those_that_are_numbered(tmp_path):
+    numbered, old = make_run(tmp_path, seed=1), make_run(tmp_path, seed=2)
+    manifest = read_json(old / "manifest.json")
+    del manifest["number"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert finished_runs(tmp_path, "01_train_classifier") == [old, numbered]
+
+
+def test_a_lock_names_its_holder_only(tmp_path):
+    (tmp_path / "run.lock").write_text("process 1 on a machine with a very long name indeed\n")
+    with locked(tmp_path / "run.lock"):
+        assert re.fullmatch(rf"process {os.getpid()} on \S+\n", (tmp_path / "run.lock").read_text())

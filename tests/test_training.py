@@ -4,6 +4,7 @@ import copy
 import math
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -208,6 +209,40 @@ def test_ctrl_c_in_the_middle_of_a_step_waits_for_its_end_and_nothing_is_lost(sp
     again = Training(KINDS[2], split, seed=2)
     again.run(tmp_path / "state.pt")
     assert same(again.weights, uninterrupted(KINDS[2])[0])
+
+
+def test_a_schedulers_sigterm_saves_and_ends_as_ctrl_c_does_and_never_in_the_middle_of_a_step(
+    split, uninterrupted, tmp_path
+):
+    training = Training(KINDS[2], split, seed=1)
+    step, state = training.step, tmp_path / "state.pt"
+
+    def terminated(batch: Batch, updater: Updater) -> dict[str, Tensor]:
+        losses = step(batch, updater)
+        if batch.epoch == 0.4:  # a scheduler signals a group of processes, which pass it on to each other
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), number)
+        return losses
+
+    training.step = terminated
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        training.run(state)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert load_state(state)[0]["step"] == 3
+    again = Training(KINDS[2], split, seed=2)
+    assert without_times(again.run(state)) == uninterrupted(KINDS[2])[1]
+    assert same(again.weights, uninterrupted(KINDS[2])[0])
+
+
+@pytest.mark.parametrize("jump", [-1e9, 1e9])
+def test_a_clock_that_jumps_changes_no_number_and_no_time(split, uninterrupted, monkeypatch, jump):
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + jump)
+    training = Training("classifier", split, seed=1)
+    history = training.run(progress=lambda *_: monkeypatch.setattr(time, "time", real))
+    assert same(training.weights, uninterrupted("classifier")[0])
+    assert all(0 < entry["seconds"] < 1e4 for entry in history)
 
 
 def test_a_second_ctrl_c_does_not_wait(split):

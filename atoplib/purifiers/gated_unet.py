@@ -27,9 +27,9 @@ class GatedUNet(nn.Module):
 
     def __init__(self, width: int = 48, blocks: int = 2, fold: int = 2) -> None:
         super().__init__()
-        if width < 1 or blocks < 0 or fold < 1:
+        if width < 1 or not 0 <= blocks <= 100 or fold < 1:
             raise ValueError(
-                f"width and fold must be at least 1, blocks at least 0; got width={width}, blocks={blocks}, fold={fold}"
+                f"width and fold must be at least 1, blocks in 0..100; got width={width}, blocks={blocks}, fold={fold}"
             )
         self.fold = fold
         self.encode1 = GatedConv2d(5 * fold**2, width, 3)

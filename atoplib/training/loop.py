@@ -181,24 +181,28 @@ class Updater:
 class Interruption:
     """Holds a first Ctrl-C back until ``check`` is called, so that no step is cut in half; a second one comes at once.
 
-    Outside the main thread, where Python allows no handler (and delivers no Ctrl-C), it does nothing.
+    A scheduler's SIGTERM counts as a Ctrl-C, but never comes at once: it may be sent to a whole group of processes that
+    pass it on to each other. Outside the main thread, where Python allows no handler (and delivers no signal), it does
+    nothing.
     """
 
     def __enter__(self) -> "Interruption":
-        self.asked, self.before = False, None
+        self.asked, self.pressed, self.before = False, False, {}
         with suppress(ValueError):
-            self.before = signal.signal(signal.SIGINT, self.ask)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.ask)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            if handler is not None:
+                signal.signal(number, handler)
 
-    def ask(self, *_: object) -> None:
-        """The signal's handler."""
-        if self.asked:
+    def ask(self, number: int, *_: object) -> None:
+        """The handler of both signals."""
+        if number == signal.SIGINT and self.pressed:
             raise KeyboardInterrupt
-        self.asked = True
+        self.asked, self.pressed = True, self.pressed or number == signal.SIGINT
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that was held back, if there was one."""
@@ -224,7 +228,8 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train ``networks`` in place; the first one is the result and, with ``ema_decay``, ends as its average.
 
-    Ctrl-C takes effect after the step that is running, when the state is saved; a second Ctrl-C does not wait for that.
+    Ctrl-C and SIGTERM take effect after the step that is running, when the state is saved; they raise KeyboardInterrupt. A
+    second Ctrl-C does not wait for that.
 
     Args:
         step_function: computes losses and calls ``Updater.update``; returns the means to report, ``loss`` among them.

@@ -1,0 +1,127 @@
+"""A real notebook that is stopped and killed in every way goes on each time and ends as one that was left alone."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from atoplib.checkpoints import load_checkpoint, load_state
+from atoplib.runs import read_json
+from benchmarks.kill_and_resume import same
+
+ROOT = Path(__file__).resolve().parent.parent
+# Some thousand short steps take seconds: time enough to strike.
+RECIPE = """
+notebooks:
+  01_train_classifier:
+    {max_train: 512, max_test: 64, batch_size: 8, epochs: 30, classifier_options: {width: 4, stem_stride: 2}}
+"""
+
+
+class Batch:
+    """``python -m atoplib.batch`` in a process of its own, and the processes below it."""
+
+    def __init__(self, workspace: Path) -> None:
+        workspace.mkdir(exist_ok=True)
+        (workspace / "recipe.yaml").write_text(RECIPE)
+        self.runs = workspace / "runs" / "mnist"
+        command = [sys.executable, "-m", "atoplib.batch", str(workspace / "recipe.yaml"), "--workspace", str(workspace)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        self.log, self.began = workspace / "log", time.time()
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+
+    @property
+    def run_dir(self) -> Path:
+        (found,) = self.runs.glob("01_train_classifier-*")
+        return found
+
+    def training(self) -> "Batch":
+        """Wait until it has trained for a moment; what is running is then known."""
+        until = time.monotonic() + 600
+        while time.monotonic() < until and self.process.poll() is None:
+            # what an earlier attempt left there is older
+            files = [path for path in self.runs.glob("*/progress.txt") if path.stat().st_mtime > self.began]
+            lines = [path.read_text() for path in files]
+            if any("training the classifier" in line and "training the classifier:   0 %" not in line for line in lines):
+                (self.papermill,) = psutil.Process(self.process.pid).children()
+                self.kernels = self.papermill.children()
+                return self
+            time.sleep(0.02)
+        self.process.kill()
+        raise AssertionError(f"it did not train: {self.log.read_text()}")
+
+    def end(self) -> int:
+        """Wait until it has ended, and all that it started; returns its exit code."""
+        code = self.process.wait(timeout=900)
+        _, left = psutil.wait_procs([self.papermill, *self.kernels], timeout=10)
+        assert not left, "something was left running"
+        return code
+
+    def steps(self) -> int:
+        """How many are saved."""
+        state, note = load_state(self.run_dir / "state.pt")
+        assert note is None
+        return state["step"]
+
+    def result(self) -> dict[str, Any]:
+        """Weights and history of a complete run."""
+        classifier, _ = load_checkpoint(self.run_dir / "classifier.safetensors", kind="classifier")
+        history = read_json(self.run_dir / "metrics.json")["history"]
+        return {
+            "weights": classifier.state_dict(),
+            "history": [{name: value for name, value in entry.items() if name != "seconds"} for entry in history],
+        }
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[[str], Batch]]:
+    """Starts a batch in a workspace of that name; what still runs at the end of the test is killed."""
+    started = []
+
+    def begin(name: str) -> Batch:
+        started.append(Batch(tmp_path / name))
+        return started[-1]
+
+    yield begin
+    for batch in started:
+        batch.process.kill()  # its papermill notices
+        batch.process.wait()
+
+
+def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_bits(start):
+    calm = start("calm")
+    steps = [0]
+    for number in (signal.SIGTERM, signal.SIGINT):  # a scheduler, a terminal
+        batch = start("struck").training()
+        told = time.monotonic()
+        batch.process.send_signal(number)
+        assert batch.end() == 130 and time.monotonic() - told < 10
+        assert "the same command goes on from here" in batch.log.read_text()
+        assert read_json(batch.run_dir / "manifest.json")["status"] == "interrupted"
+        steps.append(batch.steps())
+
+    batch = start("struck").training()
+    batch.process.kill()
+    assert batch.end() == -signal.SIGKILL
+    steps.append(batch.steps())
+    assert steps == sorted(set(steps)), "each went on and saved before it ended"
+
+    for victim in ("kernel", "papermill"):  # nothing can save here: the state of the last save stays
+        batch = start("struck").training()
+        (batch.papermill if victim == "papermill" else batch.kernels[0]).kill()
+        assert batch.end() == 1
+        assert "01_train_classifier failed: " in batch.log.read_text() and batch.steps() == steps[-1]
+        assert not (batch.run_dir / "notebook.ipynb").exists()
+
+    batch = start("struck").training()
+    assert batch.end() == 0 and calm.process.wait(timeout=900) == 0
+    assert same(batch.result(), calm.result())
+    assert read_json(batch.run_dir / "batch.json")["attempts"] == 6
