@@ -22,7 +22,7 @@ from statistics import median
 import torch
 from ipywidgets import ValueWidget
 
-from atoplib.batch import plan
+from atoplib.batch import make_plan, read_recipe
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Dataset, Split
 from atoplib.explorer import Explorer
@@ -37,7 +37,8 @@ AIMS = {"transform knob, transfer": 100, "transform knob, preview": 100, "PGD-10
 
 def build(recipe: str, device: torch.device) -> tuple[AToPPipeline, int]:
     """The recipe's pipeline, untrained, and the images' size."""
-    stages = {s.name: s.parameters for s in plan(NOTEBOOKS / "recipes" / f"{recipe}.yaml", NOTEBOOKS, {})}
+    jobs = make_plan(read_recipe(NOTEBOOKS / "recipes" / f"{recipe}.yaml"), NOTEBOOKS, {})
+    stages = {job.name: job.parameters for job in jobs}
     first, second, third = (stages[name] for name in ("01_train_classifier", "02_pretrain_purifier", "03_finetune_atop"))
     statistics = {"num_classes": 10, "mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
     classifier = fold_batch_norms(build_classifier(first.classifier, **statistics, **first.classifier_options).eval())
@@ -79,7 +80,7 @@ def measure(explorer: Explorer, repetitions: int) -> dict[str, list[float]]:
     explorer.worker.wait()
     times: dict[str, list[float]] = {name: [] for name in AIMS}
     for number in range(repetitions + 1):
-        level = 0.1 + 0.8 * number / (repetitions + 1)
+        level = 0.2 + 0.7 * number / (repetitions + 1)  # never that of the recipes, or nothing would change
         turns = (
             ("classifier", noise, level, False),
             ("pipeline", noise, level + 1e-3, True),

@@ -25,7 +25,7 @@ def forward_flops(network, *shape):
 
 
 def small_native():
-    return speed.smoke_sized(speed.recipe_settings("cifar10"))
+    return speed.smoke_sized(speed.recipe_settings("cifar10", **speed.THROUGH_THE_PIPELINE))
 
 
 def measured(name="step", form=NCHW, images=10, flops=4_000_000_000, seconds=(2.0, 1.0, 4.0)):
