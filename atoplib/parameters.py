@@ -19,7 +19,6 @@ from atoplib.attacks.suite import ATTACKS
 from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
 from atoplib.evaluation import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
-from atoplib.evaluation.protocols import LARGE_STEP
 from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
 from atoplib.masking import FEWEST_IMAGES, MaskingSettings
@@ -461,8 +460,7 @@ class Attack(Attacking):
             options = ATTACKS[self.attack].options if self.attack in ATTACKS else ()
             settings = {name: value for name, value in wanted.items() if name in options and value is not None}
             label, sees = ("white-box", "defence") if self.attack_sees == "pipeline" else ("transfer", "classifier")
-            step = LARGE_STEP if self.attack == "pgd" else None
-            planned = PlannedAttack(label, self.attack, self.norm, sees, step, settings)
+            planned = PlannedAttack(label, self.attack, self.norm, sees, settings=settings)
             name = f"{self.attack} alone ({', '.join([self.norm, *(f'{key} {value}' for key, value in settings.items())])})"
             return Protocol(name, "one attack", (planned,), num_images=200, num_draws=self.num_draws or 10)
         return adjusted(
@@ -536,7 +534,7 @@ class Visualize(Attacking):
     show: str = "atop"
     norm: str = "linf"
     steps: int = 40
-    alpha: float | None = 0.1
+    alpha: float | None = None
     eot_samples: int = 10
     stop_after: int = 3
     num_draws: int = 10
@@ -597,7 +595,7 @@ class CrossCheck(Attacking):
     max_test: int | None = 128
     attacked: str = "atop"
     steps: int = 20
-    alpha: float | None = 0.1
+    alpha: float | None = None
     eot_samples: int = 10
     num_draws: int = 20
     certified_images: int = 32

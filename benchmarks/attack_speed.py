@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     test = data.load_dataset(options.dataset, data_dir=options.data_dir, max_train=1, max_test=options.images).test
     plain_images, labels = data.to_float(test.images.to(device)), test.labels.to(device)
     fast_images = plain_images.contiguous(memory_format=torch.channels_last)
-    step_size = 2.5 * options.eps / options.steps
+    step_size = PGDSettings(options.eps, steps=options.steps).step_size
 
     def theirs(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         with torch.random.fork_rng():

@@ -169,8 +169,11 @@ def is_saving(folder: Path) -> bool:
 
 def steps_saved(folder: Path) -> float:
     """When something was last saved from which an attempt goes on; 0 before the first save."""
-    saved = (*folder.glob("*-*/state.pt"), *folder.glob("*-*/pieces/*.safetensors"))
-    return max((path.stat().st_mtime for path in saved), default=0.0)
+    latest = 0.0
+    for path in (*folder.glob("*-*/state.pt"), *folder.glob("*-*/pieces/*.safetensors")):
+        with suppress(FileNotFoundError):  # renamed, or removed at the end of the run, between the two calls
+            latest = max(latest, path.stat().st_mtime)
+    return latest
 
 
 def kill_once(
@@ -180,7 +183,7 @@ def kill_once(
     before, began = steps_saved(folder), time.monotonic()
     process, over = start(stage, folder, options), False
     try:
-        while not (over := ended(process)) and steps_saved(folder) == before:  # it goes forward from kill to kill
+        while not (over := ended(process)) and steps_saved(folder) <= before:  # it goes forward from kill to kill
             if time.monotonic() - began > LONGEST:
                 raise TimeoutError(f"{stage} saved nothing in {LONGEST:.0f} s")
             time.sleep(0.001)

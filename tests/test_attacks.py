@@ -435,8 +435,8 @@ def test_impossible_settings_are_refused(wrong, message):
 
 
 def test_the_step_size_has_a_default_and_l2_may_exceed_1():
-    assert PGDSettings(eps=0.4, steps=10).step_size == pytest.approx(0.1)
-    assert PGDSettings(eps=0.4, steps=1).step_size == 0.4
+    for steps, share in {1: 1, 2: 1.25, 5: 1 / 2, 7: 2.5 / 7, 8: 1 / 3, 200: 1 / 3}.items():
+        assert PGDSettings(eps=0.4, steps=steps).step_size == pytest.approx(0.4 * share)
     assert PGDSettings(eps=0.4, steps=10, alpha=0.007).step_size == 0.007
     assert PGDSettings(eps=5.0, norm="l2").eps == 5.0
     assert PGDSettings(eps=1.0).eps == 1.0

@@ -18,7 +18,6 @@ from torch import nn
 from atoplib import attacks, verdicts
 from atoplib.data import Dataset, Split, to_float
 from atoplib.evaluation import evaluate
-from atoplib.evaluation.protocols import LARGE_STEP
 from atoplib.explorer import compute, draw, page
 from atoplib.explorer.knobs import NO_ATTACK, Knobs, applicable, from_yaml, presets, to_yaml
 from atoplib.explorer.still import still
@@ -193,7 +192,7 @@ def test_the_yaml_is_accepted_by_the_attack_notebook_and_holds_its_parameters() 
     (alone,) = accepted.plan.attacks
     assert (alone.attack, alone.norm, alone.sees) == ("pgd", "l2", "defence")
     built = alone.build(accepted.budget, random=True, verdict=accepted.plan.verdict)
-    assert (built.eps, built.steps, built.alpha, built.eot_samples, built.stop_after) == (0.25, 17, 0.25 * LARGE_STEP, 3, 0)
+    assert (built.eps, built.steps, built.step_size, built.eot_samples, built.stop_after) == (0.25, 17, 0.25 / 3, 3, 0)
 
 
 def test_a_value_edited_by_hand_wins_over_the_explorers_own_line() -> None:
@@ -269,7 +268,7 @@ def test_what_is_shown_equals_a_library_call_with_the_same_seed(transform: str, 
         defence if sees == "pipeline" else defence.classifier,
         images,
         labels,
-        attacks.PGDSettings(eps=0.1, steps=4, alpha=0.1 * LARGE_STEP, eot_samples=3 if random and sees == "pipeline" else 1),
+        attacks.PGDSettings(eps=0.1, steps=4, eot_samples=3 if random and sees == "pipeline" else 1),
         generator=torch.Generator().manual_seed(9),
     )
     verdicts.reseed(defence, 10)

@@ -39,6 +39,15 @@ def test_a_result_with_other_bits_is_reported(monkeypatch, capsys):
     assert "| classifier | 3 | 1 | DIFFERENT |" in capsys.readouterr().out
 
 
+def test_a_save_that_is_renamed_while_it_is_looked_at_counts_as_none(tmp_path):
+    """As state.pt is, between the listing of the directory and the look at its time."""
+    (tmp_path / "classifier-0").mkdir()
+    (tmp_path / "classifier-0" / "state.pt").symlink_to(tmp_path / "gone")
+    assert kill_and_resume.steps_saved(tmp_path) == 0.0
+    (tmp_path / "gone").touch()
+    assert kill_and_resume.steps_saved(tmp_path) > 0.0
+
+
 def test_equality_is_bit_by_bit():
     first = {"weights": {"a": torch.zeros(2)}, "history": [{"loss": 1.0}]}
     second = copy.deepcopy(first)

@@ -29,6 +29,17 @@ class Threshold(nn.Module):
         return torch.stack([0.5 - mean, mean - 0.5], dim=1)
 
 
+class Above(nn.Module):
+    """Class 1 where the image is brighter than a value that no picture has."""
+
+    def __init__(self, value):
+        super().__init__()
+        self.value = value
+
+    def forward(self, images):
+        return torch.stack([torch.full((len(images),), self.value), images.mean(dim=(1, 2, 3))], dim=1)
+
+
 def pipeline(shift):
     return AToPPipeline(TransformSettings("none"), Brighter(shift), Threshold()).eval()
 
@@ -64,6 +75,14 @@ def test_ssim_of_equal_images_is_one_and_falls_with_noise():
 def test_readers_read_the_purified_image():
     dark, bright = quality(0.0).accuracy["threshold"], quality(0.4).accuracy["threshold"]
     assert dark == (4 / 6, *wilson_interval(4, 6)) and bright == (2 / 6, *wilson_interval(2, 6))
+
+
+def test_readers_read_what_the_pipeline_hands_to_its_classifier_also_beyond_the_range():
+    """A clip would hide from the reader what the attack was made against."""
+    shown = torch.zeros_like(CLEAN)
+    shown[:, 0] = 0.6  # purified: 0.6 + 1.1, 1.1, 1.1 in place of 1, 1, 1
+    read = purification_quality(pipeline(2.2), shown, CLEAN, LABELS, readers={"sum": Above(1.2)}).accuracy["sum"]
+    assert read[0] == 2 / 6, "class 1 for all"
 
 
 def test_the_draw_follows_from_the_seed():

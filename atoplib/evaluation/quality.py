@@ -55,10 +55,11 @@ def purification_quality(
     if shown.shape != clean.shape:
         raise ValueError(f"the images shown and the clean ones differ in shape: {tuple(shown.shape)}, {tuple(clean.shape)}")
     reseed(pipeline, seed)
-    purified = torch.cat([pipeline.purify(part).clamp(0, 1) for part in shown.split(max_batch)]).float()
+    purified = torch.cat([pipeline.purify(part) for part in shown.split(max_batch)]).float()
+    picture = purified.clamp(0, 1)  # what a person sees; readers get what the pipeline hands to its classifier
     every = (1, 2, 3)
-    psnr = peak_signal_noise_ratio(purified, clean, data_range=1.0, dim=every)
-    ssim = structural_similarity_index_measure(purified, clean, data_range=1.0)
+    psnr = peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=every)
+    ssim = structural_similarity_index_measure(picture, clean, data_range=1.0)
     accuracy = {}
     for name, reader in readers.items():
         read = torch.cat([reader(part).argmax(dim=1) for part in purified.split(max_batch)])

@@ -36,7 +36,7 @@ class Knobs:
         norm: ``linf`` or ``l2``; of StAdv ``flow``.
         eps: radius, images in [0, 1] (of a flow: in units of a grid on which the image is 2 wide); 0 leaves the image as it
             is.
-        steps: iterations of the attack; the step size follows from eps and steps.
+        steps: iterations of the attack; PGD's step size is eps / 3, as in notebook 4.
         eot_samples: draws that each gradient is averaged over.
         queries: forward passes of a black-box attack.
         transform, missing_rate, noise_std, num_masks: as ``transforms.TransformSettings``.

@@ -256,9 +256,7 @@ class Explorer:
             ),
             "norm": self._dropdown("norm", self._norms(knobs), knobs.norm, "what eps is a radius of"),
             "eps": self._float("eps", 0, 1, 0.01, 0, "radius of the ball"),
-            "steps": self._int(
-                "steps", 1, max(100, knobs.steps), knobs.steps, "iterations; the step size is 2.5 eps / steps"
-            ),
+            "steps": self._int("steps", 1, max(100, knobs.steps), knobs.steps, "iterations; the step of PGD is eps / 3"),
             "eot_samples": self._int("EOT draws", 1, 50, knobs.eot_samples, "draws that each gradient is averaged over"),
             "queries": self._int("queries", 1, 2000, knobs.queries, "forward passes of a black-box attack"),
             "transform": self._dropdown("transform", transforms, knobs.transform, "what destroys the perturbation"),
