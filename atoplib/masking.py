@@ -47,6 +47,7 @@ class MaskingSettings:
     Attributes:
         eps, norm: the budget of the robust accuracy that is to be believed, as in ``PGDSettings``.
         steps: iterations of the attack, at least 2; half and twice as many are tried as well.
+        alpha: its step size, as in ``PGDSettings``; one of eps is tried as well.
         eot_samples: draws a gradient where the model is random; one and twice as many are tried as well.
         num_draws: forward passes an image to judge a random model.
         unbounded_eps: changes of every value at which an attack should break everything; in the l2 norm, their norm is
@@ -60,6 +61,7 @@ class MaskingSettings:
     eps: float
     norm: str = "linf"
     steps: int = 10
+    alpha: float | None = None
     eot_samples: int = 4
     num_draws: int = 8
     unbounded_eps: tuple[float, ...] = (64 / 255, 0.95)
@@ -69,7 +71,7 @@ class MaskingSettings:
     significance: float = 0.05
 
     def __post_init__(self) -> None:
-        PGDSettings(eps=self.eps, norm=self.norm)  # says what is wrong with eps and norm
+        PGDSettings(eps=self.eps, norm=self.norm, alpha=self.alpha)  # says what is wrong with them
         for name, least in (("steps", 2), ("eot_samples", 1), ("num_draws", 1), ("noise_samples", 1), ("directions", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -108,7 +110,7 @@ def trustworthy(checks: Sequence[Check]) -> bool:
 def stamp(checks: Mapping[str, Sequence[Check]]) -> str:
     """What is written over a table whose numbers must not be believed; empty if no check of any defence failed."""
     masked = [name for name, found in checks.items() if not trustworthy(found)]
-    return f"NOT TRUSTWORTHY, gradients may be masked in: {', '.join(masked)}. " if masked else ""
+    return f"NOT TRUSTWORTHY, gradients may be masked in: {', '.join(masked)}." if masked else ""
 
 
 def format_checks(checks: Sequence[Check]) -> str:
@@ -407,7 +409,8 @@ class _Bench:
 
     @property
     def attack(self) -> PGDSettings:
-        return PGDSettings(self.settings.eps, self.settings.norm, self.settings.steps, eot_samples=self.draws)
+        settings = self.settings
+        return PGDSettings(settings.eps, settings.norm, settings.steps, settings.alpha, eot_samples=self.draws)
 
     def run(
         self, attack: PGDSettings, *, target: Model | None = None, loss: Loss = cross_entropy, seed: int | None = None
@@ -505,13 +508,14 @@ def _plan(bench: _Bench, classifier: nn.Module | None, black_box: BlackBox | Non
             max_batch=bench.max_batch,
         )
 
-    one_step = replace(attack, steps=1, start="clean")
+    one_step = replace(attack, steps=1, alpha=None, start="clean")
     plan = [lambda: _measure_gradients(bench), lambda: _measure_agreement(bench)]
     if bench.random:
         plan.append(lambda: _measure_draws(bench))
     plan += [lambda eps=eps: _measure_unbounded(bench, eps) for eps in _unbounded(bench)]
     plan += [steps, draws, starts] if bench.random else [steps, starts]
     plan.append(challenge("one step", lambda: bench.run(one_step)))
+    plan.append(challenge("larger steps", lambda: bench.run(replace(attack, alpha=settings.eps))))
     plan.append(challenge("margin loss", lambda: bench.run(attack, loss=smooth_margin)))
     plan.append(challenge("noise", lambda: bench.hardest(noise())))
     if black_box is not None or settings.queries:
@@ -584,7 +588,7 @@ def _measure_draws(bench: _Bench, calls: int = 12, copies: int = 12, images: int
 
 def _measure_unbounded(bench: _Bench, eps: float) -> Check:
     """From the image itself: a random start in so large a ball would destroy the image without any gradient."""
-    adversarial = bench.run(replace(bench.attack, eps=eps * bench.widest, start="clean"))
+    adversarial = bench.run(replace(bench.attack, eps=eps * bench.widest, alpha=None, start="clean"))
     logits = bench.logits(adversarial, seed=bench.seed + 1)[0]
     right = logits.argmax(dim=1) == bench.labels
     return check_unbounded(right, logits.shape[1], eps, bench.settings.significance)

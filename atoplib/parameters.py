@@ -478,11 +478,15 @@ class Attack(Attacking):
 
     @property
     def masking(self) -> MaskingSettings:
-        """What the masking checks cost."""
+        """What the masking checks cost; they attack in steps as large as those of the plan's PGD."""
         eps, norm = (self.eps_l2, "l2") if self.eps_norm == "flow" else (self.eps, self.eps_norm)
+        step = next(
+            (item.relative_step for item in self.plan.attacks if item.attack == "pgd" and item.sees == "defence"), None
+        )
+        settings = MaskingSettings(eps, norm, alpha=None if step is None else step * eps)
         if self.smoke:
-            return MaskingSettings(eps, norm, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
-        return MaskingSettings(eps, norm)
+            return replace(settings, steps=2, eot_samples=1, num_draws=2, queries=2, noise_samples=2, directions=2)
+        return settings
 
     @property
     def budget(self) -> Budget:

@@ -188,6 +188,12 @@ def test_a_planted_case_is_caught(name, plain):
     assert not trustworthy(checks)
 
 
+def test_steps_that_are_too_small_are_caught(plain):
+    """The number they would print is not that of masked gradients, but as wrong: larger steps break what they leave."""
+    checks = masking_checklist(plain, IMAGES, LABELS, replace(SETTINGS, alpha=EPS / 30))
+    assert "larger steps" in names_of(checks, "failed"), format_checks(checks)
+
+
 def test_a_random_resize_attacked_without_eot_is_caught_and_with_eot_it_is_said_to_matter():
     model = trained(Resized(network(), each=True), steps=200)
     settings = replace(SETTINGS, eps=0.03, steps=3)
@@ -464,7 +470,7 @@ def test_only_a_failed_check_costs_the_trust():
 
 
 def test_a_defence_that_failed_stamps_the_table_and_a_suspicious_one_does_not():
-    assert stamp({"AP": CHECKS[:2], "AToP": CHECKS}) == "NOT TRUSTWORTHY, gradients may be masked in: AToP. "
+    assert stamp({"AP": CHECKS[:2], "AToP": CHECKS}) == "NOT TRUSTWORTHY, gradients may be masked in: AToP."
     assert stamp({"AP": CHECKS[:2]}) == stamp({}) == ""
 
 
