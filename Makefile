@@ -40,8 +40,9 @@ setup: $(STAMP)  ## install into $(VENV)
 demo: $(STAMP)  ## run a recipe, notebook after notebook
 	@$(RUN) -m atoplib.batch "$(RECIPE)" --workspace "$(WORKSPACE)" $(ARGS)
 
+# Files side by side, one thread each; ARGS="-n 0 tests/test_attacks.py" runs one file as usual.
 test: $(STAMP)  ## run every test
-	@$(RUN) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 clean-runs: $(STAMP)  ## free the room that no result needs
 	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)
