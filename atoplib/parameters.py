@@ -29,7 +29,8 @@ from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute
 from atoplib.transforms import TransformSettings
 
 STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the order that the literature numbers them in
-SEES = ("pipeline", "classifier")
+SEES = {"pipeline": ("white-box", "defence"), "bpda": ("BPDA", "bpda"), "classifier": ("transfer", "classifier")}
+"""What the one attack of notebook 4 sees: its column, and as ``evaluation.PlannedAttack`` names it."""
 PRETRAINED = "pretrained"  # in place of a run: the weights that come with the kit
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
@@ -459,7 +460,7 @@ class Attack(Attacking):
             wanted = {"steps": self.steps, "eot_samples": self.eot_samples, "queries": self.queries}
             options = ATTACKS[self.attack].options if self.attack in ATTACKS else ()
             settings = {name: value for name, value in wanted.items() if name in options and value is not None}
-            label, sees = ("white-box", "defence") if self.attack_sees == "pipeline" else ("transfer", "classifier")
+            label, sees = SEES[self.attack_sees]
             planned = PlannedAttack(label, self.attack, self.norm, sees, settings=settings)
             name = f"{self.attack} alone ({', '.join([self.norm, *(f'{key} {value}' for key, value in settings.items())])})"
             return Protocol(name, "one attack", (planned,), num_images=200, num_draws=self.num_draws or 10)

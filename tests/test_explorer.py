@@ -146,6 +146,7 @@ CASES = {
     "pgd through rt3": {"transform": "rt3"},
     "pgd without a transform": {"transform": "none"},
     "pgd on the classifier": {"attack_sees": "classifier"},
+    "pgd by bpda": {"attack_sees": "bpda"},
     "pgd with several draws": {"eot_samples": 2},
     "fgsm": {"attack": "fgsm"},
     "no attack": {"attack": NO_ATTACK},
@@ -252,7 +253,7 @@ def test_an_attack_of_one_step_has_no_steps_to_set() -> None:
 
 
 @pytest.mark.parametrize("transform", ["none", "rt1", "rt2", "rt3"])
-@pytest.mark.parametrize("sees", ["classifier", "pipeline"])
+@pytest.mark.parametrize("sees", ["classifier", "pipeline", "bpda"])
 def test_what_is_shown_equals_a_library_call_with_the_same_seed(transform: str, sees: str) -> None:
     scene = make_scene()
     knobs = replace(KNOBS, image=5, eps=0.1, steps=4, eot_samples=3, seed=9, num_draws=6, draw=2)
@@ -265,10 +266,10 @@ def test_what_is_shown_equals_a_library_call_with_the_same_seed(transform: str, 
     random = transform != "none"
     verdicts.reseed(defence, 9)
     adversarial = attacks.pgd(
-        defence if sees == "pipeline" else defence.classifier,
+        {"pipeline": defence, "bpda": attacks.BPDA(defence), "classifier": defence.classifier}[sees],
         images,
         labels,
-        attacks.PGDSettings(eps=0.1, steps=4, eot_samples=3 if random and sees == "pipeline" else 1),
+        attacks.PGDSettings(eps=0.1, steps=4, eot_samples=3 if random and sees != "classifier" else 1),
         generator=torch.Generator().manual_seed(9),
     )
     verdicts.reseed(defence, 10)
@@ -284,7 +285,7 @@ def test_what_is_shown_equals_a_library_call_with_the_same_seed(transform: str, 
     assert len(view.pictured.transformed) == len(shown.masks)
 
 
-@pytest.mark.parametrize(("sees", "column"), [("pipeline", "white-box"), ("classifier", "transfer")])
+@pytest.mark.parametrize(("sees", "column"), [("pipeline", "white-box"), ("bpda", "BPDA"), ("classifier", "transfer")])
 def test_the_attack_notebooks_evaluation_with_the_yaml_gives_what_is_on_screen(sees: str, column: str) -> None:
     knobs = replace(KNOBS, image=7, eps=0.1, steps=4, eot_samples=2, seed=3, num_draws=9, attack_sees=sees)
     knobs = replace(knobs, transform="rt3", noise_std=0.35, num_masks=3)

@@ -405,7 +405,7 @@ def test_a_run_is_preferred_to_the_weights_of_the_kit(tmp_path):
     [
         ({"attack": "pdg"}, "unknown attack 'pdg'; allowed: fgsm, pgd"),
         ({"attack": "pgd", "norm": "l1"}, "pgd knows the norms linf, l2, not 'l1'"),
-        ({"attack_sees": "all"}, "unknown attack_sees 'all'; allowed: pipeline, classifier"),
+        ({"attack_sees": "all"}, "unknown attack_sees 'all'; allowed: pipeline, bpda, classifier"),
         ({"masking_images": 3}, "masking_images must be 0 .no checks. or at least 8, got 3"),
     ],
 )

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atoplib.attacks import require_eval_mode
+from atoplib.attacks import BPDA, require_eval_mode
 from atoplib.data import Dataset, to_float
 from atoplib.explorer.knobs import NO_ATTACK, Knobs, applicable, check_names
 from atoplib.explorer.suite import AttackEntry
@@ -196,15 +196,21 @@ def adapt(defence: nn.Module, knobs: Knobs) -> nn.Module:
 
 
 def attacked(defence: nn.Module, knobs: Knobs) -> nn.Module:
-    """What the attack sees: the defence, or the classifier in it."""
-    alone = knobs.attack_sees == "classifier" and isinstance(defence, AToPPipeline)
-    return defence.classifier if alone else defence
+    """What the attack sees: the defence, the same with the identity as the backward pass, or the classifier in it."""
+    if is_blind(defence, knobs):
+        return defence.classifier
+    return BPDA(defence) if isinstance(defence, AToPPipeline) and knobs.attack_sees == "bpda" else defence
+
+
+def is_blind(defence: nn.Module, knobs: Knobs) -> bool:
+    """Whether the attack sees the classifier in a pipeline alone."""
+    return isinstance(defence, AToPPipeline) and knobs.attack_sees == "classifier"
 
 
 def attack_key(knobs: Knobs, entry: AttackEntry, defence: nn.Module) -> tuple[tuple, tuple]:
     """Everything that decides an attack: without the transform, and the transform if the attack sees it."""
     names = ("dataset", "defence", "image", "attack", "attack_sees", "seed", *entry.uses)
-    sees_transform = isinstance(attacked(defence, knobs), AToPPipeline)
+    sees_transform = isinstance(defence, AToPPipeline) and not is_blind(defence, knobs)
     transform = (knobs.transform, knobs.missing_rate, knobs.noise_std, knobs.num_masks) if sees_transform else ()
     return tuple(getattr(knobs, name) for name in names), transform
 
@@ -222,7 +228,7 @@ def used_knobs(knobs: Knobs, scene: Scene, memory: Memory) -> frozenset[str] | N
     if not isinstance(defence, AToPPipeline):
         return None
     random = knobs.is_random(defence.transform.grid_size)
-    sees_dice = random and knobs.attack_sees == "pipeline"
+    sees_dice = random and not is_blind(defence, knobs)
     return applicable(knobs, scene.uses(knobs, sees_dice), purifies=True, random=random)
 
 
@@ -327,7 +333,7 @@ def _show(
     place = max(number for number, step in enumerate(path.steps) if step <= end)
     clean, adversarial = path.images[:1], path.images[place : place + 1]
     random = throws_dice(defence, knobs, clean)
-    sees_dice = random and attacked(defence, knobs) is defence
+    sees_dice = random and not is_blind(defence, knobs)
     vote, number = divmod(knobs.draw, knobs.num_draws) if random else (0, 0)
     reseed(defence, knobs.seed + 1 + vote)
     draws = knobs.num_draws if random else 1
@@ -340,7 +346,7 @@ def _show(
         logits = draw_logits(defence, adversarial, num_draws=draws, max_batch=max_batch(clean))[:, 0]
         read = defence(clean)[0].float().softmax(dim=0)
         probabilities = {"clean": read, "adversarial": logits[number].softmax(dim=0)}
-    target = attacked(defence, knobs) if knobs.attacks else defence
+    target = defence.classifier if knobs.attacks and is_blind(defence, knobs) else defence
     path_logits = _path_logits(target, path.images, pictured, report)
     losses = functional.cross_entropy(path_logits, label.expand(len(path_logits)), reduction="none")
     return View(

@@ -13,7 +13,7 @@ from atoplib.parameters import NOTEBOOKS, ParameterError, convert
 from atoplib.transforms import TRANSFORMS, TransformSettings
 
 NO_ATTACK = "none"
-SEES = ("classifier", "pipeline")
+SEES = ("pipeline", "bpda", "classifier")
 ATTACK_NOTEBOOK = "04_attack"
 MARK = "# explorer: "  # the line of a YAML file that only the explorer reads; to papermill it is a comment
 MAX_STEPS, MAX_EOT, MAX_DRAWS, MAX_MASKS = 1000, 100, 200, 64
@@ -31,8 +31,9 @@ class Knobs:
         dataset, defence: names among those that ``explore`` was given.
         image: index of the test image.
         attack: ``none`` or a name of the attacks that ``explore`` was given.
-        attack_sees: ``pipeline`` (the gradient goes through transform, purifier and classifier) or ``classifier`` (the
-            classifier alone: a transfer attack on the defence).
+        attack_sees: ``pipeline`` (the gradient goes through transform, purifier and classifier), ``bpda`` (the same with the
+            identity as the backward pass of transform and purifier), or ``classifier`` (the classifier alone: a transfer
+            attack on the defence).
         norm: ``linf`` or ``l2``; of StAdv ``flow``.
         eps: radius, images in [0, 1] (of a flow: in units of a grid on which the image is 2 wide); 0 leaves the image as it
             is.

@@ -21,6 +21,11 @@ MOST_CLASSES = 10  # bars under a picture; of more classes, the likeliest and th
 CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
 TRANSFORM_NAMES = {"none": "no transform", "rt1": "RT1", "rt2": "RT2", "rt3": "RT3"}
 NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2", "flow": "flow"}
+SEES_NAMES = {
+    "pipeline": "the pipeline",
+    "bpda": "the pipeline by BPDA",
+    "classifier": "the classifier alone (transfer)",
+}
 GAP = "\N{NO-BREAK SPACE}"
 SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
 
@@ -126,9 +131,8 @@ def attack_text(view: View) -> str:
         name += f" + EOT-{knobs.eot_samples}"
     if "queries" in view.used:
         name += f", {knobs.queries} queries"
-    sees = f" on the {knobs.attack_sees if view.pictured is not None else 'model'}"
-    alone = " alone (transfer)" if view.pictured is not None and knobs.attack_sees == "classifier" else ""
-    return f"{name}, {radius_text(knobs.norm, knobs.eps)},{sees}{alone}"
+    sees = SEES_NAMES[knobs.attack_sees] if view.pictured is not None else "the model"
+    return f"{name}, {radius_text(knobs.norm, knobs.eps)}, on {sees}"
 
 
 def radius_text(norm: str, eps: float) -> str:

@@ -232,7 +232,7 @@ class Explorer:
 
     def _make_controls(self) -> None:
         knobs, scene = self.knobs, self.scene
-        names = {"classifier": "the classifier alone", "pipeline": "the whole pipeline"}
+        sees = [("the whole pipeline", "pipeline"), ("the same, BPDA", "bpda"), ("the classifier alone", "classifier")]
         transforms = [
             ("none", "none"),
             ("RT1: patches", "rt1"),
@@ -250,9 +250,9 @@ class Explorer:
             ),
             "attack_sees": self._dropdown(
                 "attack sees",
-                [(names[name], name) for name in ("pipeline", "classifier")],
+                sees,
                 knobs.attack_sees,
-                "the classifier alone: a transfer attack, which flatters a defence",
+                "BPDA: the identity as the purifier's gradient. The classifier alone: a transfer attack, which flatters",
             ),
             "norm": self._dropdown("norm", self._norms(knobs), knobs.norm, "what eps is a radius of"),
             "eps": self._float("eps", 0, 1, 0.01, 0, "radius of the ball"),
