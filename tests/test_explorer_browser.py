@@ -161,10 +161,10 @@ def run_all(page) -> None:
 
 
 def wait_for(page, *wanted: str) -> Knobs:
-    """Wait until the pictures are current and their YAML holds some lines; the knobs that it names."""
+    """Wait until the pictures are current and their YAML, which names a data set, holds some lines; the knobs it names."""
     condition = """wanted => { const text = document.querySelector(".atop-yaml textarea")?.value ?? "";
         return !document.querySelector(".atop-stale") && wanted.every(line => text.includes(line)); }"""
-    page.wait_for_function(condition, arg=list(wanted))
+    page.wait_for_function(condition, arg=["dataset: ", *wanted])
     text = page.locator(".atop-yaml textarea").input_value()
     return from_yaml(text, Knobs(dataset="", defence=""))
 
