@@ -248,18 +248,21 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") ->
     return figure
 
 
-def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
+def accuracy_bars(table: Iterable[Any], *, chance: float | None = None, title: str = "") -> Figure:
     """Accuracy in % with its 95 % interval: a group of bars an attack, a colour a defence.
 
     Args:
         table: mappings or objects (such as ``evaluation.Score``) with ``defence``, ``attack`` (names), ``accuracy``,
             ``low`` and ``high`` (shares in [0, 1]). A combination may be missing.
+        chance: accuracy of a guess, a share in [0, 1]: a broken line across the bars; None: no line.
         title: above the figure.
 
     Raises:
-        ValueError: for an empty table, a missing entry, a doubled combination, or numbers that violate
-            0 <= low <= accuracy <= high <= 1.
+        ValueError: for an empty table, a missing entry, a doubled combination, numbers that violate
+            0 <= low <= accuracy <= high <= 1, or a chance outside [0, 1].
     """
+    if chance is not None and not 0 <= chance <= 1:
+        raise ValueError(f"chance must lie in [0, 1] (a share, not per cent), got {chance}")
     content = _read_table(table)
     defences, attacks = content.defences, content.attacks
     group = 0.46 * len(defences) + 0.4  # inches
@@ -308,6 +311,10 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
                     color=INK,
                     family=FONT,
                 )
+        if chance is not None:
+            handles[f"chance, {100 * chance:.3g} %"] = axes.axhline(
+                100 * chance, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.9
+            )
         _style_axes(axes)
         axes.set_axisbelow(True)
         axes.yaxis.grid(True, color="#e0e0e0", linewidth=0.7)
@@ -318,13 +325,13 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
         axes.set_xticks(range(len(shown)), [_wrap(attack, 72 * group, TEXT) for attack in shown])
         axes.tick_params(axis="x", length=0, labelsize=TEXT)
         axes.set_ylabel("accuracy (%), 95 % interval", fontsize=SMALL, color=INK, family=FONT)
-    widest = max(_text_width(name, SMALL) for name in defences) + 40  # points, with its colour patch
-    lines = ceil(len(defences) / max(1, int(72 * width / widest)))
+    widest = max(_text_width(name, SMALL) for name in handles) + 40  # points, with its colour patch
+    lines = ceil(len(handles) / max(1, int(72 * width / widest)))
     figure.legend(
         handles=list(handles.values()),
         labels=[_wrap(name, 72 * width - 50, SMALL) for name in handles],
         loc="outside lower center",
-        ncols=ceil(len(defences) / lines),
+        ncols=ceil(len(handles) / lines),
         frameon=False,
         prop=FontProperties(family=FONT, size=SMALL),
         labelcolor=INK,

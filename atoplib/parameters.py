@@ -579,7 +579,7 @@ class Compare(Measuring):
         return replace(super().budget, flow=self.eps_flow)
 
     def found(self) -> tuple[dict[str, Path], dict[str, str]]:
-        """The checkpoints by defence; and of each defence that is left out, why and what makes it.
+        """The checkpoints by defence; and of each defence that is left out, why, and what makes it.
 
         Raises:
             FileNotFoundError, ValueError: as ``weights``, if there is no undefended classifier: every purifier stands before
@@ -590,9 +590,7 @@ class Compare(Measuring):
             try:
                 there[name] = self.weights(defence)
             except (FileNotFoundError, ValueError) as error:
-                missing[name] = f"{name} is left out: {error}"
-                if name == "AT":
-                    missing[name] += ", with adversarial = True; the recipe compare does that"
+                missing[name] = f"{name} is left out: {error}. The recipe compare makes all of them"
         return there, missing
 
 

@@ -457,6 +457,17 @@ def test_bars_show_each_accuracy_with_its_interval_in_per_cent():
     assert_nothing_is_cut_or_overlaps(figure)
 
 
+def test_chance_is_a_broken_line_that_the_legend_names():
+    figure = accuracy_bars(TABLE, chance=0.1)
+    (line,) = (line for line in figure.axes[0].lines if list(line.get_ydata()) == [10, 10])
+    assert line.get_linestyle() == "--"
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["undefended", "AP (pre-trained purifier)", "AToP", "chance, 10 %"]
+    assert_nothing_is_cut_or_overlaps(figure)
+    with pytest.raises(ValueError, match="chance must lie in .0, 1. .a share, not per cent., got 10"):
+        accuracy_bars(TABLE, chance=10)
+
+
 @pytest.mark.parametrize(("defences", "attacks"), [(1, 1), (2, 9), (6, 7)])
 def test_no_text_of_a_small_or_large_table_is_cut_off_or_overlaps(defences, attacks):
     table = [

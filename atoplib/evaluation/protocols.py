@@ -11,6 +11,7 @@ from atoplib.verdicts import Verdict
 
 SEES = ("defence", "classifier", "bpda")
 SELECTIONS = ("mixed", "lee-kim")
+KNOWN, UNSEEN, BLIND = "known", "unseen", "blind"  # what a label says first, see ``with_seen``
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,8 @@ def with_seen(protocol: Protocol, norms: Collection[str]) -> Protocol:
 
     def said(item: PlannedAttack) -> str:
         if item.sees == "classifier":
-            return "blind"
-        return "known" if item.attack in ("fgsm", "pgd") and item.sees == "defence" and item.norm in norms else "unseen"
+            return BLIND
+        return KNOWN if item.attack in ("fgsm", "pgd") and item.sees == "defence" and item.norm in norms else UNSEEN
 
     return replace(protocol, attacks=tuple(replace(item, label=f"{said(item)}: {item.label}") for item in protocol.attacks))
 

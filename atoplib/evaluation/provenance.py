@@ -42,7 +42,7 @@ def differences(headers: Mapping[str, Header], first: str = "undefended") -> lis
     that it does not: data and augmentation; of classifiers the architecture, too.
     """
     base = _parameters(headers[first])
-    found = []
+    found = ["AT was not trained on attacks"] if "AT" in headers and not _was_attacked(headers["AT"]) else []
     for name, header in headers.items():
         own = _parameters(header)
         names = SHARED + (OF_CLASSIFIERS if header.get("kind") == "classifier" else ())
