@@ -171,8 +171,8 @@ def evaluate(
 
 
 def with_worst_unseen(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
-    """What ``evaluate`` measured by a protocol ``with_seen``: in place of the worst cases of single norms, that of all attacks
-    that no defence saw in its training.
+    """What ``evaluate`` measured by a protocol ``with_seen``: the worst case of the attacks
+    that no training saw stands in place of those of single norms.
     """
     found = []
     for defence in dict.fromkeys(item.defence for item in outcomes):
