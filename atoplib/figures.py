@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ft2font import LoadFlags
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -270,9 +271,7 @@ def accuracy_bars(table: Iterable[Any], *, chance: float | None = None, title: s
     rows = ceil(len(attacks) / a_row)
     width = max(4.5, 1.0 + group * a_row)
     figure = _figure(width, 3.4 * rows + 0.5 + (0.4 if title else 0.0), layout="constrained")
-    import seaborn  # here, because no other figure needs its three seconds of import
-
-    colours = seaborn.color_palette("colorblind", len(defences))
+    colours = _colours_of(defences)
     bar = 0.46 / group  # share of a group, whose place is 1 wide
     handles = {}
     for row in range(rows):
@@ -293,7 +292,7 @@ def accuracy_bars(table: Iterable[Any], *, chance: float | None = None, title: s
                 places,
                 heights,
                 width=0.92 * bar,
-                color=colours[number],
+                color=colours[defence],
                 edgecolor="white",
                 linewidth=0.5,
                 yerr=[below, above],
@@ -310,6 +309,7 @@ def accuracy_bars(table: Iterable[Any], *, chance: float | None = None, title: s
                     fontsize=SMALL,
                     color=INK,
                     family=FONT,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],  # the line of chance may pass behind it
                 )
         if chance is not None:
             handles[f"chance, {100 * chance:.3g} %"] = axes.axhline(
@@ -367,7 +367,7 @@ def accuracy_against(points: Iterable[Mapping[str, Any]], *, name: str, title: s
     names = list(dict.fromkeys(str(point["value"]) for point in points))
     columns = min(3, len(attacks))
     figure = _figure(max(4.2, 3.4 * columns), 3.0 * ceil(len(attacks) / columns) + 0.8, layout="constrained")
-    colours = dict(zip(defences, _palette() * len(defences), strict=False))
+    colours = _colours_of(defences)
     values = [point["value"] for point in points] if numeric else [0, 10]
     beside = 0.012 * ((max(values) - min(values)) or 1)  # so that defences of equal accuracy do not hide each other
     for position, attack in enumerate(attacks, start=1):
@@ -709,6 +709,13 @@ def _check_predictions(
 def _palette() -> list[str]:
     """seaborn's colour-blind palette as matplotlib ships it: without seaborn's three seconds of import."""
     return [entry["color"] for entry in style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"]]
+
+
+def _colours_of(defences: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+    """A colour for each defence, the same in every figure that shows them in this order."""
+    import seaborn  # here, because no other figure needs its three seconds
+
+    return dict(zip(defences, seaborn.color_palette("colorblind", len(defences)), strict=True))
 
 
 def _is_number(value: Any) -> bool:

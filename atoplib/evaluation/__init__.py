@@ -3,7 +3,7 @@
 from atoplib.evaluation.costs import Cost, cost_table, measure_cost
 from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate, with_worst_unseen
 from atoplib.evaluation.protocols import (
-    BLIND,
+    KNOWN,
     PROTOCOLS,
     Budget,
     PlannedAttack,
@@ -18,8 +18,8 @@ from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted
 from atoplib.evaluation.versus import Comparison, compare, comparison_table
 
 __all__ = [
-    "BLIND",
     "CLEAN",
+    "KNOWN",
     "PROTOCOLS",
     "WORST",
     "Budget",
