@@ -81,7 +81,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         for place in range(len(block) - 1):
             if isinstance(block[place], nn.Conv2d) and isinstance(block[place + 1], nn.BatchNorm2d):
                 block[place], block[place + 1] = fuse_conv_bn_eval(block[place], block[place + 1]), nn.Identity()
-    return model
+    return model.eval()  # the new parts, too
 
 
 class WideBlock(nn.Module):

@@ -24,6 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ft2font import LoadFlags
 from matplotlib.image import AxesImage
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
@@ -248,18 +249,21 @@ def training_curves(history: Sequence[Mapping[str, Any]], *, title: str = "") ->
     return figure
 
 
-def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
+def accuracy_bars(table: Iterable[Any], *, chance: float | None = None, title: str = "") -> Figure:
     """Accuracy in % with its 95 % interval: a group of bars an attack, a colour a defence.
 
     Args:
         table: mappings or objects (such as ``evaluation.Score``) with ``defence``, ``attack`` (names), ``accuracy``,
             ``low`` and ``high`` (shares in [0, 1]). A combination may be missing.
+        chance: accuracy of a guess, a share in [0, 1]: a broken line across the bars; None: no line.
         title: above the figure.
 
     Raises:
-        ValueError: for an empty table, a missing entry, a doubled combination, or numbers that violate
-            0 <= low <= accuracy <= high <= 1.
+        ValueError: for an empty table, a missing entry, a doubled combination, numbers that violate
+            0 <= low <= accuracy <= high <= 1, or a chance outside [0, 1].
     """
+    if chance is not None and not 0 <= chance <= 1:
+        raise ValueError(f"chance must lie in [0, 1] (a share, not per cent), got {chance}")
     content = _read_table(table)
     defences, attacks = content.defences, content.attacks
     group = 0.46 * len(defences) + 0.4  # inches
@@ -267,9 +271,7 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
     rows = ceil(len(attacks) / a_row)
     width = max(4.5, 1.0 + group * a_row)
     figure = _figure(width, 3.4 * rows + 0.5 + (0.4 if title else 0.0), layout="constrained")
-    import seaborn  # here, because no other figure needs its three seconds of import
-
-    colours = seaborn.color_palette("colorblind", len(defences))
+    colours = _colours_of(defences)
     bar = 0.46 / group  # share of a group, whose place is 1 wide
     handles = {}
     for row in range(rows):
@@ -290,7 +292,7 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
                 places,
                 heights,
                 width=0.92 * bar,
-                color=colours[number],
+                color=colours[defence],
                 edgecolor="white",
                 linewidth=0.5,
                 yerr=[below, above],
@@ -307,7 +309,12 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
                     fontsize=SMALL,
                     color=INK,
                     family=FONT,
+                    path_effects=[withStroke(linewidth=2.5, foreground="white")],  # the line of chance may pass behind it
                 )
+        if chance is not None:
+            handles[f"chance, {100 * chance:.3g} %"] = axes.axhline(
+                100 * chance, color=FAINT, linewidth=1.0, linestyle=(0, (4, 3)), zorder=0.9
+            )
         _style_axes(axes)
         axes.set_axisbelow(True)
         axes.yaxis.grid(True, color="#e0e0e0", linewidth=0.7)
@@ -318,13 +325,13 @@ def accuracy_bars(table: Iterable[Any], *, title: str = "") -> Figure:
         axes.set_xticks(range(len(shown)), [_wrap(attack, 72 * group, TEXT) for attack in shown])
         axes.tick_params(axis="x", length=0, labelsize=TEXT)
         axes.set_ylabel("accuracy (%), 95 % interval", fontsize=SMALL, color=INK, family=FONT)
-    widest = max(_text_width(name, SMALL) for name in defences) + 40  # points, with its colour patch
-    lines = ceil(len(defences) / max(1, int(72 * width / widest)))
+    widest = max(_text_width(name, SMALL) for name in handles) + 40  # points, with its colour patch
+    lines = ceil(len(handles) / max(1, int(72 * width / widest)))
     figure.legend(
         handles=list(handles.values()),
         labels=[_wrap(name, 72 * width - 50, SMALL) for name in handles],
         loc="outside lower center",
-        ncols=ceil(len(defences) / lines),
+        ncols=ceil(len(handles) / lines),
         frameon=False,
         prop=FontProperties(family=FONT, size=SMALL),
         labelcolor=INK,
@@ -360,7 +367,7 @@ def accuracy_against(points: Iterable[Mapping[str, Any]], *, name: str, title: s
     names = list(dict.fromkeys(str(point["value"]) for point in points))
     columns = min(3, len(attacks))
     figure = _figure(max(4.2, 3.4 * columns), 3.0 * ceil(len(attacks) / columns) + 0.8, layout="constrained")
-    colours = dict(zip(defences, _palette() * len(defences), strict=False))
+    colours = _colours_of(defences)
     values = [point["value"] for point in points] if numeric else [0, 10]
     beside = 0.012 * ((max(values) - min(values)) or 1)  # so that defences of equal accuracy do not hide each other
     for position, attack in enumerate(attacks, start=1):
@@ -702,6 +709,13 @@ def _check_predictions(
 def _palette() -> list[str]:
     """seaborn's colour-blind palette as matplotlib ships it: without seaborn's three seconds of import."""
     return [entry["color"] for entry in style.library["seaborn-v0_8-colorblind"]["axes.prop_cycle"]]
+
+
+def _colours_of(defences: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+    """A colour for each defence, the same in every figure that shows them in this order."""
+    import seaborn  # here, because no other figure needs its three seconds
+
+    return dict(zip(defences, seaborn.color_palette("colorblind", len(defences)), strict=True))
 
 
 def _is_number(value: Any) -> bool:

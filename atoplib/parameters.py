@@ -41,7 +41,7 @@ class ParameterError(ValueError):
 
 def from_run(stage: str) -> Any:
     """A field that names a run of another stage: ``latest``, a directory's name in the experiment, or a path; where weights
-    are read, also ``pretrained``."""
+    are read, also ``pretrained``. In a recipe it is by default the run of the entry called ``stage``, if there is one."""
     return field(default="latest", metadata={"stage": stage})
 
 
@@ -334,7 +334,7 @@ class FinetuneAtop(PurifierTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class Attacking(Parameters):
-    """What both notebooks that attack take."""
+    """What all notebooks that attack take."""
 
     max_train: int | None = 64
     classifier_run: str = from_run(TrainClassifier.STAGE)
@@ -358,14 +358,14 @@ class Attacking(Parameters):
         """
         parameter, stage, wanted = {
             "undefended": ("classifier_run", TrainClassifier.STAGE, {"adversarial": False}),
-            "at": ("classifier_run", TrainClassifier.STAGE, {"adversarial": True}),
+            "at": ("at_run", TrainClassifier.STAGE, {"adversarial": True}),
             "ap": ("ap_run", PretrainPurifier.STAGE, {}),
             "atop": ("atop_run", FinetuneAtop.STAGE, {}),
         }[defence]
-        which = getattr(self, parameter)
+        # not every notebook says which AT; classifier_run names the one that the purifiers stand before
+        which = getattr(self, parameter, PRETRAINED if self.classifier_run == PRETRAINED else "latest")
         if which == PRETRAINED:
             return weights_path(self.dataset, defence)
-        which = "latest" if defence == "at" else which  # classifier_run names the one that the purifiers stand before
         file = "purifier" if defence in ("ap", "atop") else "classifier"
         return find_run(self.experiment_dir, stage, which, **wanted) / f"{file}.safetensors"
 
@@ -375,6 +375,15 @@ class Attacking(Parameters):
         runs = {"AP": self.ap_run, "AToP": self.atop_run}
         there = available().get(COMES_WITH.get(self.dataset, self.dataset), ())
         return {name: self.weights(name.lower()) for name, run in runs.items() if run != PRETRAINED or name.lower() in there}
+
+    def or_pretrained(self) -> Self:
+        """These; or, where the experiment has no classifier yet, with the weights that come with the kit, if they do."""
+        named = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata.get("stage")}
+        if set(named.values()) != {"latest"} or finished_runs(self.experiment_dir, TrainClassifier.STAGE):
+            return self
+        if self.dataset not in COMES_WITH or self.image_size not in (None, 32):
+            return self
+        return replace(self, **dict.fromkeys(named, PRETRAINED))
 
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
         """As ``Parameters.load_data``; raises ParameterError if more test images are asked for than there are."""
@@ -386,7 +395,67 @@ class Attacking(Parameters):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attack(Attacking):
+class Measuring(Attacking):
+    """What both notebooks that measure by a protocol take: its name, what is changed of it, and the radii."""
+
+    max_test: int | None = None
+    protocol: str = "demo"
+    eps_l2: float = 2.0
+    steps: int | None = None
+    eot_samples: int | None = None
+    queries: int | None = None
+    num_draws: int | None = None
+    attack_batch: int = 100
+    dtype: str = "auto"
+
+    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "queries": 4, "num_draws": 3}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol not in PROTOCOLS:
+            raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
+        for name in ("steps", "eot_samples", "queries", "num_draws"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
+        if self.attack_batch < 1:
+            raise ValueError(f"attack_batch must be at least 1, got {self.attack_batch}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+        for planned in self.plan.attacks:
+            planned.build(self.budget, random=True, verdict=self.plan.verdict)
+
+    @property
+    def plan(self) -> Protocol:
+        """The protocol, with what was changed of it."""
+        return adjusted(
+            PROTOCOLS[self.protocol],
+            steps=self.steps,
+            eot_samples=self.eot_samples,
+            queries=self.queries,
+            num_draws=self.num_draws,
+        )
+
+    @property
+    def budget(self) -> Budget:
+        """How far attacks may go."""
+        return Budget(linf=self.eps, l2=self.eps_l2)
+
+    @property
+    def attack_dtype(self) -> torch.dtype:
+        """What attacks compute in; verdicts are always float32."""
+        return compute_dtype(self.dtype, self.torch_device)
+
+    @property
+    def test_choice(self) -> int | list[int] | None:
+        """The test images that the protocol attacks, ``max_test`` of them if it is set."""
+        count = self.max_test or self.plan.num_images
+        if self.plan.selection == "lee-kim" and self.dataset in STANDARD_ORDER and count <= 512:
+            return lee_kim_indices()[:count]
+        return count
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attack(Measuring):
     """04: the protocol that the numbers are measured by, and what of it and of the defences is changed.
 
     ``attack`` takes the place of the protocol's attacks, and eps is then the radius of its ``norm`` (``flow`` of ``stadv``).
@@ -394,51 +463,31 @@ class Attack(Attacking):
 
     STAGE = "04_attack"
 
-    max_test: int | None = None
     image: int | None = None
     transform: str | None = None
     missing_rate: float | None = None
     noise_std: float | None = None
     num_masks: int | None = None
-    protocol: str = "demo"
     attack: str | None = None
     attack_sees: str = "pipeline"
     norm: str = "linf"
-    eps_l2: float = 2.0
-    steps: int | None = None
-    eot_samples: int | None = None
-    queries: int | None = None
-    num_draws: int | None = None
     num_seeds: int = 1
-    attack_batch: int = 100
     keep_images: bool = False
     masking_images: int = 32
-    dtype: str = "auto"
-
-    SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "queries": 4, "num_draws": 3}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.image is not None and self.image < 0:
             raise ValueError(f"image must be 0 or above (or None), got {self.image}")
         _ = replace(TransformSettings(), **self.transform_changes)
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"unknown protocol {self.protocol!r}; allowed: {', '.join(PROTOCOLS)}")
         if self.attack_sees not in SEES:
             raise ValueError(f"unknown attack_sees {self.attack_sees!r}; allowed: {', '.join(SEES)}")
-        for name in ("steps", "eot_samples", "queries", "num_draws"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 (or None: the protocol's), got {getattr(self, name)}")
-        if min(self.num_seeds, self.attack_batch) < 1:
-            raise ValueError(f"num_seeds and attack_batch must be at least 1, got {self.num_seeds} and {self.attack_batch}")
+        if self.num_seeds < 1:
+            raise ValueError(f"num_seeds must be at least 1, got {self.num_seeds}")
         if self.masking_images and self.masking_images < FEWEST_IMAGES:
             raise ValueError(
                 f"masking_images must be 0 (no checks) or at least {FEWEST_IMAGES}, got {self.masking_images}; 64 are usual"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {self.dtype!r}; allowed: {', '.join(DTYPES)}")
-        for planned in self.plan.attacks:
-            planned.build(self.budget, random=True, verdict=self.plan.verdict)
 
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
         """As ``Attacking.load_data``; raises ParameterError also where ``image`` is not among the test images."""
@@ -464,13 +513,7 @@ class Attack(Attacking):
             planned = PlannedAttack(label, self.attack, self.norm, sees, settings=settings)
             name = f"{self.attack} alone ({', '.join([self.norm, *(f'{key} {value}' for key, value in settings.items())])})"
             return Protocol(name, "one attack", (planned,), num_images=200, num_draws=self.num_draws or 10)
-        return adjusted(
-            PROTOCOLS[self.protocol],
-            steps=self.steps,
-            eot_samples=self.eot_samples,
-            queries=self.queries,
-            num_draws=self.num_draws,
-        )
+        return super().plan
 
     @property
     def eps_norm(self) -> str:
@@ -493,7 +536,7 @@ class Attack(Attacking):
     def budget(self) -> Budget:
         """How far attacks may go."""
         if self.eps_norm == "linf":
-            return Budget(linf=self.eps, l2=self.eps_l2)
+            return super().budget
         return Budget(**{"linf": min(1.0, self.eps), "l2": self.eps_l2, self.eps_norm: self.eps})
 
     @property
@@ -510,22 +553,46 @@ class Attack(Attacking):
         return PUBLISHED if comparable else ()
 
     @property
-    def attack_dtype(self) -> torch.dtype:
-        """What attacks compute in; verdicts are always float32."""
-        return compute_dtype(self.dtype, self.torch_device)
-
-    @property
     def seeds(self) -> tuple[int, ...]:
         """Of the repetitions."""
         return tuple(range(self.seed, self.seed + self.num_seeds))
 
+
+@dataclass(frozen=True, kw_only=True)
+class Compare(Measuring):
+    """06: undefended, AT, AP and AToP by one protocol.
+
+    Attributes:
+        at_run: the adversarially trained classifier: in a recipe the entry called ``at``.
+        eps_flow: radius of StAdv, in units of the sampling grid (the image is 2 wide).
+    """
+
+    STAGE = "06_compare"
+    DEFENCES: ClassVar[dict[str, str]] = {"undefended": "undefended", "AT": "at", "AP": "ap", "AToP": "atop"}
+
+    at_run: str = from_run("at")
+    protocol: str = "compare"
+    eps_flow: float = 0.05
+
     @property
-    def test_choice(self) -> int | list[int] | None:
-        """The test images that the protocol attacks, ``max_test`` of them if it is set."""
-        count = self.max_test or self.plan.num_images
-        if self.plan.selection == "lee-kim" and self.dataset in STANDARD_ORDER and count <= 512:
-            return lee_kim_indices()[:count]
-        return count
+    def budget(self) -> Budget:
+        """How far attacks may go."""
+        return replace(super().budget, flow=self.eps_flow)
+
+    def found(self) -> tuple[dict[str, Path], dict[str, str]]:
+        """The checkpoints by defence; and of each defence that is left out, why, and what makes it.
+
+        Raises:
+            FileNotFoundError, ValueError: as ``weights``, if there is no undefended classifier: every purifier stands before
+                it.
+        """
+        there, missing = {"undefended": self.weights("undefended")}, {}
+        for name, defence in self.DEFENCES.items():
+            try:
+                there[name] = self.weights(defence)
+            except (FileNotFoundError, ValueError) as error:
+                missing[name] = f"{name} is left out: {error}. The recipe compare makes all of them"
+        return there, missing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -545,15 +612,6 @@ class Visualize(Attacking):
     num_draws: int = 10
 
     SMOKE = {"max_train": 64, "max_test": 8, "steps": 2, "eot_samples": 2, "num_draws": 3}
-
-    def or_pretrained(self) -> Self:
-        """These; or, where the experiment has no classifier yet, with the weights that come with the kit, if they do."""
-        named = {self.classifier_run, self.ap_run, self.atop_run}
-        if named != {"latest"} or finished_runs(self.experiment_dir, TrainClassifier.STAGE):
-            return self
-        if self.dataset not in COMES_WITH or self.image_size not in (None, 32):
-            return self
-        return replace(self, classifier_run=PRETRAINED, ap_run=PRETRAINED, atop_run=PRETRAINED)
 
     @property
     def attack(self) -> PGDSettings:
@@ -636,7 +694,8 @@ class CrossCheck(Attacking):
 
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
-    item.STAGE: item for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Report, CrossCheck)
+    item.STAGE: item
+    for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Compare, Report, CrossCheck)
 }
 REPORT = Report.STAGE  # of what others measured: no notebook of a recipe
 

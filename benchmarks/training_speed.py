@@ -18,7 +18,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import ceil, isfinite
 from pathlib import Path
@@ -28,12 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib.attacks import PGDSettings
 from atoplib.batch import make_plan, read_recipe
 from atoplib.classifiers import build_classifier
 from atoplib.data import augment, to_float
+from atoplib.flops import count_flops
 from atoplib.losses import Objective
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import PatchDiscriminator, build_purifier
@@ -247,21 +246,6 @@ def fine_tuning(setting: FineTuning, form: Format, device: torch.device) -> Work
 
     rare = None if is_native(form, device) else EMULATED_REPETITIONS
     return Workload(setting.name, form, training.batch_size, call, max_repetitions=rare)
-
-
-class NoModules(nullcontext):
-    """Tells a FlopCounterMode that everything happens in one place, so that it keeps the total only."""
-
-    parents = frozenset({"Global"})
-
-
-def count_flops(call: Callable[[], None]) -> int:
-    """FLOPs of the convolutions and matrix products in a call, backward passes included, 2 a multiply-add."""
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = NoModules()  # its own hooks every module, which an attack's gradient at the input does not bear
-    with counter:
-        call()
-    return counter.get_total_flops()
 
 
 def seconds_of(call: Callable[[], None], times: int, device: torch.device) -> float:

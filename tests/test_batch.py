@@ -1,18 +1,19 @@
 """A recipe is read as data, checked as a whole before anything runs, and asks for each run once."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from atoplib.batch import Job, RecipeError, cli, find_recipe, main, make_plan, read_recipe
+from atoplib.batch import Job, Outcome, RecipeError, cli, find_recipe, main, make_plan, read_recipe
 from atoplib.batch.cli import parse_overrides
 from atoplib.batch.plan import report_job, select
-from atoplib.evaluation import PROTOCOLS
-from atoplib.parameters import NOTEBOOKS, Attack
+from atoplib.evaluation import PROTOCOLS, Score
+from atoplib.parameters import NOTEBOOKS, Attack, Compare
 from atoplib.runs import run_name
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
@@ -31,7 +32,7 @@ def plan(source: Path, overrides: Mapping[str, Any]) -> list[Job]:
     return make_plan(read_recipe(source), FOLDER, overrides)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "compare"])
 def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_path):
     stages = plan(find_recipe(name, FOLDER), {"workspace": str(tmp_path)})
     assert [stage.name for stage in stages] == STAGES
@@ -46,6 +47,26 @@ def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_
     assert len({(p.dataset, p.image_size, p.experiment) for p in (stage.parameters for stage in stages)}) == 1
     assert pretrained.transform_settings == finetuned.transform_settings
     assert attack.eps == finetuned.eps == pictures.eps and finetuned.norm == pictures.norm
+
+
+def test_the_recipe_compare_trains_what_it_compares_and_shares_the_runs_of_the_demo(tmp_path):
+    jobs = {job.name: job for job in plan(find_recipe("compare", FOLDER), {"workspace": str(tmp_path)})}
+    compared = jobs["06_compare"]
+    assert set(compared.needs) == {jobs[name].run_dir for name in ("01_train_classifier", "at", *STAGES[1:3])}
+    asked = compared.parameters
+    named = (asked.classifier_run, asked.at_run, asked.ap_run, asked.atop_run)
+    assert named == tuple(jobs[name].run_dir.name for name in ("01_train_classifier", "at", *STAGES[1:3]))
+    demo = {job.name: job.run_dir for job in plan(find_recipe("mnist", FOLDER), {"workspace": str(tmp_path)})}
+    assert all(demo[name] == jobs[name].run_dir for name in STAGES[:3])
+    at, plain, tuned = (jobs[name].parameters for name in ("at", "01_train_classifier", "03_finetune_atop"))
+    assert at.adversarial and (at.eps, at.norm) == (tuned.eps, tuned.norm) == (asked.eps, "linf")
+    assert replace(at, adversarial=False, epochs=plain.epochs) == plain, "the same but for the attack and its length"
+
+
+def test_without_an_entry_called_at_a_comparison_looks_for_one_that_was_trained_before(tmp_path):
+    source = recipe(tmp_path, "notebooks: {01_train_classifier: {}, 06_compare: {}}")
+    *_, compared = plan(source, {"workspace": str(tmp_path)})
+    assert compared.parameters.at_run == "latest"
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -311,6 +332,30 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, capsys):
 def test_the_table_is_introduced_by_its_protocol_with_the_norms_and_the_sight_of_its_attacks(parameters, sentence, seen):
     first, second = cli.measured(Attack(**parameters), 200)
     assert first.endswith(sentence) and second == seen
+
+
+def test_a_comparison_is_introduced_with_all_its_radii():
+    first, second = cli.measured(Compare(), 200)
+    assert first.endswith("protocol compare, l_inf eps 0.3, l_2 eps 2, flow 0.05.") and second.startswith(
+        "transfer: the attack"
+    )
+
+
+def test_the_end_of_a_recipe_shows_the_table_of_each_notebook_that_measured_once(tmp_path):
+    jobs = plan(recipe(tmp_path, "notebooks: {04_attack: {}, 06_compare: {}}"), {"workspace": str(tmp_path)})
+    for job, share in zip(jobs, (0.25, 0.5), strict=True):
+        cell = score_of(share)
+        job.run_dir.mkdir(parents=True)
+        (job.run_dir / "metrics.json").write_text(json.dumps({"scores": [asdict(cell)]}))
+    printed = "\n".join(cli.summary([Outcome(job, "complete") for job in jobs], tmp_path / "table.csv"))
+    assert printed.count("| AToP") == 2 and "protocol demo" in printed and "protocol compare" in printed
+    twice = [Outcome(jobs[0], "complete"), Outcome(jobs[0], "complete"), Outcome(jobs[1], "complete")]
+    assert "\n".join(cli.summary(twice, tmp_path / "table.csv")).count("| AToP") == 1
+
+
+def score_of(share: float) -> Score:
+    """A score of which all verdicts are the same."""
+    return Score("AToP", "clean", 8, 1, 1, share, 0.0, 1.0, None, share, share, share, share)
 
 
 def test_a_table_without_an_attack_on_the_classifier_alone_speaks_of_none(monkeypatch):

@@ -174,6 +174,7 @@ def test_folded_batch_norms_leave_the_function_and_the_model_as_they_are():
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     folded, images = fold_batch_norms(model), torch.rand(4, 3, 32, 32)
+    assert not any(part.training for part in folded.modules()), "it is attacked as it is"
     torch.testing.assert_close(folded(images), model(images), atol=1e-5, rtol=1e-5)
     assert not any(isinstance(part, nn.BatchNorm2d) for part in folded.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

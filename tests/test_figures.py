@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
@@ -457,6 +458,17 @@ def test_bars_show_each_accuracy_with_its_interval_in_per_cent():
     assert_nothing_is_cut_or_overlaps(figure)
 
 
+def test_chance_is_a_broken_line_that_the_legend_names():
+    figure = accuracy_bars(TABLE, chance=0.1)
+    (line,) = (line for line in figure.axes[0].lines if list(line.get_ydata()) == [10, 10])
+    assert line.get_linestyle() == "--"
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["undefended", "AP (pre-trained purifier)", "AToP", "chance, 10 %"]
+    assert_nothing_is_cut_or_overlaps(figure)
+    with pytest.raises(ValueError, match="chance must lie in .0, 1. .a share, not per cent., got 10"):
+        accuracy_bars(TABLE, chance=10)
+
+
 @pytest.mark.parametrize(("defences", "attacks"), [(1, 1), (2, 9), (6, 7)])
 def test_no_text_of_a_small_or_large_table_is_cut_off_or_overlaps(defences, attacks):
     table = [
@@ -668,6 +680,13 @@ def test_accuracy_stands_against_a_parameter_with_its_interval_and_the_mean_of_e
     assert [segment[:, 1].tolist() for segment in bars[:1]] == [pytest.approx([10, 25])] and len(bars) == 6
     assert axes.get_xlabel() == "classification_weight"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["AP", "AToP"]
+
+
+def test_a_defence_has_the_same_colour_in_bars_and_against_a_parameter():
+    table = [Row(name, "clean", 0.5, 0.4, 0.6) for name in ("AP", "AToP")]
+    bars = [bar.patches[0].get_facecolor() for bar in accuracy_bars(table).axes[0].containers if hasattr(bar, "patches")]
+    lines = {line.get_label(): line for line in accuracy_against(points([1]), name="s").axes[0].lines}
+    assert bars == [to_rgba(lines[name].get_color()) for name in ("AP", "AToP")]
 
 
 def test_values_that_are_no_numbers_stand_in_their_order():

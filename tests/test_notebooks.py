@@ -15,7 +15,7 @@ from papermill.parameterize import parameterize_notebook
 from safetensors.torch import load_file
 
 from atoplib.batch import main
-from atoplib.checkpoints import load_checkpoint
+from atoplib.checkpoints import load_checkpoint, read_header
 from atoplib.classifiers import fold_batch_norms
 from atoplib.explorer.knobs import to_yaml
 from atoplib.explorer.widgets import make_explorer
@@ -48,6 +48,14 @@ def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> 
         assert "<html" in (run / "notebook.html").read_text()
         assert list((run / "figures").glob("*.png")), stage
         assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
+
+
+def test_every_training_states_the_flops_that_it_took(demo: Path) -> None:
+    for stage, file in zip(DEMO, ("classifier", "purifier", "purifier"), strict=False):
+        (run,) = demo.glob(f"runs/mnist-smoke/{stage}-*")
+        stated = json.loads((run / "metrics.json").read_text())["train_flops"]
+        assert stated > 0 and read_header(run / f"{file}.safetensors")["metrics"]["train_flops"] == stated
+    assert read_header(run / "purifier.safetensors")["metrics"]["pretrain_flops"] > 0
 
 
 def test_the_report_names_the_results_it_was_made_from(demo: Path) -> None:
@@ -109,6 +117,21 @@ def test_before_anything_is_trained_the_explorer_shows_the_weights_of_the_kit(tm
     assert any("those that come with the kit" in output.get("text", "") for output in outputs)
     stills = [output.data for output in outputs if "atop-still" in output.get("data", {}).get("text/html", "")]
     assert len(stills) == 1 and stills[0]["image/png"]
+
+
+def test_before_anything_is_trained_the_weights_of_the_kit_are_compared(tmp_path: Path) -> None:
+    executed = run_notebook("06_compare", tmp_path, "-p", "smoke", "True")
+    shown = [
+        output.get("data", {}).get("text/markdown", "") for cell in executed.cells for output in cell.get("outputs", [])
+    ]
+    (table,) = (text for text in shown if text.startswith("One-shot"))
+    assert [line.split()[1] for line in table.splitlines()[4:]] == ["undefended", "AT", "AP", "AToP"]
+    assert "known: PGD" in table and "unseen: worst case" in table
+    (run,) = tmp_path.glob("runs/mnist-smoke/06_compare-*")
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert {row["attack"] for row in metrics["scores"]} >= {"clean", "blind: transfer", "unseen: worst case", "worst case"}
+    assert metrics["costs"]["AT"]["training"] > 1e12 and metrics["costs"]["AToP"]["passes"] == 3
+    assert (run / "figures" / "accuracy.png").is_file() and (run / "figures" / "accuracy-against-flops.png").is_file()
 
 
 def test_the_attack_notebook_measures_what_the_explorer_copied(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import ast
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,18 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from atoplib.attacks import PGDSettings
-from atoplib.evaluation import PROTOCOLS
-from atoplib.parameters import NOTEBOOKS, Attack, FinetuneAtop, ParameterError, PretrainPurifier, TrainClassifier, Visualize
+from atoplib.evaluation import PROTOCOLS, Budget
+from atoplib.parameters import (
+    NOTEBOOKS,
+    Attack,
+    Compare,
+    FinetuneAtop,
+    ParameterError,
+    Parameters,
+    PretrainPurifier,
+    TrainClassifier,
+    Visualize,
+)
 from atoplib.runs import open_run
 from atoplib.transforms import TransformSettings
 
@@ -234,7 +244,9 @@ NAN = float("nan")
         (Attack, {"max_batch": 0}, "max_batch must be at least 1, got 0"),
         (Attack, {"num_draws": 0}, "num_draws must be at least 1 .or None: the protocol's., got 0"),
         (Attack, {"eot_samples": 0}, "eot_samples must be at least 1 .or None: the protocol's., got 0"),
-        (Attack, {"num_seeds": 0}, "num_seeds and attack_batch must be at least 1, got 0"),
+        (Attack, {"num_seeds": 0}, "num_seeds must be at least 1, got 0"),
+        (Attack, {"attack_batch": 0}, "attack_batch must be at least 1, got 0"),
+        (Compare, {"protocol": "best"}, "unknown protocol 'best'; allowed: demo"),
         (Attack, {"protocol": "best"}, "unknown protocol 'best'; allowed: demo"),
         (Attack, {"eps": 8}, "eps of the linf norm must be at most 1.*got 8.0; 8/255"),
         (Attack, {"eps_l2": 0}, "the budget l2 must be above 0"),
@@ -369,8 +381,48 @@ def test_before_anything_is_trained_the_weights_of_the_kit_are_shown(tmp_path):
         "AToP": "mnist-atop.safetensors",
     }
     assert Attack(classifier_run="pretrained", workspace=str(tmp_path)).weights("undefended").is_file()
-    with pytest.raises(ValueError, match="no weights of 'at' for 'mnist5k' come with the kit"):
-        source.weights("at")
+    assert source.weights("at").name == "mnist-at.safetensors"
+    with pytest.raises(ValueError, match="no weights of 'at' for 'cifar10' come with the kit"):
+        Visualize(dataset="cifar10", workspace=str(tmp_path)).or_pretrained().weights("at")
+
+
+def trained(parameters: Parameters, stage: str, **values: object) -> str:
+    """The name of a complete run of a stage, which holds nothing."""
+    with open_run(parameters.experiment_dir, stage, values, device=torch.device("cpu")) as run:
+        return run.path.name
+
+
+def test_a_comparison_takes_the_runs_there_are_and_says_of_each_other_what_makes_it(tmp_path):
+    asked = Compare(workspace=str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="run the notebook 01_train_classifier.ipynb first"):
+        asked.found()
+    plain = trained(asked, "01_train_classifier", adversarial=False)
+    tuned = trained(asked, "03_finetune_atop", seed=0)
+    there, missing = asked.or_pretrained().found()
+    assert {name: path.parent.name for name, path in there.items()} == {"undefended": plain, "AToP": tuned}
+    assert list(missing) == ["AT", "AP"] and all("The recipe compare makes all of them" in said for said in missing.values())
+    assert "no complete run of 01_train_classifier, adversarial = True: run the notebook" in missing["AT"]
+    attacked = trained(asked, "01_train_classifier", adversarial=True)
+    there, missing = asked.found()
+    assert there["AT"].parent.name == attacked and there["undefended"].parent.name == plain and list(missing) == ["AP"]
+    assert list(there) == ["undefended", "AT", "AToP"]
+    assert replace(asked, at_run=plain).found()[0]["AT"].parent.name == plain, "a run that is named is taken"
+
+
+def test_before_anything_is_trained_the_weights_of_the_kit_are_compared_as_far_as_there_are_any(tmp_path):
+    there, missing = Compare(workspace=str(tmp_path)).or_pretrained().found()
+    assert [path.name for path in there.values()] == [
+        f"mnist-{name}.safetensors" for name in ("undefended", "at", "ap", "atop")
+    ]
+    assert not missing
+    there, missing = Compare(dataset="cifar10", workspace=str(tmp_path)).or_pretrained().found()
+    assert list(there) == ["undefended", "AP", "AToP"] and "no weights of 'at' for 'cifar10'" in missing["AT"]
+
+
+def test_a_comparison_has_a_radius_for_every_norm():
+    assert Compare(eps=0.1, eps_l2=1.0, eps_flow=0.02).budget == Budget(linf=0.1, l2=1.0, flow=0.02)
+    with pytest.raises(ParameterError, match="the budget flow must be above 0"):
+        Compare.from_mapping({"eps_flow": 0})
 
 
 def test_of_the_weights_of_the_kit_those_are_shown_that_there_are(tmp_path):

@@ -56,7 +56,7 @@ def test_weights_that_are_not_there_are_named_with_those_that_are(folder, datase
 
 
 def test_the_kit_comes_with_weights_and_they_are_not_too_many():
-    assert {"undefended", "ap", "atop"} <= set(available()["mnist"])
+    assert {"undefended", "ap", "atop", "at"} <= set(available()["mnist"])
     assert {"undefended", "ap", "atop"} <= set(available()["cifar10"])
     assert not any("/tmp" in str(read_header(path)) or "/home" in str(read_header(path)) for path in FOLDER.iterdir())
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 30e6

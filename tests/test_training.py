@@ -17,6 +17,7 @@ from atoplib.attacks import PGDSettings
 from atoplib.checkpoints import CheckpointError, load_state
 from atoplib.classifiers import build_classifier
 from atoplib.data import Split, fingerprint, to_float
+from atoplib.flops import count_flops
 from atoplib.losses import Objective
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import PatchDiscriminator, build_purifier
@@ -33,6 +34,7 @@ from atoplib.training import (
     learning_rate_at,
     loop,
     purifier_step,
+    training_flops,
 )
 from atoplib.transforms import TransformSettings
 
@@ -827,3 +829,57 @@ def test_every_objective_is_learned_on_a_small_fixed_batch(split, purifier, opti
     names = {"reconstruction"} | ({"gan", "discriminator"} if gan_weight else set())
     names |= {"classification", "accuracy"} if variant != "ap" else set()
     assert set(history[0]) == {"epoch", "loss", "seconds", *names}
+
+
+def flops_of(training: Training) -> int:
+    """What is counted for one of the trainings under test."""
+    warmup = {"warmup_epochs": 0.5} if "discriminator" in training.networks else {}
+    return training_flops(training.step, training.networks, training.split, training.settings, **warmup)
+
+
+@pytest.mark.parametrize("max_steps", [None, 1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_flops_that_are_stated_are_those_that_a_whole_training_spends(kind, max_steps, split):
+    training = Training(kind, split, seed=1)
+    training.settings = replace(training.settings, max_steps=max_steps)
+    assert flops_of(training) == count_flops(training.run)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_counting_flops_disturbs_no_training_whenever_it_is_done(kind, split, uninterrupted, tmp_path):
+    weights, history = uninterrupted(kind)
+    training = Training(kind, split, seed=1)
+    before, dice = training.weights, torch.get_rng_state()
+    modes = [module.training for network in training.networks.values() for module in network.modules()]
+    counted = flops_of(training)
+    assert same(training.weights, before) and torch.equal(torch.get_rng_state(), dice)
+    assert modes == [module.training for network in training.networks.values() for module in network.modules()]
+    assert all(p.grad is None for network in training.networks.values() for p in network.parameters())
+    with pytest.raises(KeyboardInterrupt):
+        training.run(tmp_path / "state.pt", progress=interrupt_at(4))
+    assert flops_of(training) == counted
+    training = Training(kind, split, seed=2)
+    assert flops_of(training) == counted
+    assert without_times(training.run(tmp_path / "state.pt")) == history and same(training.weights, weights)
+    assert flops_of(training) == counted and same(training.weights, weights)
+
+
+def test_what_is_counted_is_left_alone_when_the_step_fails(split):
+    training = Training("classifier", split, seed=1)
+    before, step = training.weights, training.step
+
+    def broken(batch: Batch, updater: Updater) -> dict[str, Tensor]:
+        step(batch, updater)
+        raise RuntimeError("no memory")
+
+    training.networks["classifier"].eval()
+    with pytest.raises(RuntimeError, match="no memory"):
+        training_flops(broken, training.networks, split, SETTINGS)
+    assert same(training.weights, before) and not training.networks["classifier"].training
+
+
+def test_flops_of_a_training_without_a_whole_batch_are_refused(split):
+    few = Split(split.images[:3], split.labels[:3])
+    training = Training("classifier", few, seed=1)
+    with pytest.raises(ValueError, match="batch_size 8 is larger than the training set of 3 images"):
+        flops_of(training)

@@ -17,7 +17,7 @@ from atoplib.batch.recipe import RecipeError, find_recipe, load_yaml, read_recip
 from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import write_table
 from atoplib.evaluation import Score
-from atoplib.parameters import Attack
+from atoplib.parameters import Attack, Compare, Measuring
 from atoplib.progress import format_seconds
 from atoplib.runs import read_json, workspace_dir
 
@@ -101,17 +101,14 @@ def described(jobs: Sequence[Job], settings: Settings) -> Iterator[str]:
     yield f"disk: {format_bytes(sum(ledger.folder_bytes(job.run_dir) for job in jobs))} used, {format_bytes(free)} free"
 
 
-def scores_of(jobs: Sequence[Job]) -> list[Score]:
-    """The scores that the attack notebook of a single combination measured."""
-    for job in jobs:
-        metrics = read_json(job.run_dir / "metrics.json") or {}
-        if "scores" in metrics:
-            return [Score(**entry) for entry in metrics["scores"]]
-    return []
+def scores_of(job: Job) -> list[Score]:
+    """The scores that a notebook measured, if it is one that measures."""
+    metrics = read_json(job.run_dir / "metrics.json") or {}
+    return [Score(**entry) for entry in metrics.get("scores", ())]
 
 
-def measured(attack: Attack, images: int) -> Iterator[str]:
-    """What the table of one attack notebook shows: how many images, by which protocol, how strong, seen from where."""
+def measured(attack: Measuring, images: int) -> Iterator[str]:
+    """What the table of one notebook shows: how many images, by which protocol, how strong, seen from where."""
     budget = {"linf": "l_inf eps", "l2": "l_2 eps", "flow": "flow"}
     used = [norm for norm in budget if any(planned.norm == norm for planned in attack.plan.attacks)]
     yield (
@@ -131,13 +128,14 @@ def summary(outcomes: Sequence[Outcome], table: Path) -> Iterator[str]:
     from atoplib.figures import format_table  # here, because a recipe should start without a second of matplotlib's import
 
     good = [outcome.job for outcome in outcomes if outcome.good]
-    attacks = [job for job in good if job.stage == "04_attack"]
-    scores = scores_of(attacks) if len(attacks) == 1 else []
-    if scores:
-        yield ""
-        yield from measured(attacks[0].parameters, scores[0].images)
-        yield ""
-        yield format_table(scores)
+    for stage in (Attack.STAGE, Compare.STAGE):
+        jobs = [job for job in good if job.stage == stage]
+        scores = scores_of(jobs[0]) if len(jobs) == 1 else []
+        if scores:
+            yield ""
+            yield from measured(jobs[0].parameters, scores[0].images)
+            yield ""
+            yield format_table(scores)
     yield ""
     yield f"All parameters and metrics: {table}"
     if len(good) > MOST_LISTED:

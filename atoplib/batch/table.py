@@ -74,10 +74,12 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def varied(rows: Sequence[Row]) -> list[str]:
-    """The parameters in which the rows differ: the axes of a comparison. Names of runs are none, and a parameter that always
-    equals the one of the same name in another notebook stands there once.
+    """The parameters in which the rows differ: the axes of a comparison. Names of runs are none, nor are parameters that not
+    every one of several notebooks takes; one that always equals that of the same name in another notebook stands there once.
     """
     skipped = {*HEAD, *(name for row in rows for name in row if name.startswith("metrics.") or name.endswith("_run"))}
+    if len({row.get("stage") for row in rows}) > 1:
+        skipped |= {name for row in rows for name in row if "." not in name and any(name not in other for other in rows)}
     axes: dict[tuple[str, tuple[str, ...]], str] = {}
     for name in columns(rows):
         values = tuple(repr(row.get(name)) for row in rows)

@@ -1,17 +1,30 @@
 """Honest numbers: accuracy under attacks with its interval, for every way to judge a random defence, by named protocols."""
 
-from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate
-from atoplib.evaluation.protocols import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation.costs import Cost, cost_table, measure_cost
+from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate, with_worst_unseen
+from atoplib.evaluation.protocols import (
+    KNOWN,
+    PROTOCOLS,
+    Budget,
+    PlannedAttack,
+    Protocol,
+    adjusted,
+    lee_kim_indices,
+    with_seen,
+)
+from atoplib.evaluation.provenance import attacked_norms, differences, training_attack, training_costs
 from atoplib.evaluation.quality import Quality, purification_quality
-from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
+from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted, worst_case
 from atoplib.evaluation.versus import Comparison, compare, comparison_table
 
 __all__ = [
     "CLEAN",
+    "KNOWN",
     "PROTOCOLS",
     "WORST",
     "Budget",
     "Comparison",
+    "Cost",
     "Evaluation",
     "Outcomes",
     "PlannedAttack",
@@ -19,12 +32,21 @@ __all__ = [
     "Quality",
     "Score",
     "adjusted",
+    "attacked_norms",
     "compare",
     "comparison_table",
+    "cost_table",
+    "differences",
     "evaluate",
     "judge_draws",
     "lee_kim_indices",
+    "measure_cost",
     "purification_quality",
     "score",
+    "training_attack",
+    "training_costs",
+    "voted",
+    "with_seen",
+    "with_worst_unseen",
     "worst_case",
 ]

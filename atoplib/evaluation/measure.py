@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from atoplib.attacks import BPDA, check_attack
 from atoplib.attacks.suite import ATTACKS
-from atoplib.evaluation.protocols import Budget, PlannedAttack, Protocol
+from atoplib.evaluation.protocols import UNSEEN, Budget, PlannedAttack, Protocol
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
 from atoplib.evaluation.store import Store, attack_seed, hashed, model_fingerprint, tensor_fingerprint, verdict_seed
 from atoplib.pipeline import AToPPipeline
@@ -168,6 +168,20 @@ def evaluate(
         report(0, 1, done=done)
     outcomes = tuple(_collect(protocol, pieces, random))
     return Evaluation(tuple(score(item) for item in outcomes), outcomes, _images_kept(pieces) if keep_images else {})
+
+
+def with_worst_unseen(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
+    """What ``evaluate`` measured by a protocol ``with_seen``: the worst case of the attacks
+    that no training saw stands in place of those of single norms.
+    """
+    found = []
+    for defence in dict.fromkeys(item.defence for item in outcomes):
+        own = [item for item in outcomes if item.defence == defence and not item.attack.startswith(f"{WORST} ")]
+        unseen = [item for item in own if item.attack.startswith(f"{UNSEEN}: ")]
+        worst = [worst_case(unseen, f"{UNSEEN}: {WORST}")] if len(unseen) > 1 else []
+        last = len(own) - (own[-1].attack == WORST)
+        found += [*own[:last], *worst, *own[last:]]
+    return found
 
 
 def _attack(

@@ -1,6 +1,6 @@
 """Protocols as data: which attacks, how strong, on how many images, judged how often."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from atoplib.verdicts import Verdict
 
 SEES = ("defence", "classifier", "bpda")
 SELECTIONS = ("mixed", "lee-kim")
+KNOWN, UNSEEN, BLIND = "known", "unseen", "blind"  # what a label says first, see ``with_seen``
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,24 @@ def lee_kim_indices(count: int = 10_000, chosen: int = 512) -> list[int]:
     return np.random.RandomState(0).choice(count, chosen, replace=False).tolist()
 
 
+def with_seen(protocol: Protocol, norms: Collection[str]) -> Protocol:
+    """The protocol, each label saying first what trained defences know of the attack.
+
+    *known*: PGD through the whole defence in a norm that was attacked in training; *unseen*: every other attack on the whole
+    defence; *blind*: it sees the classifier alone, whatever it is.
+
+    Args:
+        norms: those of the attacks in training.
+    """
+
+    def said(item: PlannedAttack) -> str:
+        if item.sees == "classifier":
+            return BLIND
+        return KNOWN if item.attack in ("fgsm", "pgd") and item.sees == "defence" and item.norm in norms else UNSEEN
+
+    return replace(protocol, attacks=tuple(replace(item, label=f"{said(item)}: {item.label}") for item in protocol.attacks))
+
+
 def adjusted(
     protocol: Protocol,
     *,
@@ -211,6 +230,18 @@ PROTOCOLS: dict[str, Protocol] = {
                 PlannedAttack("Square linf", "square", settings={"queries": 200}),
             ),
             num_images=128,
+        ),
+        Protocol(
+            "compare",
+            "the attack that AT and AToP were trained on, and others that they never saw, 200 images; minutes on 2 cores",
+            (
+                PlannedAttack("transfer", "pgd", sees="classifier", settings=_DEMO),
+                PlannedAttack("PGD-40 + EOT-10 linf", "pgd", settings=_DEMO),
+                PlannedAttack("PGD-40 + EOT-10 l2", "pgd", "l2", settings=_DEMO),
+                PlannedAttack("StAdv + EOT-10", "stadv", "flow", settings={"steps": 30, "eot_samples": 10}),
+                PlannedAttack("Square linf", "square", settings={"queries": 500}),
+            ),
+            num_images=200,
         ),
         Protocol(
             "cpu",

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -125,3 +126,13 @@ def score(outcomes: Outcomes) -> Score:
         seconds=outcomes.seconds,
         **{name: float(share.mean()) for name, share in shares.items()},
     )
+
+
+def voted(scores: Sequence[Score], verdict: str = "majority") -> list[dict[str, Any]]:
+    """The cells of a table by another verdict: ``defence``, ``attack``, and shares ``accuracy``, ``low``, ``high``."""
+    cells = []
+    for item in scores:
+        low, high = item.interval(verdict)
+        accuracy = getattr(item, verdict)
+        cells.append({"defence": item.defence, "attack": item.attack, "accuracy": accuracy, "low": low, "high": high})
+    return cells

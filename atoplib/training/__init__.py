@@ -1,6 +1,7 @@
 """The three stages of AToP: train a classifier, pre-train a purifier, fine-tune the purifier adversarially."""
 
 from atoplib.training.classifier import accuracy, classifier_step
+from atoplib.training.cost import training_flops
 from atoplib.training.loop import (
     DTYPES,
     Batch,
@@ -26,4 +27,5 @@ __all__ = [
     "fit",
     "learning_rate_at",
     "purifier_step",
+    "training_flops",
 ]

@@ -105,6 +105,24 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """The context in which a step computes in a dtype."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def number_of_steps(settings: TrainingSettings, images: int) -> tuple[int, int]:
+    """Steps of a training on so many images, and of each of its epochs, whose last images make no batch of their own.
+
+    Raises:
+        ValueError: if there are fewer images than one batch.
+    """
+    an_epoch = images // settings.batch_size
+    if an_epoch == 0:
+        raise ValueError(f"batch_size {settings.batch_size} is larger than the training set of {images} images")
+    total = settings.epochs * an_epoch
+    return (total if settings.max_steps is None else min(total, settings.max_steps)), an_epoch
+
+
 def learning_rate_at(step: int, total: int, settings: TrainingSettings) -> float:
     """The learning rate of step ``step`` (from 0) of ``total``."""
     done = (step + 0.5) / total
@@ -167,10 +185,13 @@ class Updater:
             for group in optimizer.param_groups:
                 group["lr"] = value
 
+    def optimized(self, name: str) -> list[nn.Parameter]:
+        """The parameters of network ``name`` that are trained."""
+        return [p for group in self.optimizers[name].param_groups for p in group["params"]]
+
     def update(self, name: str, loss: Float[Tensor, ""]) -> None:
         """One optimizer step of network ``name`` down the gradient of ``loss``; no other network gets a gradient."""
-        optimizer = self.optimizers[name]
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        optimizer, parameters = self.optimizers[name], self.optimized(name)
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
         if self.settings.grad_clip:
@@ -250,12 +271,7 @@ def fit(
         ValueError: if there are fewer images than one batch, or the state belongs to another training.
     """
     device = next(next(iter(networks.values())).parameters()).device
-    steps_per_epoch = len(split.labels) // settings.batch_size
-    if steps_per_epoch == 0:
-        raise ValueError(f"batch_size {settings.batch_size} is larger than the training set of {len(split.labels)} images")
-    total = settings.epochs * steps_per_epoch
-    if settings.max_steps is not None:
-        total = min(total, settings.max_steps)
+    total, steps_per_epoch = number_of_steps(settings, len(split.labels))
     result_name = next(iter(networks))
     result = networks[result_name]
     updater = Updater(networks, settings)
@@ -345,7 +361,7 @@ def fit(
                     batch = Batch(images, labels, generator, step / steps_per_epoch)
                     updater.set_learning_rate(learning_rate_at(step, total, settings))
                     between_steps = False
-                    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                    with autocast(dtype, device):
                         losses = step_function(batch, updater)
                     if averaged is not None:
                         averaged.update_parameters(result)
