@@ -1,5 +1,6 @@
 """Honest numbers: accuracy under attacks with its interval, for every way to judge a random defence, by named protocols."""
 
+from atoplib.evaluation.ablation import Cell, Setting, ablate, mask_surface, noise_sweep
 from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate
 from atoplib.evaluation.protocols import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
 from atoplib.evaluation.quality import Quality, purification_quality
@@ -11,6 +12,7 @@ __all__ = [
     "PROTOCOLS",
     "WORST",
     "Budget",
+    "Cell",
     "Comparison",
     "Evaluation",
     "Outcomes",
@@ -18,12 +20,16 @@ __all__ = [
     "Protocol",
     "Quality",
     "Score",
+    "Setting",
+    "ablate",
     "adjusted",
     "compare",
     "comparison_table",
     "evaluate",
     "judge_draws",
     "lee_kim_indices",
+    "mask_surface",
+    "noise_sweep",
     "purification_quality",
     "score",
     "worst_case",
