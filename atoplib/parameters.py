@@ -634,7 +634,7 @@ class Ablate(Attacking):
         for name in (self.down, self.across):
             if name not in allowed:
                 raise ValueError(f"no training has the parameter {name!r} (down, across); allowed: {', '.join(allowed)}")
-        _ = self.attack, self.surface(TransformSettings()), self.sweep(TransformSettings())
+        _ = self.attack, self.surface(TransformSettings()), self.sweep(TransformSettings()), self.trained_dir
 
     @property
     def attack(self) -> PGDSettings:

@@ -131,26 +131,22 @@ class AveragedPipeline(AToPPipeline):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, copies={self.copies}, average={self.average}"
 
-    def draw(self, images: Float[Tensor, "batch 3 height width"]) -> Draw:
-        """The dice of all copies, copy by copy: a draw for (copies * batch) images."""
-        return super().draw(images.repeat(self.copies, 1, 1, 1))
-
-    def purify_stages(
-        self, images: Float[Tensor, "batch 3 height width"], draw: Draw
-    ) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
-        """As ``AToPPipeline.purify_stages``, each stage the mean over the copies."""
-        return tuple(self._mean(stage) for stage in self._each(images, draw))
+    def purify(
+        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """The mean of g(t_i(x)), in and out in [0, 1]; a ``draw`` given is used alone, without an average."""
+        return self._mean(self._each(images)) if draw is None else super().purify(images, draw)
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
     ) -> Float[Tensor, "batch classes"]:
-        if self.average == "images":
+        if draw is not None or self.average == "images":
             return super().forward(images, draw)
-        purified = self._each(images, self.draw(images) if draw is None else draw)[-1]
-        return self._mean(self.classifier(to_unit(purified)))
+        return self._mean(self.classifier(self._each(images)))
 
-    def _each(self, images: Tensor, draw: Draw) -> tuple[Tensor, ...]:
-        return super().purify_stages(images.repeat(self.copies, 1, 1, 1), draw)
+    def _each(self, images: Tensor) -> Tensor:
+        """Every copy purified, copy by copy: (copies * batch, 3, height, width)."""
+        return super().purify(images.repeat(self.copies, 1, 1, 1))
 
     def _mean(self, values: Tensor) -> Tensor:
         return values.unflatten(0, (self.copies, -1)).mean(dim=0)

@@ -294,7 +294,7 @@ def ablate(
         settings: a setting that stands there twice is measured once.
         vote_counts: numbers of draws to vote over, for the setting of the training.
         directory: where finished cells are kept; the same call goes on there. None keeps nothing.
-        progress: called with cells and shares of cells done, in hundredths, and their number.
+        progress: called with steps of the attacks done and in all.
 
     Returns:
         cells by defence and setting. Other arguments and errors as ``measure_cell``.
@@ -311,7 +311,7 @@ def ablate(
 
         def report(step: int, steps: int, number: int = number) -> None:
             if progress is not None:
-                progress(100 * number + 100 * step // max(1, steps), 100 * len(wanted), "% of a cell", {})
+                progress(attack.steps * number + attack.steps * step // steps, attack.steps * len(wanted), "steps", {})
 
         pipeline = pipelines[name]
         identity = {**shared, "defence": name, "votes": counts, "model": model_fingerprint(setting.applied_to(pipeline))}
