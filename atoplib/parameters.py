@@ -658,7 +658,7 @@ class Ablate(Attacking):
     @property
     def trained_dir(self) -> Path:
         """Where the runs of the table of trained variants are: runs/TRAINED."""
-        return replace(self, experiment=self.trained).experiment_dir
+        return Parameters(experiment=self.trained, workspace=self.workspace, smoke=self.smoke).experiment_dir
 
 
 @dataclass(frozen=True, kw_only=True)
