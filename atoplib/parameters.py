@@ -578,12 +578,12 @@ class Ablate(Attacking):
 
     STAGE = "07_ablate"
 
-    max_test: int | None = 100
+    max_test: int | None = 64
     transform: str = "rt2"
     missing_rates: list = field(default_factory=lambda: [0.1, 0.25, 0.5])
-    mask_counts: list = field(default_factory=lambda: [1, 2, 4])
-    partitions: list = field(default_factory=lambda: [2, 4, 8])
-    noise_stds: list = field(default_factory=lambda: [0.0, 0.1, 0.2, 0.3])
+    mask_counts: list = field(default_factory=lambda: [1, 4])
+    partitions: list = field(default_factory=lambda: [2, 4])
+    noise_stds: list = field(default_factory=lambda: [0.0, 0.1, 0.2])
     average: str = "images"
     vote_counts: list = field(default_factory=lambda: [1, 3, 10, 30])
     norm: str = "linf"

@@ -345,8 +345,11 @@ def test_two_parameters_of_the_trainings_are_crossed_and_runs_that_share_both_ar
         assert cell == pytest.approx({"accuracy": 0.4, "accuracy_low": low, "accuracy_high": high, "images": 100})
     (weights,) = crossed(rows, down="seed", across="attack_sees").values()
     assert (weights.rows, weights.columns) == (("0", "1"), ("pipeline",)), "AP is not fine-tuned against anything"
-    changed = [{**row, "parameters": {**row["parameters"], "noise_std": 0.5}} for row in rows]
-    assert crossed(changed, down="transform", across="variant") == {} == crossed([], down="seed", across="variant")
+    for noise_std, kept in ((0.1, 6), (0.5, 0)):  # that of the training, and another one
+        told = [{**row, "parameters": {**row["parameters"], "noise_std": noise_std}} for row in rows]
+        surfaces = crossed(told, down="transform", across="variant")
+        assert sum(len(surface.cells) for surface in surfaces.values()) == kept
+    assert crossed([], down="seed", across="variant") == {}
 
 
 def test_trainings_are_listed_with_what_tells_those_of_a_notebook_apart(tmp_path):

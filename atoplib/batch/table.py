@@ -190,7 +190,8 @@ def crossed(rows: Iterable[Row], *, down: str, across: str) -> dict[str, "Surfac
     found: dict[str, dict[tuple[Any, Any], list[Row]]] = {}
     for row in rows:
         key = trained_with(row, down), trained_with(row, across)
-        if None not in key and all(row["parameters"].get(name) is None for name in CHANGES):
+        as_trained = all(row["parameters"].get(name) in (None, trained_with(row, name)) for name in CHANGES)
+        if None not in key and as_trained:
             found.setdefault(row["attack"], {}).setdefault(key, []).append(row)
     surfaces = {}
     for attack, groups in found.items():
