@@ -19,9 +19,11 @@ from atoplib.attacks.suite import ATTACKS
 from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
 from atoplib.evaluation import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
+from atoplib.evaluation.ablation import Setting, mask_surface, noise_sweep
 from atoplib.evaluation.tables import PUBLISHED, Published
 from atoplib.losses import Objective
 from atoplib.masking import FEWEST_IMAGES, MaskingSettings
+from atoplib.pipeline import AVERAGES
 from atoplib.pretrained import COMES_WITH, available, weights_path
 from atoplib.purifiers import build_purifier
 from atoplib.runs import find_run, finished_runs, workspace_dir
@@ -630,6 +632,95 @@ class Visualize(Attacking):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Ablate(Attacking):
+    """07: which settings are measured without training, how strong the attack on each is, and what table of trained ones."""
+
+    STAGE = "07_ablate"
+
+    max_test: int | None = 64
+    transform: str = "rt2"
+    missing_rates: list = field(default_factory=lambda: [0.1, 0.25, 0.5])
+    mask_counts: list = field(default_factory=lambda: [1, 4])
+    partitions: list = field(default_factory=lambda: [2, 4])
+    noise_stds: list = field(default_factory=lambda: [0.0, 0.1, 0.2])
+    average: str = "images"
+    vote_counts: list = field(default_factory=lambda: [1, 3, 10, 30])
+    norm: str = "linf"
+    steps: int = 20
+    alpha: float | None = None
+    eot_samples: int = 8
+    stop_after: int = 3
+    num_draws: int = 5
+    trained: str = "ablate"
+    down: str = "transform"
+    across: str = "variant"
+
+    SMOKE = {
+        "max_train": 64,
+        "max_test": 8,
+        "missing_rates": [0.25],
+        "mask_counts": [1, 2],
+        "partitions": [2],
+        "noise_stds": [0.0, 0.1],
+        "vote_counts": [1, 3],
+        "steps": 2,
+        "eot_samples": 2,
+        "num_draws": 3,
+    }
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, kind in (
+            ("missing_rates", "numbers"),
+            ("noise_stds", "numbers"),
+            ("mask_counts", "whole numbers"),
+            ("partitions", "whole numbers"),
+            ("vote_counts", "whole numbers"),
+        ):
+            values = getattr(self, name)
+            allowed = int if kind == "whole numbers" else int | float
+            if not all(isinstance(value, allowed) and not isinstance(value, bool) for value in values):
+                raise ValueError(f"{name} must be a list of {kind}, got {values!r}")
+            if kind == "whole numbers" and any(value < 1 for value in values):
+                raise ValueError(f"{name} must be at least 1, got {values!r}")
+        if not self.missing_rates or not self.mask_counts:
+            raise ValueError("missing_rates and mask_counts span the surface: give at least one of each")
+        if self.average not in AVERAGES:
+            raise ValueError(f"unknown average {self.average!r}; allowed: {', '.join(AVERAGES)}")
+        if self.num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
+        allowed = sorted(item.name for item in fields(FinetuneAtop))
+        for name in (self.down, self.across):
+            if name not in allowed:
+                raise ValueError(f"no training has the parameter {name!r} (down, across); allowed: {', '.join(allowed)}")
+        _ = self.attack, self.surface(TransformSettings()), self.sweep(TransformSettings()), self.trained_dir
+
+    @property
+    def attack(self) -> PGDSettings:
+        """PGD's settings; its draws count passes through the purifier."""
+        return PGDSettings(self.eps, self.norm, self.steps, self.alpha, self.eot_samples, stop_after=self.stop_after)
+
+    def surface(self, trained: TransformSettings) -> list[Setting]:
+        """Missing rate x number of masks; noise and grid are those of the training."""
+        return mask_surface(
+            replace(trained, name=self.transform),
+            missing_rates=self.missing_rates,
+            mask_counts=self.mask_counts,
+            partitions=self.partitions,
+            average=self.average,
+        )
+
+    def sweep(self, trained: TransformSettings) -> list[Setting]:
+        """The noise levels; missing rate and grid are those of the training."""
+        return noise_sweep(replace(trained, name=self.transform), self.noise_stds, self.average)
+
+    @property
+    def trained_dir(self) -> Path:
+        """Where the runs of the table of trained variants are: runs/TRAINED."""
+        return Parameters(experiment=self.trained, workspace=self.workspace, smoke=self.smoke).experiment_dir
+
+
+@dataclass(frozen=True, kw_only=True)
 class Report(Parameters):
     """08: the runs that are compared.
 
@@ -695,7 +786,7 @@ class CrossCheck(Attacking):
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
     item.STAGE: item
-    for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Compare, Report, CrossCheck)
+    for item in (TrainClassifier, PretrainPurifier, FinetuneAtop, Attack, Visualize, Compare, Ablate, Report, CrossCheck)
 }
 REPORT = Report.STAGE  # of what others measured: no notebook of a recipe
 

@@ -12,6 +12,8 @@ from atoplib.checkpoints import CheckpointError, load_checkpoint
 from atoplib.purifiers import stage_outputs
 from atoplib.transforms import Draw, TransformSettings, assemble, corrupt, sample_draw
 
+AVERAGES = ("images", "logits")
+
 
 class AToPPipeline(nn.Module):
     """f(g(t(x))): (B, 3, H, W) in [0, 1] -> logits, differentiable end to end (Lin et al. 2024, figure 1).
@@ -91,6 +93,63 @@ class AToPPipeline(nn.Module):
         self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
     ) -> Float[Tensor, "batch classes"]:
         return self.classifier(self.purify(images, draw))
+
+
+class AveragedPipeline(AToPPipeline):
+    """f(mean_i g(t_i(x))): the mean over several independent draws t_i, masks and noise, as one module to attack.
+
+    The average is inside: every forward pass throws ``copies`` dice for each image, and gradients flow through all of them.
+    With ``copies`` = 1 it is the pipeline itself.
+
+    Args:
+        transform, purifier, classifier, seed: as ``AToPPipeline`` takes them.
+        copies: draws that are averaged, at least 1; so many times the cost of a pass.
+        average: ``images`` (purified images, read once) or ``logits`` (each is read, then the logits are averaged).
+
+    Raises:
+        ValueError: for copies < 1 or an unknown average.
+    """
+
+    def __init__(
+        self,
+        transform: TransformSettings,
+        purifier: nn.Module,
+        classifier: nn.Module,
+        *,
+        copies: int = 1,
+        average: str = "images",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(transform, purifier, classifier, seed=seed)
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        if average not in AVERAGES:
+            raise ValueError(f"unknown average {average!r}; allowed: {', '.join(AVERAGES)}")
+        self.copies = copies
+        self.average = average
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, copies={self.copies}, average={self.average}"
+
+    def purify(
+        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """The mean of g(t_i(x)), in and out in [0, 1]; a ``draw`` given is used alone, without an average."""
+        return self._mean(self._each(images)) if draw is None else super().purify(images, draw)
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+    ) -> Float[Tensor, "batch classes"]:
+        if draw is not None or self.average == "images":
+            return super().forward(images, draw)
+        return self._mean(self.classifier(self._each(images)))
+
+    def _each(self, images: Tensor) -> Tensor:
+        """Every copy purified, copy by copy: (copies * batch, 3, height, width)."""
+        return super().purify(images.repeat(self.copies, 1, 1, 1))
+
+    def _mean(self, values: Tensor) -> Tensor:
+        return values.unflatten(0, (self.copies, -1)).mean(dim=0)
 
 
 def load_pipeline(

@@ -13,12 +13,13 @@ from atoplib.batch import Job, Outcome, RecipeError, cli, find_recipe, main, mak
 from atoplib.batch.cli import parse_overrides
 from atoplib.batch.plan import report_job, select
 from atoplib.evaluation import PROTOCOLS, Score
-from atoplib.parameters import NOTEBOOKS, Attack, Compare
+from atoplib.parameters import NOTEBOOKS, Ablate, Attack, Compare
 from atoplib.runs import run_name
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 RECIPES = sorted(path.stem for path in (FOLDER / "recipes").glob("*.yaml"))
-STAGES = list(NOTEBOOKS)[:5]  # of every recipe
+STAGES = list(NOTEBOOKS)[:5]  # of every recipe without a grid
+GRIDS = [name for name in RECIPES if read_recipe(FOLDER / "recipes" / f"{name}.yaml").axes]
 FIRST = "01_train_classifier"
 
 
@@ -32,7 +33,7 @@ def plan(source: Path, overrides: Mapping[str, Any]) -> list[Job]:
     return make_plan(read_recipe(source), FOLDER, overrides)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name != "compare"])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*GRIDS, "compare")])
 def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_path):
     stages = plan(find_recipe(name, FOLDER), {"workspace": str(tmp_path)})
     assert [stage.name for stage in stages] == STAGES
@@ -67,6 +68,17 @@ def test_without_an_entry_called_at_a_comparison_looks_for_one_that_was_trained_
     source = recipe(tmp_path, "notebooks: {01_train_classifier: {}, 06_compare: {}}")
     *_, compared = plan(source, {"workspace": str(tmp_path)})
     assert compared.parameters.at_run == "latest"
+
+
+def test_the_ablation_trains_one_classifier_and_attacks_every_variant_once(tmp_path):
+    jobs = plan(find_recipe("ablate", FOLDER), {"workspace": str(tmp_path)})
+    by_stage = {stage: [job.parameters for job in jobs if job.stage == stage] for stage in STAGES[:4]}
+    assert [len(group) for group in by_stage.values()] == [1, 4, 8, 8]
+    assert [p.transform for p in by_stage["02_pretrain_purifier"]] == ["none", "rt1", "rt2", "rt3"]
+    assert len({(p.transform, p.variant) for p in by_stage["03_finetune_atop"]}) == 8
+    assert len({p.atop_run for p in by_stage["04_attack"]}) == 8
+    assert all(p.transform_changes == {} for p in by_stage["04_attack"])
+    assert {p.experiment for group in by_stage.values() for p in group} == {Ablate().trained}
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -14,6 +14,7 @@ from atoplib.batch import (
     NotebookFailed,
     comparison,
     complete_runs,
+    crossed,
     ledger,
     make_plan,
     markdown_table,
@@ -29,6 +30,7 @@ from atoplib.batch import (
 from atoplib.batch.ledger import Costs, note_start, set_aside, standing
 from atoplib.batch.sources import PACKAGE, code_hash
 from atoplib.runs import locked, open_run, read_json
+from atoplib.verdicts import wilson_interval
 
 FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("0[1-5]*.ipynb"))
@@ -305,6 +307,7 @@ def attacked(tmp_path: Path) -> list[Path]:
     for number, job in enumerate(jobs):
         make(job)
         score = {"defence": "AToP", "attack": "white-box", "one_shot": 0.5, "low": 0.25, "high": 0.75 + number / 1000}
+        score["images"] = 100
         clean = {**score, "attack": "clean", "one_shot": 0.75}
         metrics = {"scores": [clean, score]} if job.name == "04_attack" else {"test_accuracy": 0.875, "train_seconds": 2.0}
         (job.run_dir / "metrics.json").write_text(json.dumps(metrics))
@@ -322,6 +325,31 @@ def test_a_comparison_has_a_line_a_run_and_defence_and_a_column_an_attack(tmp_pa
     ]
     assert all(line["white-box %"].startswith("50.0 [25.0, 7") and line["clean %"].startswith("75.0 [") for line in lines)
     assert score_rows([]) == [] == comparison([])
+
+
+def test_two_parameters_of_the_trainings_are_crossed_and_runs_that_share_both_are_averaged(tmp_path):
+    grid = "\ngrid: {transform: [rt2, none], seed: [0, 1], 03_finetune_atop: {variant: [ft_clean, ft_adv]}}"
+    jobs = plan(tmp_path, CHAIN.replace("04_attack: }", "04_attack: {transform: null}}") + grid)
+    for job in jobs:
+        make(job)
+        if job.name == "04_attack":
+            share = {"one_shot": 0.5 if job.parameters.seed else 0.3, "low": 0.0, "high": 1.0, "images": 100}
+            scores = [{"defence": name, "attack": "white-box", **share} for name in ("undefended", "AP", "AToP")]
+            (job.run_dir / "metrics.json").write_text(json.dumps({"scores": scores}))
+    rows = score_rows(job.run_dir for job in reversed(jobs))
+    (surface,) = crossed(rows, down="transform", across="variant").values()
+    assert (surface.rows, surface.columns) == (("none", "rt2"), ("none (AP)", "ft_clean", "ft_adv"))
+    assert len(surface.cells) == 6
+    low, high = wilson_interval(40, 100)
+    for cell in surface.cells.values():
+        assert cell == pytest.approx({"accuracy": 0.4, "accuracy_low": low, "accuracy_high": high, "images": 100})
+    (weights,) = crossed(rows, down="seed", across="attack_sees").values()
+    assert (weights.rows, weights.columns) == (("0", "1"), ("pipeline",)), "AP is not fine-tuned against anything"
+    for noise_std, kept in ((0.1, 6), (0.5, 0)):  # that of the training, and another one
+        told = [{**row, "parameters": {**row["parameters"], "noise_std": noise_std}} for row in rows]
+        surfaces = crossed(told, down="transform", across="variant")
+        assert sum(len(surface.cells) for surface in surfaces.values()) == kept
+    assert crossed([], down="seed", across="variant") == {}
 
 
 def test_trainings_are_listed_with_what_tells_those_of_a_notebook_apart(tmp_path):

@@ -111,8 +111,9 @@ def run_notebook(stage: str, folder: Path, *options: str) -> nbformat.NotebookNo
     return nbformat.read(out, as_version=4)
 
 
-def test_before_anything_is_trained_the_explorer_shows_the_weights_of_the_kit(tmp_path: Path) -> None:
-    executed = run_notebook("05_visualize", tmp_path, "-p", "smoke", "True")
+@pytest.mark.parametrize("stage", ["05_visualize", "07_ablate"])
+def test_before_anything_is_trained_the_explorer_shows_the_weights_of_the_kit(stage: str, tmp_path: Path) -> None:
+    executed = run_notebook(stage, tmp_path, "-p", "smoke", "True")
     outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
     assert any("those that come with the kit" in output.get("text", "") for output in outputs)
     stills = [output.data for output in outputs if "atop-still" in output.get("data", {}).get("text/html", "")]

@@ -14,6 +14,7 @@ from atoplib.attacks import PGDSettings
 from atoplib.evaluation import PROTOCOLS, Budget
 from atoplib.parameters import (
     NOTEBOOKS,
+    Ablate,
     Attack,
     Compare,
     FinetuneAtop,
@@ -314,11 +315,34 @@ def test_the_attack_takes_another_transform_only_where_it_is_told_to():
         (Attack, {"transform": "rt4"}, "unknown transform 'rt4'"),
         (Attack, {"missing_rate": 1.0}, "missing_rate must lie in"),
         (Visualize, {"rows": 0}, "rows must be at least 1"),
+        (Ablate, {"missing_rates": ["0.1"]}, r"missing_rates must be a list of numbers, got \['0.1'\]"),
+        (Ablate, {"missing_rates": [1.0]}, "missing_rate must lie in"),
+        (Ablate, {"mask_counts": []}, "give at least one of each"),
+        (Ablate, {"mask_counts": [1.5]}, "mask_counts must be a list of whole numbers"),
+        (Ablate, {"vote_counts": [0]}, "vote_counts must be at least 1"),
+        (Ablate, {"partitions": [1]}, "num_masks must lie in"),
+        (Ablate, {"noise_stds": [-0.1]}, "noise_std must lie in"),
+        (Ablate, {"transform": "rt3"}, "for rt1 and rt2, not for 'rt3'"),
+        (Ablate, {"average": "votes"}, "unknown average 'votes'; allowed: images, logits"),
+        (Ablate, {"down": "transfrom"}, "no training has the parameter 'transfrom'"),
+        (Ablate, {"trained": "a/b"}, "experiment must be a plain folder name, got 'a/b'"),
+        (Ablate, {"num_draws": 0}, "num_draws must be at least 1"),
     ],
 )
 def test_what_the_pictures_and_the_attack_cannot_do_is_refused(kind, wrong, said):
     with pytest.raises(ParameterError, match=said):
         kind.from_mapping(wrong)
+
+
+def test_an_ablation_keeps_what_it_does_not_ask_about_as_it_was_trained():
+    asked = Ablate(missing_rates=[0.3], mask_counts=[2], partitions=[4], noise_stds=[0.25])
+    trained = TransformSettings("rt3", 0.15, 0.05, num_masks=8, grid_size=16)
+    masks, partition = asked.surface(trained)
+    assert masks.transform == replace(trained, name="rt2", missing_rate=0.3) and masks.copies == 2
+    assert partition.transform == replace(trained, name="rt3", num_masks=4)
+    (level,) = asked.sweep(trained)
+    assert level.transform == replace(trained, name="rt2", noise_std=0.25) and level.copies == 1
+    assert asked.trained_dir == asked.experiment_dir.with_name("ablate")
 
 
 def test_the_papers_attack_is_fgsm_from_the_image_itself():

@@ -15,6 +15,7 @@ from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import (
     comparison,
     complete_runs,
+    crossed,
     markdown_table,
     run_row,
     score_rows,
@@ -34,6 +35,7 @@ __all__ = [
     "Settings",
     "comparison",
     "complete_runs",
+    "crossed",
     "execute",
     "find_recipe",
     "main",

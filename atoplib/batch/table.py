@@ -3,13 +3,21 @@
 import csv
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atoplib.checkpoints import write_atomically
-from atoplib.parameters import REPORT
+from atoplib.parameters import REPORT, SEES, FinetuneAtop, PretrainPurifier
 from atoplib.runs import PLACES, read_json, recorded_inputs
+from atoplib.transforms import TRANSFORMS
+from atoplib.verdicts import wilson_interval
+
+if TYPE_CHECKING:
+    from atoplib.heatmaps import Surface
 
 Row = dict[str, Any]
+NOT_TUNED = "none (AP)"
+ORDER = (*TRANSFORMS, NOT_TUNED, "ft_clean", "ft_adv", *SEES)
+CHANGES = ("transform", "missing_rate", "noise_std", "num_masks")  # of 04_attack: measured otherwise than trained
 HEAD = ("run", "stage", "status", "seconds", "device", "revision")
 
 
@@ -117,7 +125,7 @@ def score_rows(run_dirs: Iterable[Path]) -> list[Row]:
         scores = (read_json(run_dir / "metrics.json") or {}).get("scores")
         parameters = run_row(run_dir) if isinstance(scores, list) else {}
         for entry in scores if isinstance(scores, list) else ():
-            names = ("defence", "attack", "low", "high")
+            names = ("defence", "attack", "images", "low", "high")
             row = {"run": run_dir.name, "accuracy": entry["one_shot"], **{name: entry[name] for name in names}}
             found.append({**row, "parameters": parameters})
     return found
@@ -166,3 +174,51 @@ def training_rows(run_dirs: Iterable[Path]) -> list[Row]:
             accuracy, seconds = 100 * row["metrics.test_accuracy"], row.get("metrics.train_seconds")
             lines.append({"run": row["run"], "varied": setting, "clean %": round(accuracy, 1), "seconds": seconds})
     return lines
+
+
+def crossed(rows: Iterable[Row], *, down: str, across: str) -> dict[str, "Surface"]:
+    """Accuracy of trained purifiers by two parameters of their training, for each attack.
+
+    A cell is the mean over the runs that share both values, with its 95 % interval over the images. AP is what was not
+    fine-tuned: the first value of ``variant``, and absent where fine-tuning alone has a parameter. Purifiers that were
+    measured behind another transform than their own are left out.
+
+    Args:
+        rows: of ``score_rows``.
+        down, across: names of parameters of the trainings.
+    """
+    from atoplib.heatmaps import Surface  # here, because a recipe should start without a second of matplotlib's import
+
+    found: dict[str, dict[tuple[Any, Any], list[Row]]] = {}
+    for row in rows:
+        key = trained_with(row, down), trained_with(row, across)
+        as_trained = all(row["parameters"].get(name) in (None, trained_with(row, name)) for name in CHANGES)
+        if None not in key and as_trained:
+            found.setdefault(row["attack"], {}).setdefault(key, []).append(row)
+    surfaces = {}
+    for attack, groups in found.items():
+        cells = {(cell(one), cell(other)): pooled(group) for (one, other), group in groups.items()}
+        names = ([cell(value) for value in sorted({key[place] for key in groups}, key=rank)] for place in (0, 1))
+        surfaces[attack] = Surface(*map(tuple, names), cells)
+    return surfaces
+
+
+def trained_with(row: Row, name: str) -> Any:
+    """A parameter of the training of the purifier that a row of ``score_rows`` is about; None if there is none."""
+    if row["defence"] == "AP":
+        return NOT_TUNED if name == "variant" else row["parameters"].get(f"{PretrainPurifier.STAGE}.{name}")
+    return row["parameters"].get(f"{FinetuneAtop.STAGE}.{name}") if row["defence"] == "AToP" else None
+
+
+def pooled(rows: Sequence[Row]) -> Row:
+    """The mean accuracy of some rows, with the interval of one of them over its images."""
+    accuracy, images = sum(row["accuracy"] for row in rows) / len(rows), min(row["images"] for row in rows)
+    low, high = wilson_interval(accuracy * images, images)
+    return {"accuracy": accuracy, "accuracy_low": low, "accuracy_high": high, "images": images}
+
+
+def rank(value: Any) -> tuple[int, Any]:
+    """Sorts values of a parameter: numbers, then names in the order of their meaning, then others by name."""
+    if isinstance(value, int | float):
+        return (0, value)
+    return (1, ORDER.index(value)) if value in ORDER else (2, str(value))

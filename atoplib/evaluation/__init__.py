@@ -1,5 +1,6 @@
 """Honest numbers: accuracy under attacks with its interval, for every way to judge a random defence, by named protocols."""
 
+from atoplib.evaluation.ablation import Cell, Setting, ablate, mask_surface, noise_sweep
 from atoplib.evaluation.costs import Cost, cost_table, measure_cost
 from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate, with_worst_unseen
 from atoplib.evaluation.protocols import (
@@ -23,6 +24,7 @@ __all__ = [
     "PROTOCOLS",
     "WORST",
     "Budget",
+    "Cell",
     "Comparison",
     "Cost",
     "Evaluation",
@@ -31,6 +33,8 @@ __all__ = [
     "Protocol",
     "Quality",
     "Score",
+    "Setting",
+    "ablate",
     "adjusted",
     "attacked_norms",
     "compare",
@@ -40,7 +44,9 @@ __all__ = [
     "evaluate",
     "judge_draws",
     "lee_kim_indices",
+    "mask_surface",
     "measure_cost",
+    "noise_sweep",
     "purification_quality",
     "score",
     "training_attack",

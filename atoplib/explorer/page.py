@@ -15,11 +15,11 @@ from atoplib.explorer.compute import RobustCurve, View
 from atoplib.explorer.knobs import NO_ATTACK
 from atoplib.explorer.suite import title
 from atoplib.figures import MINUS, RIGHT, WRONG
+from atoplib.heatmaps import TRANSFORM_NAMES
 from atoplib.verdicts import wilson_interval
 
 MOST_CLASSES = 10  # bars under a picture; of more classes, the likeliest and the true one
 CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
-TRANSFORM_NAMES = {"none": "no transform", "rt1": "RT1", "rt2": "RT2", "rt3": "RT3"}
 NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2", "flow": "flow"}
 SEES_NAMES = {
     "pipeline": "the pipeline",

@@ -1,5 +1,9 @@
 """What is on screen as one matplotlib figure: for a paper, and for a notebook that nobody watches."""
 
+import base64
+import io
+from html import escape
+
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -46,6 +50,15 @@ def still(view: View) -> Figure:
     _votes(figure.add_subplot(last[0]), view)
     _path(figure.add_subplot(last[1]), view)
     return figure
+
+
+def figure_bundle(figure: Figure, name: str, alt: str) -> dict[str, str]:
+    """A figure as HTML, hidden by the explorer of this name where that is alive, and as PNG for readers without HTML."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    png = base64.b64encode(buffer.getvalue()).decode()
+    image = f'<img src="data:image/png;base64,{png}" alt="{escape(alt)}" style="max-width: 100%">'
+    return {"text/html": f'<div class="atop-still-{name}">{image}</div>', "image/png": png}
 
 
 def _text(size: float = SMALL, colour: str = INK) -> dict:

@@ -4,8 +4,6 @@ The knobs (``self.knobs``) are the truth; controls mirror them. A control's chan
 worker, which computes and shows; what belongs to other knobs than the present ones is dimmed until then.
 """
 
-import base64
-import io
 import threading
 import time
 import uuid
@@ -40,7 +38,7 @@ from atoplib.explorer.knobs import (
     presets,
     to_yaml,
 )
-from atoplib.explorer.still import still
+from atoplib.explorer.still import figure_bundle, still
 from atoplib.explorer.suite import ATTACKS, AttackEntry, title
 from atoplib.explorer.worker import Ticket, Worker
 from atoplib.figures import save_figure
@@ -641,10 +639,5 @@ def make_explorer(
 
 
 def still_bundle(view: compute.View, name: str) -> dict[str, str]:
-    """The still as HTML, hidden by the explorer of this name where that is alive, and as PNG for readers without HTML."""
-    buffer = io.BytesIO()
-    still(view).savefig(buffer, format="png", metadata={"Software": None})
-    png = base64.b64encode(buffer.getvalue()).decode()
-    alt = escape(f"{page.defence_text(view)}; {page.attack_text(view)}")
-    image = f'<img src="data:image/png;base64,{png}" alt="{alt}" style="max-width: 100%">'
-    return {"text/html": f'<div class="atop-still-{name}">{image}</div>', "image/png": png}
+    """The still as ``figure_bundle`` has it."""
+    return figure_bundle(still(view), name, f"{page.defence_text(view)}; {page.attack_text(view)}")
