@@ -34,7 +34,7 @@ import torch
 
 from atoplib.checkpoints import write_json
 
-PLACES = ("workspace", "data_dir", "device")  # where a run happens does not change what it is
+PLACES = ("workspace", "data_dir", "device", "processes")  # where a run happens does not change what it is
 PACKAGES = ("torch", "torchvision", "numpy", "torchattacks", "papermill")
 
 
@@ -160,6 +160,14 @@ class Run:
         with suppress(OSError):
             part.write_text(line + "\n")
             os.replace(part, self.path / "progress.txt")
+
+
+def latest_line(run_dir: Path) -> str:
+    """The run's line of progress, empty before there is one."""
+    try:
+        return (run_dir / "progress.txt").read_text().strip()
+    except OSError:
+        return ""
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Several processes train as one does: the same numbers up to rounding, saved by one of them, stopped together."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,15 @@ import torch
 from test_training import KINDS, SETTINGS, Training, colourful, same, tiny_classifier, tiny_pipeline, without_times
 from torch import Tensor, nn
 
+from atoplib import stages
 from atoplib.attacks import PGDSettings
 from atoplib.checkpoints import load_state
 from atoplib.losses import Objective
+from atoplib.parameters import PretrainPurifier, TrainClassifier
+from atoplib.runs import locked, read_json, run_name
 from atoplib.shares import WHOLE, Share
 from atoplib.training import FineTuningAttack, classifier_step, fit, purifier_step
+from atoplib.training.__main__ import main
 from atoplib.training.processes import begin_together, joined, share_of
 from atoplib.transforms import TransformSettings, sample_draw
 
@@ -150,3 +156,76 @@ def test_without_torchrun_a_process_is_alone(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with joined(7, device=torch.device("cpu")) as share:
         assert share is WHOLE
+
+
+# --- the command, and the notebooks that start it
+
+
+def parameters(workspace: Path, **changes: object) -> TrainClassifier:
+    tiny = {"classifier_options": {"width": 2, "stem_stride": 2}, "max_train": 256, "max_test": 50, "epochs": 30}
+    here = {"workspace": str(workspace), "device": "cpu", "dtype": "float32", "learning_rate": 0.02}
+    return TrainClassifier.from_mapping({**tiny, **here, "batch_size": 32, **changes})
+
+
+def test_a_notebook_stops_its_processes_goes_on_with_them_and_reads_back_what_one_would_train(tmp_path, monkeypatch):
+    first = parameters(tmp_path, epochs=1)
+    dataset = first.load_data()
+    stages.train(first, stages.classifier_stage(first, dataset), dataset)
+    tiny = {"purifier_options": {"width": 4, "blocks": 0, "fold": 4}, "max_train": 256, "max_test": 50, "epochs": 20}
+    here = {"workspace": str(tmp_path), "device": "cpu", "dtype": "float32", "learning_rate": 0.001, "batch_size": 16}
+    p = PretrainPurifier.from_mapping({**tiny, **here, "processes": 2})
+    run_dir = p.experiment_dir / run_name(p.STAGE, p.as_dict())
+
+    def interrupt(path: Path) -> str:
+        if (run_dir / "progress.txt").exists():
+            raise KeyboardInterrupt
+        return ""
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(stages, "latest_line", interrupt)
+        stages.train(p, stages.pretraining_stage(p, dataset), dataset)
+    assert read_json(run_dir / "manifest.json")["status"] == "interrupted"
+    assert 0 < load_state(run_dir / "state.pt")[0]["step"] < 320
+    stage = stages.pretraining_stage(p, dataset)
+    together = stages.train(p, stage, dataset)
+    assert read_json(run_dir / "manifest.json")["status"] == "complete" and together.run.path == run_dir
+    assert not stage.model.training and stages.accuracy(stage.model, dataset.test) == together.test_accuracy
+    weights = {name: weight.clone() for name, weight in stage.result.state_dict().items()}
+    run_dir.rename(tmp_path / "together")
+    p = replace(p, processes=1)
+    stage = stages.pretraining_stage(p, dataset)
+    alone = stages.train(p, stage, dataset)
+    assert alone.run.path == run_dir  # by how many a run is trained does not change what it is
+    assert alone.test_accuracy == pytest.approx(together.test_accuracy, abs=0.05)
+    for entry, wanted in zip(together.history, alone.history, strict=True):
+        assert entry["loss"] == pytest.approx(wanted["loss"], rel=1e-3) and entry["epoch"] == wanted["epoch"]
+    for name, wanted in stage.result.state_dict().items():
+        torch.testing.assert_close(weights[name], wanted, atol=5e-3, rtol=0.01)
+
+
+def test_why_the_processes_failed_is_told_in_a_sentence(tmp_path, monkeypatch):
+    (tmp_path / "python").write_text("#!/bin/sh\necho starting; echo 'atoplib.training: no luck'; echo gone; exit 1\n")
+    (tmp_path / "python").chmod(0o755)
+    p = parameters(tmp_path, processes=2)
+    stage = stages.classifier_stage(p, dataset := p.load_data())
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(stages.TrainingFailed, match=r"2 processes did not train 01_.* to its end: no luck\nlog: .*\.log"):
+        stages.train(p, stage, dataset)
+    with pytest.raises(ValueError, match="a network of your own cannot be built by 2 processes: choose processes = 1"):
+        stages.train(p, replace(stage, own=True), dataset)
+
+
+def test_the_command_trains_alone_as_a_notebook_does_and_complains_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    p = parameters(tmp_path, epochs=1)
+    (tmp_path / "p.yaml").write_text(json.dumps({**p.as_dict(), "learning_rate": "1/50"}))
+    main([p.STAGE, str(tmp_path / "p.yaml")])
+    run_dir = p.experiment_dir / run_name(p.STAGE, p.as_dict())
+    assert f"run directory: {run_dir}" in capsys.readouterr().out and (run_dir / "classifier.safetensors").is_file()
+    with locked(run_dir / "run.lock"), pytest.raises(SystemExit, match="1"):
+        main([p.STAGE, str(tmp_path / "p.yaml")])
+    assert "atoplib.training: " in (said := capsys.readouterr().err) and "is in use by process" in said
+    (tmp_path / "p.yaml").write_text("epochz: 3")
+    with pytest.raises(SystemExit, match="1"):
+        main([p.STAGE, str(tmp_path / "p.yaml")])
+    assert "atoplib.training: 01_train_classifier has no parameter 'epochz'" in capsys.readouterr().err

@@ -38,21 +38,21 @@ def joined(batch_size: int, *, device: torch.device) -> Iterator[Share]:
         ValueError: if the processes cannot share a batch equally.
     """
     processes = int(os.environ.get("WORLD_SIZE", 1))
+    share = share_of(batch_size, int(os.environ.get("RANK", 0)), processes)
     if processes == 1:
-        yield WHOLE
+        yield share
         return
-    share = share_of(batch_size, int(os.environ["RANK"]), processes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
-    try:
-        yield share
-    finally:
-        dist.destroy_process_group()
+    yield share
+    dist.destroy_process_group()  # not after an error: it would wait for the others
 
 
 def share_of(batch_size: int, rank: int, processes: int) -> Share:
     """One process's share of every batch; raises ValueError if a batch cannot be shared equally."""
+    if processes == 1:
+        return WHOLE
     if batch_size % processes:
         raise ValueError(
             f"batch_size {batch_size} cannot be shared equally by {processes} processes; choose a multiple of {processes}"
