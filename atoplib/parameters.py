@@ -175,6 +175,7 @@ class Training(Parameters):
 
     Attributes:
         processes: that share every batch, a GPU each where there are any; 1 trains in the notebook's own process.
+        keep_every: epochs after which a checkpoint of its own is kept beside the last one; 0 keeps the last one only.
     """
 
     epochs: int = 3
@@ -190,6 +191,7 @@ class Training(Parameters):
     dtype: str = "auto"
     max_steps: int | None = None
     processes: int = 1
+    keep_every: int = 0
 
     SMOKE = {"max_train": 64, "max_test": 16, "max_steps": 2, "batch_size": 8}
 
@@ -199,6 +201,8 @@ class Training(Parameters):
         if self.processes < 1:
             raise ValueError(f"processes must be at least 1, got {self.processes}")
         share_of(self.batch_size, 0, self.processes)
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every must be 0 (keep the last one only) or more, got {self.keep_every}")
 
     @property
     def training(self) -> TrainingSettings:

@@ -215,18 +215,23 @@ def train_here(
         reseed(stage.model, p.seed)
         test_accuracy = accuracy(stage.model, dataset.test)
         run.record(test_accuracy=test_accuracy, **stage.before, history=history, train_seconds=history[-1]["seconds"])
-        save_checkpoint(
-            run.path / f"{stage.kind}.safetensors",
-            stage.result,
-            kind=stage.kind,
-            architecture=stage.architecture,
-            options=stage.options,
-            dataset=p.dataset,
-            metrics={"test_accuracy": test_accuracy},
-            parameters=p.as_dict(),
-            **stage.facts,
-        )
+        save_stage(p, stage, run.path / f"{stage.kind}.safetensors", stage.result, metrics={"test_accuracy": test_accuracy})
     return Trained(run, history, test_accuracy)
+
+
+def save_stage(p: Training, stage: Stage, path: Path, network: nn.Module, **facts: Any) -> None:
+    """Save a stage's network with all that is needed to build it again."""
+    save_checkpoint(
+        path,
+        network,
+        kind=stage.kind,
+        architecture=stage.architecture,
+        options=stage.options,
+        dataset=p.dataset,
+        parameters=p.as_dict(),
+        **stage.facts,
+        **facts,
+    )
 
 
 def fit_stage(p: Training, stage: Stage, dataset: Dataset, run: Run, share: Share, **shown: Any) -> list[dict[str, float]]:
@@ -234,6 +239,10 @@ def fit_stage(p: Training, stage: Stage, dataset: Dataset, run: Run, share: Shar
 
     def validate(model: nn.Module) -> dict[str, float]:
         return {"test_accuracy": accuracy(model, dataset.test)}
+
+    def keep(model: nn.Module, epoch: int) -> None:
+        if epoch % p.keep_every == 0:
+            save_stage(p, stage, run.path / f"{stage.kind}-epoch{epoch:04d}.safetensors", model, epoch=epoch)
 
     return fit(
         stage.step,
@@ -243,6 +252,7 @@ def fit_stage(p: Training, stage: Stage, dataset: Dataset, run: Run, share: Shar
         state_path=run.state_path,
         identity={"run": run.path.name, "data": fingerprint(dataset.train)},
         validate=validate if stage.validate else None,
+        keep=keep if p.keep_every else None,
         share=share,
         **shown,
     )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atoplib import stages
 from atoplib.attacks import PGDSettings
-from atoplib.checkpoints import load_state
+from atoplib.checkpoints import load_checkpoint, load_state
 from atoplib.losses import Objective
 from atoplib.parameters import PretrainPurifier, TrainClassifier
 from atoplib.runs import locked, read_json, run_name
@@ -238,3 +238,17 @@ def test_the_command_trains_alone_as_a_notebook_does_and_complains_in_a_sentence
     with pytest.raises(SystemExit, match="1"):
         main([p.STAGE, str(tmp_path / "p.yaml")])
     assert "atoplib.training: 01_train_classifier has no parameter 'epochz'" in capsys.readouterr().err
+
+
+def test_every_nth_epoch_keeps_a_checkpoint_of_its_own_and_the_last_one_is_the_result(tmp_path):
+    p = parameters(tmp_path, epochs=5, max_train=32, batch_size=16, keep_every=2, ema_decay=0.5)
+    stage = stages.classifier_stage(p, dataset := p.load_data())
+    run, history, _ = stages.train(p, stage, dataset)
+    assert run.path.name == run_name(p.STAGE, replace(p, keep_every=0).as_dict())
+    names = ["classifier-epoch0002.safetensors", "classifier-epoch0004.safetensors", "classifier.safetensors"]
+    assert sorted(path.name for path in run.path.glob("*.safetensors")) == names
+    for name, entry in zip(names, (history[1], history[3], history[4]), strict=True):
+        kept, header = load_checkpoint(run.path / name, kind="classifier")
+        assert stages.accuracy(kept, dataset.test) == entry["test_accuracy"] and header.get("epoch", 5) == entry["epoch"]
+    with pytest.raises(ValueError, match="keep_every must be 0 .* or more, got -1"):
+        parameters(tmp_path, keep_every=-1)

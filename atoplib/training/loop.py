@@ -237,6 +237,7 @@ def fit(
     notify: Callable[[str], None] | None = None,
     save_every: float = 60.0,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    keep: Callable[[nn.Module, int], None] | None = None,
     share: Share = WHOLE,
 ) -> list[dict[str, float]]:
     """Train ``networks`` in place; the first one is the result and, with ``ema_decay``, ends as its average.
@@ -254,6 +255,8 @@ def fit(
         progress: called at the start, every few steps and at the end of an epoch, with images done and in all by this call.
         notify: called with a sentence when something a person should know happens (a damaged state was passed over).
         validate: called with the first network (averaged, in eval mode) after every epoch; its numbers join the history.
+        keep: called as ``validate`` is, and with the number of whole epochs that are done, to save what should stay; of
+            several processes by the first one alone.
         share: of every batch that this process computes, where several train together (``processes.joined``); each of them
             calls this with the same arguments, and the first one alone reads and writes the state.
 
@@ -348,7 +351,10 @@ def fit(
                 if sums and (step == total or step % steps_per_epoch == 0):
                     count = (step - 1) % steps_per_epoch + 1
                     means = {name: float(value) / count for name, value in sums.items()}
-                    numbers = validate((averaged.module if averaged else result).eval()) if validate else {}
+                    shown = (averaged.module if averaged else result).eval()
+                    numbers = validate(shown) if validate else {}
+                    if keep and share.rank == 0 and step % steps_per_epoch == 0:
+                        keep(shown, step // steps_per_epoch)
                     result.train()
                     means |= {**numbers, "seconds": seconds_before + time.monotonic() - started}
                     history, sums = [*history, {"epoch": step / steps_per_epoch, **means}], {}
