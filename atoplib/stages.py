@@ -30,11 +30,6 @@ from atoplib.verdicts import reseed
 POLL_SECONDS = 0.2
 STOP_SECONDS = 45  # for processes to save and end after a Ctrl-C; torchrun kills what has not ended after 30
 COMPLAINT = "atoplib.training: "  # begins the line in which a process says why it cannot go on
-TITLES = {
-    TrainClassifier.STAGE: "training the classifier",
-    PretrainPurifier.STAGE: "pre-training the purifier",
-    FinetuneAtop.STAGE: "fine-tuning the purifier",
-}
 
 
 class TrainingFailed(RuntimeError):
@@ -46,6 +41,7 @@ class Stage:
     """What one of the notebooks trains, and all that belongs to its checkpoint.
 
     Attributes:
+        title: of its progress.
         networks: by name; the first one, ``classifier`` or ``purifier``, is the result.
         step: of the training.
         model: what reads the test images: the classifier, or the pipeline.
@@ -57,6 +53,7 @@ class Stage:
         own: whether a network was given that the parameters do not describe.
     """
 
+    title: str
     networks: dict[str, nn.Module]
     step: Step
     model: nn.Module
@@ -95,6 +92,7 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
     network = build_classifier(p.classifier, **options) if classifier is None else classifier
     network = network.to(p.torch_device, memory_format=torch.channels_last)
     return Stage(
+        "training the classifier",
         {"classifier": network},
         classifier_step(network, label_smoothing=p.label_smoothing, attack=p.attack),
         network,
@@ -123,6 +121,7 @@ def pretraining_stage(p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Mod
     network = network.to(p.torch_device, memory_format=torch.channels_last)
     pipeline, networks = pipeline_of(p, network, classifier)
     return Stage(
+        "pre-training the purifier",
         networks,
         purifier_step(pipeline, p.objective, discriminator=networks.get("discriminator")),
         pipeline,
@@ -145,6 +144,7 @@ def finetuning_stage(p: FinetuneAtop, dataset: Dataset, *, classifier: nn.Module
     before = accuracy(pipeline.eval(), dataset.test)
     discriminator = networks.get("discriminator")
     return Stage(
+        "fine-tuning the purifier",
         networks,
         purifier_step(pipeline.train(), p.objective, attack=p.attack, discriminator=discriminator),
         pipeline,
@@ -190,7 +190,7 @@ def train(p: Training, stage: Stage, dataset: Dataset, *, notify: Callable[[str]
         return train_here(p, stage, dataset, notify=notify)
     if stage.own:
         raise ValueError(f"a network of your own cannot be built by {p.processes} processes: choose processes = 1")
-    launch(p)
+    launch(p, stage.title)
     return read_back(p, stage)
 
 
@@ -209,7 +209,7 @@ def train_here(
     with open_run(p.experiment_dir, p.STAGE, p.as_dict(), device=p.torch_device) as run:
         if stage.inputs:
             run.input(**stage.inputs)
-        line = ProgressLine(TITLES[p.STAGE], listener=run.progress)
+        line = ProgressLine(stage.title, listener=run.progress)
         history = fit_stage(p, stage, dataset, run, share, progress=lambda *report: line(*report), notify=notify)
         stage.model.eval()
         reseed(stage.model, p.seed)
@@ -258,7 +258,7 @@ def fit_stage(p: Training, stage: Stage, dataset: Dataset, run: Run, share: Shar
     )
 
 
-def launch(p: Training) -> None:
+def launch(p: Training, title: str) -> None:
     """Have torchrun start the processes that train a stage, show how far they are, and wait for their end.
 
     A Ctrl-C has them save and end. They do so, too, when this process is gone.
@@ -272,7 +272,7 @@ def launch(p: Training) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(p.processes)]
     command = [*torchrun, "-m", "atoplib.training", p.STAGE, str(parameters_file), "--follow-parent"]
     threads = max(1, len(os.sched_getaffinity(0)) // p.processes)
-    line, shown = ProgressLine(TITLES[p.STAGE]), ""
+    line, shown = ProgressLine(title), ""
     (path / "progress.txt").unlink(missing_ok=True)
     with log_path.open("w") as log:
         process = subprocess.Popen(
