@@ -28,6 +28,7 @@ from atoplib.pretrained import COMES_WITH, available, weights_path
 from atoplib.purifiers import build_purifier
 from atoplib.runs import find_run, finished_runs, workspace_dir
 from atoplib.training import DTYPES, FineTuningAttack, TrainingSettings, compute_dtype
+from atoplib.training.processes import share_of
 from atoplib.transforms import TransformSettings
 
 STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the order that the literature numbers them in
@@ -173,7 +174,12 @@ class Parameters:
 
 @dataclass(frozen=True, kw_only=True)
 class Training(Parameters):
-    """What every training notebook takes: the fields of ``training.TrainingSettings``."""
+    """What every training notebook takes: the fields of ``training.TrainingSettings``.
+
+    Attributes:
+        processes: that share every batch, a GPU each where there are any; 1 trains in the notebook's own process.
+        keep_every: epochs after which a checkpoint of its own is kept beside the last one; 0 keeps the last one only.
+    """
 
     epochs: int = 3
     batch_size: int = 64
@@ -187,12 +193,19 @@ class Training(Parameters):
     flip: bool = False
     dtype: str = "auto"
     max_steps: int | None = None
+    processes: int = 1
+    keep_every: int = 0
 
     SMOKE = {"max_train": 64, "max_test": 16, "max_steps": 2, "batch_size": 8}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.training
+        if self.processes < 1:
+            raise ValueError(f"processes must be at least 1, got {self.processes}")
+        share_of(self.batch_size, 0, self.processes)
+        if self.keep_every < 0:
+            raise ValueError(f"keep_every must be 0 (keep the last one only) or more, got {self.keep_every}")
 
     @property
     def training(self) -> TrainingSettings:

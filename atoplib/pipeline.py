@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from atoplib.checkpoints import CheckpointError, load_checkpoint
 from atoplib.purifiers import stage_outputs
+from atoplib.shares import WHOLE, Share
 from atoplib.transforms import Draw, TransformSettings, assemble, corrupt, sample_draw
 
 AVERAGES = ("images", "logits")
@@ -47,9 +48,10 @@ class AToPPipeline(nn.Module):
     def extra_repr(self) -> str:
         return f"transform={self.transform}"
 
-    def reseed(self, seed: int) -> None:
-        """Start the pipeline's random numbers anew from ``seed``."""
+    def reseed(self, seed: int, share: Share = WHOLE) -> None:
+        """Start the pipeline's random numbers anew from ``seed``; ``share`` says which part of a batch it will be given."""
         self.seed = seed
+        self._share = share
         self._generators.clear()
 
     @contextmanager
@@ -63,6 +65,7 @@ class AToPPipeline(nn.Module):
             self._generators, self._fixed_seed = kept, outer
 
     _fixed_seed: int | None = None
+    _share: Share = WHOLE
 
     def draw(self, images: Float[Tensor, "batch 3 height width"]) -> Draw:
         """Throw the dice for these images, the next of the pipeline's sequence (or the fixed ones)."""
@@ -73,7 +76,9 @@ class AToPPipeline(nn.Module):
             if device not in self._generators:
                 self._generators[device] = torch.Generator(device).manual_seed(self.seed)
             generator = self._generators[device]
-        return sample_draw(self.transform, images.shape, generator=generator, device=device, dtype=images.dtype)
+        return sample_draw(
+            self.transform, images.shape, generator=generator, device=device, dtype=images.dtype, share=self._share
+        )
 
     def purify_stages(
         self, images: Float[Tensor, "batch 3 height width"], draw: Draw

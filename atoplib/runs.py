@@ -5,7 +5,7 @@
         parameters.json   what the notebook was run with
         metrics.json      what it measured
         figures/*.png     what it showed
-        *.safetensors     what it trained
+        *.safetensors     what it trained; *-epoch0003.safetensors: after so many epochs
         state.pt          where an unfinished training goes on
 
 The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own. A run
@@ -34,7 +34,8 @@ import torch
 
 from atoplib.checkpoints import write_json
 
-PLACES = ("workspace", "data_dir", "device")  # where a run happens does not change what it is
+# Where a run happens, and what it leaves on the way, does not change what it is.
+PLACES = ("workspace", "data_dir", "device", "processes", "keep_every")
 PACKAGES = ("torch", "torchvision", "numpy", "torchattacks", "papermill")
 
 
@@ -160,6 +161,14 @@ class Run:
         with suppress(OSError):
             part.write_text(line + "\n")
             os.replace(part, self.path / "progress.txt")
+
+
+def latest_line(run_dir: Path) -> str:
+    """The run's line of progress, empty before there is one."""
+    try:
+        return (run_dir / "progress.txt").read_text().strip()
+    except OSError:
+        return ""
 
 
 @contextmanager

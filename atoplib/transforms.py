@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atoplib.shares import WHOLE, Share
+
 TRANSFORMS = ("none", "rt1", "rt2", "rt3")
 
 
@@ -72,9 +74,9 @@ def patch_size(height: int, width: int, grid_size: int) -> tuple[int, int]:
     return height // grid_size, width // grid_size
 
 
-def _ranks(batch: int, patches: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+def _ranks(batch: int, patches: int, generator: torch.Generator | None, device: torch.device, share: Share) -> Tensor:
     """A random order of the patches for each image: (batch, patches), every row a permutation."""
-    scores = torch.rand(batch, patches, generator=generator, device=device)
+    scores = share.throw(torch.rand, (batch, patches), generator=generator, device=device)
     return scores.argsort(dim=1).argsort(dim=1)
 
 
@@ -93,6 +95,7 @@ def sample_draw(
     generator: torch.Generator | None = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    share: Share = WHOLE,
 ) -> Draw:
     """Throw the dice of a transform: a mask and noise of its own for each image.
 
@@ -101,6 +104,7 @@ def sample_draw(
         shape: of the images, (batch, 3, height, width).
         generator: on ``device``; the global one if None.
         dtype: of noise and masks; the dice are thrown in float32 whatever it is, so it does not change the draw.
+        share: of the batch that the images are, where several processes train together.
 
     Returns:
         noise and masks, on ``device``.
@@ -117,17 +121,17 @@ def sample_draw(
     patches = grid * grid
     noise = None
     if settings.name in ("rt2", "rt3") and settings.noise_std > 0:
-        noise = torch.randn(batch, channels, height, width, generator=generator, device=device)
+        noise = share.throw(torch.randn, (batch, channels, height, width), generator=generator, device=device)
         noise = (noise * settings.noise_std).to(dtype)
     if settings.name == "none":
         missing = torch.zeros(1, batch, patches, device=device)
     elif settings.name == "rt3":
-        group = _ranks(batch, patches, generator, device) % settings.num_masks
+        group = _ranks(batch, patches, generator, device, share) % settings.num_masks
         numbers = torch.arange(settings.num_masks, device=device).view(-1, 1, 1)
         missing = (group == numbers).float()
     else:
         count = floor(settings.missing_rate * patches)
-        missing = (_ranks(batch, patches, generator, device) < count).float().unsqueeze(0)
+        missing = (_ranks(batch, patches, generator, device, share) < count).float().unsqueeze(0)
     return Draw(noise, _to_pixels(missing.to(dtype), height, width, grid), settings.name == "rt3")
 
 

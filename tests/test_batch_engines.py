@@ -57,13 +57,17 @@ def jobs(tmp_path, monkeypatch) -> list[Job]:
 # A Slurm for tests, of this machine: what submitit calls, each a few lines.
 SLURM = {
     "sbatch": """
-import os, pathlib, subprocess, sys
-here = pathlib.Path(__file__).parent
-number = len(list(here.glob("*.pid"))) + 1
-environment = {**os.environ, "SLURM_JOB_ID": str(number), "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
-process = subprocess.Popen(["bash", sys.argv[1]], env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL)
-(here / f"{number}.pid").write_text(str(process.pid))
+import os, pathlib, re, subprocess, sys
+here, script = pathlib.Path(__file__).parent, pathlib.Path(sys.argv[1]).read_text()
+number = len({path.stem.split("_")[0] for path in here.glob("*.pid")}) + 1
+last = re.search("--array=0-([0-9]+)", script)
+for task in range(int(last[1]) + 1) if last else [None]:
+    array = {} if task is None else {"SLURM_ARRAY_JOB_ID": str(number), "SLURM_ARRAY_TASK_ID": str(task)}
+    name = str(number) if task is None else f"{number}_{task}"
+    environment = {**os.environ, **array, "SLURM_JOB_ID": str(number), "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}
+    process = subprocess.Popen(["bash", sys.argv[1]], env=environment, start_new_session=True, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)
+    (here / f"{name}.pid").write_text(str(process.pid))
 print("Submitted batch job", number)
 """,
     "srun": """
@@ -73,6 +77,8 @@ while arguments[0].startswith("--"):
     option = arguments.pop(0)
     if option in ("--output", "--error"):
         path = arguments.pop(0).replace("%j", os.environ["SLURM_JOB_ID"]).replace("%t", "0")
+        for letter, name in (("%A", "SLURM_ARRAY_JOB_ID"), ("%a", "SLURM_ARRAY_TASK_ID")):
+            path = path.replace(letter, os.environ.get(name, ""))
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1 if option == "--output" else 2)
 os.execvp(arguments[0], arguments)
 """,
@@ -141,6 +147,15 @@ def test_a_slurm_job_asks_for_what_the_options_say(jobs, tmp_path, slurm):
     (script,) = (tmp_path / "slurm").glob("*_submission.sh")
     asked = {line.removeprefix("#SBATCH --") for line in script.read_text().splitlines()}
     assert {"partition=long", "gpus-per-node=1", "mem=4GB", "cpus-per-task=1", "time=1440"} <= asked
+
+
+def test_jobs_that_are_ready_together_are_one_job_array(jobs, tmp_path, slurm):
+    pytest.importorskip("submitit")
+    jobs = [job for job in jobs if job.name < "03"]
+    found = statuses(jobs, "slurm", **options_of("slurm", tmp_path))
+    assert list(found.values()) == ["complete"] * 4
+    assert sorted(path.stem for path in slurm.glob("*.pid")) == ["1", "2_0", "2_1", "2_2"]  # the three wait for the first
+    assert [len((job.run_dir / "made").read_text().splitlines()) for job in jobs] == [1] * 4
 
 
 @pytest.mark.parametrize("there, option, message", [(False, "slurm_partition", "srun"), (True, "partitoin", "partitoin")])

@@ -54,14 +54,18 @@ def one_thread_and_a_look_at_every_step(monkeypatch):
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def split() -> Split:
+def colourful() -> Split:
     """44 images, so that four are left out of each epoch, whose class can be seen in their colour."""
     dice = torch.Generator().manual_seed(0)
     labels = torch.arange(44) % 3
     images = torch.randint(0, 120, (44, 3, 16, 16), generator=dice, dtype=torch.uint8)
     images[torch.arange(44), labels] += 120
     return Split(images, labels)
+
+
+@pytest.fixture(scope="module")
+def split() -> Split:
+    return colourful()
 
 
 def tiny_classifier(seed: int = 0) -> nn.Module:

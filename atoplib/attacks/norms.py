@@ -4,6 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atoplib.shares import WHOLE, Share
+
 NORMS = ("linf", "l2")
 
 
@@ -58,15 +60,19 @@ def project(
 
 
 def random_start(
-    images: Float[Tensor, "batch 3 height width"], eps: float, norm: str, generator: torch.Generator | None
+    images: Float[Tensor, "batch 3 height width"],
+    eps: float,
+    norm: str,
+    generator: torch.Generator | None,
+    share: Share = WHOLE,
 ) -> Float[Tensor, "batch 3 height width"]:
     """A point within ``eps`` of each image: uniform in the cube (linf), uniform in the ball (l2); clipped to [0, 1]."""
     _check(norm)
     shape, device = images.shape, images.device
     if norm == "linf":
-        noise = torch.rand(shape, generator=generator, device=device) * 2 - 1
+        noise = share.throw(torch.rand, shape, generator=generator, device=device) * 2 - 1
         return (images + eps * noise).clamp(0, 1)
-    direction = steepest_step(torch.randn(shape, generator=generator, device=device), "l2")
+    direction = steepest_step(share.throw(torch.randn, shape, generator=generator, device=device), "l2")
     dimensions = images[0].numel()
-    radius = torch.rand(len(images), 1, 1, 1, generator=generator, device=device) ** (1 / dimensions)
+    radius = share.throw(torch.rand, (len(images), 1, 1, 1), generator=generator, device=device) ** (1 / dimensions)
     return (images + eps * radius * direction).clamp(0, 1)

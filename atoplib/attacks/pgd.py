@@ -11,6 +11,7 @@ from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import input_gradient
 from atoplib.attacks.losses import Loss, cross_entropy
 from atoplib.attacks.norms import check_ball, project, random_start, steepest_step
+from atoplib.shares import WHOLE, Share
 from atoplib.verdicts import Model, Verdict
 
 SMALLEST_STEP = 1 / 3
@@ -85,11 +86,15 @@ def ascend(
     loss: Loss = cross_entropy,
     max_batch: int = 512,
     callback: StepCallback | None = None,
+    share: Share = WHOLE,
 ) -> Float[Tensor, "batch 3 height width"]:
-    """One run of PGD on any callable, without checks: what training uses on every batch. Arguments as ``pgd``."""
+    """One run of PGD on any callable, without checks: what training uses on every batch. Arguments as ``pgd``.
+
+    ``share`` says which part of a batch the images are, where several processes train together.
+    """
     adversarial = images.detach()
     if settings.start == "random":
-        adversarial = random_start(images, settings.eps, settings.norm, generator)
+        adversarial = random_start(images, settings.eps, settings.norm, generator, share)
     adversarial = adversarial.clone()
     active = torch.arange(len(images), device=images.device)
     wrong_in_a_row = torch.zeros(len(images), dtype=torch.int64, device=images.device)

@@ -1,11 +1,11 @@
-"""Where jobs are executed: an engine takes a job and gives a future of the seconds that it took.
+"""Where jobs are executed: an engine takes the jobs that are ready, and gives for each a future of the seconds that it took.
 
 ``local`` is this machine. ``slurm`` needs a file system that all machines share, and the same environment on each
 (docs/cluster.md).
 """
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -51,7 +51,7 @@ class Settings:
             raise ValueError(f"timeout must be a number of seconds above 0, got {self.timeout}")
 
 
-Submit = Callable[[Job], "Future[float]"]
+Submit = Callable[[Sequence[Job]], "list[Future[float]]"]
 Engine = Callable[[Settings], AbstractContextManager[Submit]]
 
 
@@ -67,10 +67,9 @@ def local(settings: Settings) -> Iterator[Submit]:
     stop = threading.Event()
     with ThreadPoolExecutor(settings.jobs, thread_name_prefix="job") as pool:
 
-        def submit(job: Job) -> "Future[float]":
-            return pool.submit(
-                execute, job, stop=stop, timeout=settings.timeout, threads=settings.threads, reuse=settings.reuse
-            )
+        def submit(jobs: Sequence[Job]) -> "list[Future[float]]":
+            how = {"timeout": settings.timeout, "threads": settings.threads, "reuse": settings.reuse}
+            return [pool.submit(execute, job, stop=stop, **how) for job in jobs]
 
         try:
             yield submit
@@ -111,7 +110,8 @@ def seconds_of(job: Job, get: Callable[[], tuple[float, str]]) -> float:
 
 @contextmanager
 def slurm(settings: Settings) -> Iterator[Submit]:
-    """Slurm, by submitit: one job of the cluster a run; the option ``cluster=local`` tries it on this machine.
+    """Slurm, by submitit: jobs that are ready together are one job array of the cluster, a task a run; the option
+    ``cluster=local`` tries it on this machine.
 
     Raises:
         ValueError: if submitit is not installed, there is no Slurm, or an option is none of submitit's.
@@ -127,10 +127,12 @@ def slurm(settings: Settings) -> Iterator[Submit]:
     tasks: list[Any] = []
     with ThreadPoolExecutor(settings.jobs, thread_name_prefix="slurm") as pool:
 
-        def submit(job: Job) -> "Future[float]":
-            task = executor.submit(attempt, job, settings.timeout, settings.threads, settings.reuse)
-            tasks.append(task)
-            return pool.submit(seconds_of, job, task.result)
+        def submit(jobs: Sequence[Job]) -> "list[Future[float]]":
+            with executor.batch():
+                how = (settings.timeout, settings.threads, settings.reuse)
+                submitted = [executor.submit(attempt, job, *how) for job in jobs]
+            tasks.extend(submitted)
+            return [pool.submit(seconds_of, job, task.result) for job, task in zip(jobs, submitted, strict=True)]
 
         try:
             yield submit

@@ -9,8 +9,8 @@ from typing import TextIO
 
 from atoplib.batch.ledger import Costs, folder_bytes
 from atoplib.batch.plan import Job
-from atoplib.batch.worker import latest_line
 from atoplib.progress import format_seconds
+from atoplib.runs import latest_line
 
 MEASURE_SECONDS = 30.0  # between two looks at the sizes of the runs' folders
 

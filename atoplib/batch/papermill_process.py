@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+from atoplib.subprocesses import follow_parent
+
 START_SECONDS = 600  # for a kernel to start: cold file systems and crowded machines take longer than the usual minute
 
 
@@ -52,13 +54,6 @@ def sockets(transport: str) -> dict[str, str]:
     """
     folder = os.environ.get("JUPYTER_RUNTIME_DIR")
     return {"ip": os.path.join(folder, "kernel")} if transport == "ipc" and folder else {}
-
-
-def follow_parent() -> None:
-    """End as by SIGTERM when the batch is gone."""
-    while os.read(0, 1):  # not sys.stdin: a thread that waits in it breaks the interpreter's end
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main(notebook: str, output: str, parameters: str, transport: str) -> None:

@@ -66,20 +66,23 @@ def run_jobs(
 
     with ThreadPoolExecutor(1, thread_name_prefix="page") as background, engine(settings) as submit:
         while waiting or running:
+            ready: list[Job] = []
             for job in list(waiting):
                 needed = [outcomes.get(need) for need in job.needs]
                 bad = [outcome for outcome in needed if outcome is not None and not outcome.good]
                 if bad:
                     waiting.remove(job)
                     settle(job, "not run", f"it needs {bad[0].job.label}, which {was(bad[0].status)}")
-                elif None not in needed and len(running) < settings.jobs:
+                elif None not in needed and len(running) + len(ready) < settings.jobs:
                     waiting.remove(job)
                     if ledger.standing(job, reuse=settings.reuse).name == "done":
                         settle(job, "done before")
                     else:
                         overview.started(job)
                         attempts[job.run_dir] = attempts.get(job.run_dir, 0) + 1
-                        running[submit(job)] = job
+                        ready.append(job)
+            if ready:
+                running |= zip(submit(ready), ready, strict=True)
             overview.show()
             for future in wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
                 job = running.pop(future)

@@ -18,6 +18,7 @@ from atoplib.batch.plan import Job
 from atoplib.checkpoints import write_atomically
 from atoplib.progress import format_seconds
 from atoplib.runs import RunInUse, locked, read_json
+from atoplib.subprocesses import end, finished, last_lines
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 60  # for a notebook to save and end after a Ctrl-C
@@ -107,7 +108,7 @@ def run_process(job: Job, stop: threading.Event, timeout: float | None, threads:
             env=environment(folder, threads),
         )
         try:
-            while not finished(process):
+            while not finished(process, POLL_SECONDS):
                 if stop.is_set():
                     raise Stopped(f"{job.label} was stopped")
                 if timeout is not None and time.monotonic() - started > timeout:
@@ -116,7 +117,7 @@ def run_process(job: Job, stop: threading.Event, timeout: float | None, threads:
                         f"stopped; a training goes on from there next time\nlog: {log_path}"
                     )
         except BaseException:
-            end(process)
+            end(process, STOP_SECONDS)
             raise
         finally:
             process.stdin.close()
@@ -141,38 +142,6 @@ def environment(folder: str, threads: int | None) -> dict[str, str]:
     if threads is not None:
         own |= {"OMP_NUM_THREADS": str(threads)}
     return {**os.environ, **own}
-
-
-def finished(process: subprocess.Popen[bytes]) -> bool:
-    """Whether a process has ended, after a short wait."""
-    try:
-        process.wait(timeout=POLL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
-
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Have a process save and end, and kill it if it does not."""
-    process.terminate()
-    try:
-        process.wait(timeout=STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def latest_line(run_dir: Path) -> str:
-    """The run's line of progress, empty before there is one."""
-    try:
-        return (run_dir / "progress.txt").read_text().strip()
-    except OSError:
-        return ""
-
-
-def last_lines(path: Path, count: int = 5) -> str:
-    """The end of a log."""
-    return "\n".join(path.read_text(errors="replace").splitlines()[-count:])
 
 
 def failing_cell(notebook: Path) -> str | None:

@@ -25,7 +25,7 @@ def classifier_step(classifier: nn.Module, *, label_smoothing: float = 0.0, atta
         images = batch.images
         if attack is not None:
             classifier.eval()
-            images = ascend(classifier, images, batch.labels, attack, generator=batch.generator)
+            images = ascend(classifier, images, batch.labels, attack, generator=batch.generator, share=batch.share)
             classifier.train()
         logits = classifier(images).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)

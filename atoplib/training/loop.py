@@ -22,6 +22,8 @@ from torch.optim.swa_utils import AveragedModel
 from atoplib.checkpoints import load_state, load_weights, save_state
 from atoplib.data import Split, augment, epoch_batches, to_float
 from atoplib.progress import Report
+from atoplib.shares import WHOLE, Share
+from atoplib.training.processes import any_process, average_over_processes, begin_together, by_the_first
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -163,20 +165,23 @@ def average(module: nn.Module, decay: float) -> AveragedModel:
 
 
 class Batch(NamedTuple):
-    """What a step is given: images in [0, 1], labels, the generator of this step's dice, how many epochs are done."""
+    """What a step is given: images in [0, 1], labels, the generator of this step's dice, how many epochs are done, and which
+    part of the whole batch the images are."""
 
     images: Float[Tensor, "batch 3 height width"]
     labels: Int[Tensor, " batch"]
     generator: torch.Generator
     epoch: float
+    share: Share = WHOLE
 
 
 class Updater:
     """The optimizers of the trained networks; a step calls ``update`` once for each of them."""
 
-    def __init__(self, networks: Mapping[str, nn.Module], settings: TrainingSettings) -> None:
+    def __init__(self, networks: Mapping[str, nn.Module], settings: TrainingSettings, share: Share = WHOLE) -> None:
         self.networks = networks
         self.settings = settings
+        self.share = share
         self.optimizers = {name: make_optimizer(network, settings) for name, network in networks.items()}
 
     def set_learning_rate(self, value: float) -> None:
@@ -190,10 +195,14 @@ class Updater:
         return [p for group in self.optimizers[name].param_groups for p in group["params"]]
 
     def update(self, name: str, loss: Float[Tensor, ""]) -> None:
-        """One optimizer step of network ``name`` down the gradient of ``loss``; no other network gets a gradient."""
+        """One optimizer step of network ``name`` down the gradient of ``loss``; no other network gets a gradient.
+
+        Where several processes train, it is the gradient of their mean loss.
+        """
         optimizer, parameters = self.optimizers[name], self.optimized(name)
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=parameters)
+        average_over_processes((p.grad for p in parameters if p.grad is not None), self.share)
         if self.settings.grad_clip:
             nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
         optimizer.step()
@@ -204,8 +213,11 @@ class Interruption:
 
     A scheduler's SIGTERM counts as a Ctrl-C, but never comes at once: it may be sent to a whole group of processes that
     pass it on to each other. Outside the main thread, where Python allows no handler (and delivers no signal), it does
-    nothing.
+    nothing. Where several processes train, no signal comes at once, and what one of them was told all of them do.
     """
+
+    def __init__(self, share: Share = WHOLE) -> None:
+        self.share = share
 
     def __enter__(self) -> "Interruption":
         self.asked, self.pressed, self.before = False, False, {}
@@ -221,13 +233,13 @@ class Interruption:
 
     def ask(self, number: int, *_: object) -> None:
         """The handler of both signals."""
-        if number == signal.SIGINT and self.pressed:
+        if number == signal.SIGINT and self.pressed and self.share.processes == 1:
             raise KeyboardInterrupt
         self.asked, self.pressed = True, self.pressed or number == signal.SIGINT
 
     def check(self) -> None:
         """Raise the KeyboardInterrupt that was held back, if there was one."""
-        if self.asked:
+        if any_process(self.asked, self.share):
             raise KeyboardInterrupt
 
 
@@ -246,6 +258,8 @@ def fit(
     notify: Callable[[str], None] | None = None,
     save_every: float = 60.0,
     validate: Callable[[nn.Module], dict[str, float]] | None = None,
+    keep: Callable[[nn.Module, int], None] | None = None,
+    share: Share = WHOLE,
 ) -> list[dict[str, float]]:
     """Train ``networks`` in place; the first one is the result and, with ``ema_decay``, ends as its average.
 
@@ -262,26 +276,36 @@ def fit(
         progress: called at the start, every few steps and at the end of an epoch, with images done and in all by this call.
         notify: called with a sentence when something a person should know happens (a damaged state was passed over).
         validate: called with the first network (averaged, in eval mode) after every epoch; its numbers join the history.
+        keep: called as ``validate`` is, and with the number of whole epochs that are done, to save what should stay; of
+            several processes by the first one alone.
+        share: of every batch that this process computes, where several train together (``processes.joined``); each of them
+            calls this with the same arguments, and the first one alone reads and writes the state.
 
     Returns:
         one dict of means an epoch: ``epoch``, ``loss``, ..., ``seconds``.
 
     Raises:
         TrainingDiverged: when the loss or a weight is no longer finite; the last good state is kept.
-        ValueError: if there are fewer images than one batch, or the state belongs to another training.
+        ValueError: if there are fewer images than one batch, or the state belongs to another training, or the share is none
+            of a batch.
     """
     device = next(next(iter(networks.values())).parameters()).device
     total, steps_per_epoch = number_of_steps(settings, len(split.labels))
+    if share.processes > 1 and share.processes * share.images != settings.batch_size:
+        raise ValueError(
+            f"{share.processes} processes with {share.images} images each do not share a batch of {settings.batch_size}"
+        )
+    begin_together(networks.values(), share)
     result_name = next(iter(networks))
     result = networks[result_name]
-    updater = Updater(networks, settings)
+    updater = Updater(networks, settings, share)
     averaged = average(result, settings.ema_decay) if settings.ema_decay else None
     dtype = compute_dtype(settings.dtype, device)
     fingerprint = {**asdict(settings), "betas": list(settings.betas), **(identity or {})}
     step, history, sums, seconds_before = 0, [], {}, 0.0
 
     if state_path is not None:
-        state, note = load_state(state_path)
+        state, note = by_the_first(lambda: load_state(state_path), share)
         if note and notify:
             notify(note)
         if state is not None:
@@ -306,7 +330,7 @@ def fit(
         tensors = (t for network in networks.values() for t in chain(network.parameters(), network.buffers()))
         if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
             raise diverged()
-        if state_path is None:
+        if state_path is None or share.rank:
             return
         save_state(
             state_path,
@@ -336,14 +360,17 @@ def fit(
 
     resumed_at, epochs_before, between_steps = step, len(history), True
     try:
-        with Interruption() as interruption:
+        with Interruption(share) as interruption:
             report({})
             while True:
                 # Here, not after the step: a training that was cut off before this was done does it when it goes on.
                 if sums and (step == total or step % steps_per_epoch == 0):
                     count = (step - 1) % steps_per_epoch + 1
                     means = {name: float(value) / count for name, value in sums.items()}
-                    numbers = validate((averaged.module if averaged else result).eval()) if validate else {}
+                    shown = (averaged.module if averaged else result).eval()
+                    numbers = validate(shown) if validate else {}
+                    if keep and share.rank == 0 and step % steps_per_epoch == 0:
+                        keep(shown, step // steps_per_epoch)
                     result.train()
                     means |= {**numbers, "seconds": seconds_before + time.monotonic() - started}
                     history, sums = [*history, {"epoch": step / steps_per_epoch, **means}], {}
@@ -357,20 +384,22 @@ def fit(
                     generator = torch.Generator(device).manual_seed((settings.seed << 32) + step)
                     images, labels = images.to(device), labels.to(device)
                     images = augment(images, generator=generator, padding=settings.padding, flip=settings.flip)
-                    images = to_float(images).contiguous(memory_format=torch.channels_last)
-                    batch = Batch(images, labels, generator, step / steps_per_epoch)
+                    images = to_float(share.own(images)).contiguous(memory_format=torch.channels_last)
+                    batch = Batch(images, share.own(labels), generator, step / steps_per_epoch, share)
                     updater.set_learning_rate(learning_rate_at(step, total, settings))
                     between_steps = False
                     with autocast(dtype, device):
                         losses = step_function(batch, updater)
                     if averaged is not None:
                         averaged.update_parameters(result)
-                    for name, value in losses.items():
-                        sums[name] = sums.get(name, 0) + value.detach().float()
+                    means = {name: value.detach().float() for name, value in losses.items()}
+                    average_over_processes(means.values(), share)
+                    for name, value in means.items():
+                        sums[name] = sums.get(name, 0) + value
                     step += 1
                     between_steps = True
                     if step % CHECK_EVERY == 0 or step == total or step % steps_per_epoch == 0:
-                        loss = losses["loss"].detach().item()
+                        loss = means["loss"].item()
                         if not isfinite(loss):
                             raise diverged()
                         report({"loss": loss})

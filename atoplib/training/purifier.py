@@ -51,8 +51,16 @@ class FineTuningAttack:
             target = pipeline.classifier
         elif self.attack.eot_samples == 1:
             target = partial(pipeline, draw=draw)
-        copies = len(batch.images) if self.attack.eot_samples == 1 else MAX_COPIES
-        return ascend(target, batch.images, batch.labels, self.at(batch.epoch), generator=batch.generator, max_batch=copies)
+        copies = len(batch.images) if self.attack.eot_samples == 1 else max(1, MAX_COPIES // batch.share.processes)
+        return ascend(
+            target,
+            batch.images,
+            batch.labels,
+            self.at(batch.epoch),
+            generator=batch.generator,
+            max_batch=copies,
+            share=batch.share,
+        )
 
 
 def purifier_step(
@@ -84,7 +92,8 @@ def purifier_step(
 
     def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
         clean, labels = batch.images, batch.labels
-        pipeline.reseed(int(torch.randint(2**62, (), generator=batch.generator, device=batch.generator.device)))
+        seed = torch.randint(2**62, (), generator=batch.generator, device=batch.generator.device)
+        pipeline.reseed(int(seed), batch.share)
         draw = pipeline.draw(clean)
         adversarial = attack.make(pipeline, batch, draw) if objective.needs_adversarial else None
         stages = pipeline.purify_stages(clean if adversarial is None else adversarial, draw)
