@@ -43,7 +43,7 @@ def test_a_click_shows_the_numbers_of_the_cell_and_marks_it():
     explorer.buttons[RT3, "2"].click()
     shown = text_of(explorer.numbers.value)
     assert "AToP setting RT3" in shown and "2 disjoint masks" in shown
-    assert "robust accuracy, white-box 50.0 % [25.0, 75.0]" in shown and "12.5 /255" in shown
+    assert "robust accuracy, white-box 50.0 % [25.0, 75.0]" in shown and "12.5/255" in shown
     marked = [place for place, button in explorer.buttons.items() if "atop-chosen" in button._dom_classes]
     assert marked == [(RT3, "2")]
 

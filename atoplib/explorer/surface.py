@@ -41,9 +41,9 @@ def numbers_of(cell: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("masks", "1" if cell["num_masks"] == 1 else f"{cell['num_masks']} {masks}"),
     ]
     for metric in METRICS.values():
-        unit = "%" if metric.share else "/255 a pixel and channel"
-        lines.append((metric.title, f"{metric.text(cell)} {unit} {metric.interval(cell)}".rstrip()))
-    lines.append(("before purification", f"{cell['input_distance']:.1f} /255 a pixel and channel"))
+        unit = " %" if metric.share else "/255 a pixel and channel"
+        lines.append((metric.title, f"{metric.text(cell)}{unit} {metric.interval(cell)}".rstrip()))
+    lines.append(("before purification", f"{cell['input_distance']:.1f}/255 a pixel and channel"))
     lines.append(
         ("measured on", f"{cell['images']} images, {cell['eot_samples']} draws a gradient, {cell['seconds']:.0f} s")
     )
