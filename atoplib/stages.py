@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from atoplib.checkpoints import load_checkpoint, load_weights, save_checkpoint, write_json
+from atoplib.checkpoints import load_checkpoint, save_checkpoint, write_json
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Dataset, channel_statistics, fingerprint
 from atoplib.parameters import FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier, Training
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import ProgressLine
 from atoplib.purifiers import PatchDiscriminator, build_purifier, load_deepfill_weights
-from atoplib.runs import Run, find_run, latest_line, open_run, read_json, run_name
+from atoplib.runs import Run, find_run, latest_line, open_run, run_name
 from atoplib.shares import WHOLE, Share
 from atoplib.subprocesses import end, finished, last_lines
 from atoplib.training import accuracy, classifier_step, fit, purifier_step, training_flops
@@ -194,12 +194,11 @@ def train(p: Training, stage: Stage, dataset: Dataset, *, notify: Callable[[str]
         ValueError: if several processes are to train a network of one's own, which they cannot build.
         TrainingFailed: if the processes that torchrun started did not come to a good end.
     """
-    if p.processes == 1:
-        return train_here(p, stage, dataset, notify=notify)
-    if stage.own:
-        raise ValueError(f"a network of your own cannot be built by {p.processes} processes: choose processes = 1")
-    launch(p, stage.title)
-    return read_back(p, stage)
+    if p.processes > 1:
+        if stage.own:
+            raise ValueError(f"a network of your own cannot be built by {p.processes} processes: choose processes = 1")
+        launch(p, stage.title)
+    return train_here(p, stage, dataset, notify=notify)  # what other processes have trained is only loaded
 
 
 def train_here(
@@ -310,18 +309,3 @@ def launch(p: Training, title: str) -> None:
         said = (text.partition(COMPLAINT)[2] for text in log_path.read_text(errors="replace").splitlines())
         reason = next(filter(None, said), None) or last_lines(log_path)
         raise TrainingFailed(f"{p.processes} processes did not train {path.name} to its end: {reason}\nlog: {log_path}")
-
-
-def read_back(p: Training, stage: Stage) -> Trained:
-    """What other processes left in the run's directory; the result's weights go into the stage's network.
-
-    Raises:
-        CheckpointError, FileNotFoundError: if the checkpoint is damaged, or not there.
-    """
-    path = p.experiment_dir / run_name(p.STAGE, p.as_dict())
-    run = Run(path, read_json(path / "manifest.json") or {}, read_json(path / "metrics.json") or {})
-    trained, _ = load_checkpoint(path / f"{stage.kind}.safetensors", kind=stage.kind)
-    load_weights(stage.result, trained.state_dict(), path)
-    stage.model.eval()
-    reseed(stage.model, p.seed)
-    return Trained(run, run.metrics["history"], run.metrics["test_accuracy"], run.metrics["train_flops"])

@@ -178,6 +178,7 @@ def test_a_notebook_starts_its_processes_and_reads_back_what_one_would_train(tmp
     together = stages.train(p, stage, dataset)
     run_dir = p.experiment_dir / run_name(p.STAGE, p.as_dict())
     assert together.run.path == run_dir and read_json(run_dir / "manifest.json")["status"] == "complete"
+    stage.model.reseed(p.seed)
     assert not stage.model.training and stages.accuracy(stage.model, dataset.test) == together.test_accuracy
     weights = {name: weight.clone() for name, weight in stage.result.state_dict().items()}
     run_dir.rename(tmp_path / "together")
