@@ -43,7 +43,7 @@ def test_a_size_that_it_cannot_halve_twice_is_refused(fold, size):
         GatedUNet(width=4, fold=fold)(given_for((1, 5, *size)))
 
 
-@pytest.mark.parametrize("options", [{"width": 0}, {"blocks": -1}, {"fold": 0}], ids=str)
+@pytest.mark.parametrize("options", [{"width": 0}, {"blocks": -1}, {"fold": 0}, {"pixel_width": -1}], ids=str)
 def test_impossible_options_are_refused(options):
     with pytest.raises(ValueError, match="width and fold must be at least 1, blocks in 0..100"):
         GatedUNet(**options)
@@ -111,6 +111,32 @@ def test_trained_by_l1_on_sparse_digits_it_does_not_collapse_to_black(digits):
     stroke = target > 0.5
     assert result[stroke].mean() > 0, "the strokes of the digits are gone"
     assert result[target < -0.99].mean() < -0.8
+
+
+def loss_of_thresholding(pixel_width):
+    """What is left after a short training to cut pixels, each drawn alone, to black or white."""
+    torch.manual_seed(0)
+    model = GatedUNet(width=4, blocks=0, fold=4, pixel_width=pixel_width)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        given = given_for((8, 5, 16, 16))
+        given[:, :3] = torch.rand(8, 1, 16, 16) * 2 - 1
+        loss = (model(given) - given[:, :3].sign()).abs().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def test_only_with_a_pixel_width_it_puts_each_pixel_right_by_its_own_value():
+    assert loss_of_thresholding(8) < 0.6 * loss_of_thresholding(0)
+
+
+def test_weights_without_a_pixel_width_fit_as_before():
+    old, new = GatedUNet(width=4), GatedUNet(width=4, pixel_width=2)
+    missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
+    assert not unexpected and {name.split(".")[0] for name in missing} == {"pixel"}
+    assert not any(name.startswith("pixel") for name in old.state_dict())
 
 
 def test_the_purifiers_are_built_by_name_with_their_options():
