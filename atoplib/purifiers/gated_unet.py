@@ -25,8 +25,8 @@ class GatedUNet(nn.Module):
         fold: edge of the squares that are folded; 4 is four times cheaper than 2 and enough for digits.
         pixel_width: channels of a last gated 1x1 convolution at the full resolution, which sees the input and the correction
             of each pixel; 0: none. It lets the purifier put a pixel right by its own value, which the folded levels can
-            only do for all pixels of a square at once. On MNIST robust accuracy trebles (docs/experiments.md), at half as much
-            time again.
+            only do for all pixels of a square at once. On MNIST robust accuracy trebles (docs/experiments.md), and a step of
+            the training takes half as long again.
     """
 
     def __init__(self, width: int = 48, blocks: int = 2, fold: int = 2, pixel_width: int = 0) -> None:
