@@ -62,7 +62,7 @@ def measure(runs: int, jobs: int) -> list[tuple[int, float, float, int, int]]:
     worker.papermill_command, real = nothing, worker.papermill_command
     try:
         with tempfile.TemporaryDirectory(prefix="batch-scale-") as folder:
-            planned, rows = plan(Path(folder), runs), []
+            planned, rows, before = plan(Path(folder), runs), [], children()
             for quarter in range(4):
                 chosen = planned[runs * quarter // 4 : runs * (quarter + 1) // 4]
                 started = time.monotonic()
@@ -72,7 +72,7 @@ def measure(runs: int, jobs: int) -> list[tuple[int, float, float, int, int]]:
                 seconds = (time.monotonic() - started) / len(chosen)
                 assert all(outcome.status == "complete" for outcome in outcomes)
                 files = len(os.listdir("/proc/self/fd"))
-                rows.append((runs * (quarter + 1) // 4, seconds, resident_megabytes(), files, children()))
+                rows.append((runs * (quarter + 1) // 4, seconds, resident_megabytes(), files, children() - before))
             return rows
     finally:
         worker.papermill_command = real

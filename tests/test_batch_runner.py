@@ -234,7 +234,7 @@ def papermill_itself(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
         "def execute_notebook(notebook, output, parameters, **options):\n"
         "    assert (notebook, output, parameters) == ('in', 'out', {'epochs': 3})\n"
         "    assert options['config'].KernelManager.transport == 'ipc'\n"
-        "    print('begun', flush=True)\n" + body
+        "    begun = lambda: print('begun', flush=True)\n" + body
     )
     command = [sys.executable, "-P", papermill_process.__file__, "in", "out", str(tmp_path / "parameters.yaml"), "ipc"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -244,6 +244,7 @@ def papermill_itself(tmp_path: Path, body: str) -> "subprocess.Popen[str]":
 
 
 SAVING = """    try:
+        begun()
         time.sleep(60)
     except KeyboardInterrupt:
         print('saving', flush=True)
@@ -280,7 +281,7 @@ def test_papermill_saves_and_ends_when_the_batch_is_killed(tmp_path):
 
 
 def test_papermill_ends_well_while_the_batch_goes_on(tmp_path):
-    process = papermill_itself(tmp_path, "    return\n")
+    process = papermill_itself(tmp_path, "    begun()\n")
     assert process.wait(timeout=30) == 0 and process.stderr.read() == ""
     for pipe in (process.stdin, process.stdout, process.stderr):
         pipe.close()

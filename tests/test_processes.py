@@ -244,7 +244,7 @@ def test_the_command_trains_alone_as_a_notebook_does_and_complains_in_a_sentence
 def test_every_nth_epoch_keeps_a_checkpoint_of_its_own_and_the_last_one_is_the_result(tmp_path):
     p = parameters(tmp_path, epochs=5, max_train=32, batch_size=16, keep_every=2, ema_decay=0.5)
     stage = stages.classifier_stage(p, dataset := p.load_data())
-    run, history, _ = stages.train(p, stage, dataset)
+    run, history, *_ = stages.train(p, stage, dataset)
     assert run.path.name == run_name(p.STAGE, replace(p, keep_every=0).as_dict())
     names = ["classifier-epoch0002.safetensors", "classifier-epoch0004.safetensors", "classifier.safetensors"]
     assert sorted(path.name for path in run.path.glob("*.safetensors")) == names
