@@ -4,6 +4,7 @@ import csv
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,14 @@ def test_a_notebooks_own_code_counts_and_its_words_magics_and_parameters_do_not(
     assert hashed(lambda notebook: notebook["cells"][parameters].update(source="epochs = 99")) == plain
     assert hashed(lambda notebook: notebook["cells"][code[1]]["source"].insert(0, "%time\n")) == plain
     assert hashed(lambda notebook: notebook["cells"][code[1]]["source"].append("\nx = 1")) != plain
+
+
+def test_threads_that_ask_at_once_get_the_same_hash():
+    for function in (sources.code_hash, sources.definition, sources.module_file, sources.read_module):
+        function.cache_clear()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(code_hash, [NOTEBOOKS[-1]] * 8))
+    assert len(set(found)) == 1 and len(found[0]) == 16
 
 
 def test_the_library_imports_itself_by_full_names_as_the_hash_needs_it():

@@ -10,11 +10,13 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ONLY_SHOWN = ("batch", "figures", "progress", "runs")
+ONLY_SHOWN = ("batch", "figures", "heatmaps", "progress", "runs")
 BLOCKS = ("body", "orelse", "finalbody")
+PARSING = Lock()  # runs are noted by threads, and early releases of Python 3.11 cannot parse in two at once
 
 
 class Target(NamedTuple):
@@ -39,17 +41,18 @@ def code_hash(notebook: Path) -> str:
     """The hash of all code that a notebook's numbers depend on; its parameters are no part of it. Taken once a process, of
     the code that was there at its start.
     """
-    cells = notebook_code(notebook)
-    top = top_level("", cells)
-    waiting = references(cells, top)
-    reached: dict[Target, str] = {}
-    while waiting:
-        target = waiting.pop()
-        if target not in reached:
-            reached[target], further = definition(target)
-            waiting |= further
-    parts = [plain(cells), *(f"{target.module} {target.name}\n{reached[target]}" for target in sorted(reached, key=str))]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    with PARSING:
+        cells = notebook_code(notebook)
+        top = top_level("", cells)
+        waiting = references(cells, top)
+        reached: dict[Target, str] = {}
+        while waiting:
+            target = waiting.pop()
+            if target not in reached:
+                reached[target], further = definition(target)
+                waiting |= further
+        parts = [plain(cells), *(f"{target.module} {target.name}\n{reached[target]}" for target in sorted(reached, key=str))]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def notebook_code(notebook: Path) -> ast.Module:
