@@ -121,8 +121,7 @@ def test_a_notebooks_own_code_counts_and_its_words_magics_and_parameters_do_not(
 
 
 def test_threads_that_ask_at_once_get_the_same_hash():
-    for function in (sources.code_hash, sources.definition, sources.module_file, sources.read_module):
-        function.cache_clear()
+    forget()
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(code_hash, [NOTEBOOKS[-1]] * 8))
     assert len(set(found)) == 1 and len(found[0]) == 16
