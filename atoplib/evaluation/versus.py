@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool
-from scipy.stats import binomtest
+from scipy.special import bdtrc
 from torch import Tensor
 
 SIGNIFICANCE = 0.05
@@ -55,7 +55,7 @@ def compare(
         raise ValueError(f"the attacks must be on the same images, got {len(theirs)} and {len(ours)}")
     only_theirs, only_ours = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
     differ = only_theirs + only_ours
-    p_value = float(binomtest(only_theirs, differ, alternative="greater").pvalue) if differ else 1.0
+    p_value = float(bdtrc(only_theirs - 1, differ, 0.5)) if only_theirs else 1.0
     return Comparison(challenger, len(theirs), int(theirs.sum()), only_theirs, only_ours, p_value, seconds)
 
 

@@ -12,6 +12,13 @@ from torch import Tensor, nn
 ACTIVATIONS = {"elu": (F.elu, 2.24), "relu": (F.relu, 2.35)}
 
 
+def fresh_weights(convolution: nn.Conv2d, *, std: float) -> None:
+    """Normal weights, no bias. On the meta device, where nothing has a value, torch would take seconds to do nothing."""
+    if not convolution.weight.is_meta:
+        nn.init.normal_(convolution.weight, std=std)
+        nn.init.zeros_(convolution.bias)
+
+
 class GatedConv2d(nn.Module):
     """A convolution whose output is multiplied by a learned gate: ``activation(a) * sigmoid(b)``.
 
@@ -42,8 +49,7 @@ class GatedConv2d(nn.Module):
         self.activation, gain = ACTIVATIONS[activation]
         padding = dilation * (kernel_size - 1) // 2
         self.conv = nn.Conv2d(in_channels, 2 * out_channels, kernel_size, stride, padding, dilation)
-        nn.init.normal_(self.conv.weight, std=gain / sqrt(self.conv.weight[0].numel()))
-        nn.init.zeros_(self.conv.bias)
+        fresh_weights(self.conv, std=gain / sqrt(self.conv.weight[0].numel()))
 
     def forward(self, x: Float[Tensor, "batch in_channels h w"]) -> Float[Tensor, "batch out_channels h_out w_out"]:
         features, gate = self.conv(x).chunk(2, dim=1)

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atoplib.purifiers.gated import GatedConv2d
+from atoplib.purifiers.gated import GatedConv2d, fresh_weights
 
 
 class GatedUNet(nn.Module):
@@ -44,13 +44,11 @@ class GatedUNet(nn.Module):
         self.decode2 = GatedConv2d(4 * width, 2 * width, 3)
         self.decode1 = GatedConv2d(3 * width, width, 3)
         self.to_rgb = nn.Conv2d(width, 3 * fold**2, 3, padding=1)
-        nn.init.normal_(self.to_rgb.weight, std=0.1 / (9 * width) ** 0.5)
-        nn.init.zeros_(self.to_rgb.bias)
+        fresh_weights(self.to_rgb, std=0.1 / (9 * width) ** 0.5)
         self.pixel = None
         if pixel_width:
             self.pixel = nn.Sequential(GatedConv2d(8, pixel_width, 1), nn.Conv2d(pixel_width, 3, 1))
-            nn.init.normal_(self.pixel[1].weight, std=0.1 / pixel_width**0.5)
-            nn.init.zeros_(self.pixel[1].bias)
+            fresh_weights(self.pixel[1], std=0.1 / pixel_width**0.5)
 
     def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
         """Rebuild an image: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1].
