@@ -216,10 +216,13 @@ def train_here(
     with open_run(p.experiment_dir, p.STAGE, p.as_dict(), device=p.torch_device) as run:
         if stage.inputs:
             run.input(**stage.inputs)
-        # before fit, which has batch normalisations wait for the other processes
-        train_flops = training_flops(
-            stage.step, stage.networks, dataset.train, p.training, warmup_epochs=stage.warmup_epochs
-        )
+        train_flops = run.metrics.get("train_flops")  # counted by the call that began this run: it costs a step or two
+        if train_flops is None:
+            # before fit, which has batch normalisations wait for the other processes
+            train_flops = training_flops(
+                stage.step, stage.networks, dataset.train, p.training, warmup_epochs=stage.warmup_epochs
+            )
+            run.record(train_flops=train_flops)
         line = ProgressLine(stage.title, listener=run.progress)
         history = fit_stage(p, stage, dataset, run, share, progress=lambda *report: line(*report), notify=notify)
         stage.model.eval()

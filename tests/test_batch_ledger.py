@@ -1,8 +1,10 @@
 """A finished run is done again when its code or its inputs have changed, and only then; and its numbers find the table."""
 
+import ast
 import csv
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,11 +122,24 @@ def test_a_notebooks_own_code_counts_and_its_words_magics_and_parameters_do_not(
     assert hashed(lambda notebook: notebook["cells"][code[1]]["source"].append("\nx = 1")) != plain
 
 
-def test_threads_that_ask_at_once_get_the_same_hash():
+def test_threads_that_ask_at_once_parse_one_after_the_other_and_get_the_same_hash(monkeypatch):
+    parse, parsing, most = ast.parse, [], 0
+
+    def watched(source: str, *rest: str) -> ast.Module:
+        nonlocal most
+        parsing.append(source)
+        most = max(most, len(parsing))
+        time.sleep(0.001)  # long enough for another thread to come in
+        tree = parse(source, *rest)
+        parsing.remove(source)
+        return tree
+
     forget()
+    monkeypatch.setattr(ast, "parse", watched)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(code_hash, [NOTEBOOKS[-1]] * 8))
     assert len(set(found)) == 1 and len(found[0]) == 16
+    assert most == 1
 
 
 def test_the_library_imports_itself_by_full_names_as_the_hash_needs_it():

@@ -206,6 +206,8 @@ def test_a_value_edited_by_hand_wins_over_the_explorers_own_line() -> None:
     ("text", "said"),
     [
         ("eps: [", "cannot be read as YAML"),
+        ("a: &a [1]\nb: *a", "an alias (*a) is not allowed"),
+        ("eps: 0.1\neps: 0.2", "'eps' stands twice"),
         ("", "the YAML is empty"),
         ("- 1", "must be a mapping"),
         ("epss: 1", "there is no knob 'epss' (did you mean 'eps'?)"),

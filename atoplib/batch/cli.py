@@ -13,11 +13,12 @@ from atoplib.batch import ledger
 from atoplib.batch.engines import ENGINES, Settings
 from atoplib.batch.overview import Overview, format_bytes
 from atoplib.batch.plan import Job, make_plan, report_job, select
-from atoplib.batch.recipe import RecipeError, find_recipe, load_yaml, read_recipe
+from atoplib.batch.recipe import RecipeError, find_recipe, read_recipe
 from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import write_table
 from atoplib.evaluation import Score
 from atoplib.parameters import Attack, Compare, Measuring
+from atoplib.plain_yaml import NotPlainYAML, load_yaml
 from atoplib.progress import format_seconds
 from atoplib.runs import read_json, workspace_dir
 
@@ -58,7 +59,7 @@ def parse_overrides(pairs: Sequence[Sequence[str]] | None) -> dict[str, Any]:
     """``-p NAME VALUE`` pairs; values as YAML reads them (true, 1, 0.5, null, text)."""
     try:
         return {name: load_yaml(value) for name, value in pairs or ()}
-    except RecipeError as error:
+    except NotPlainYAML as error:
         raise RecipeError(f"a value given by -p: {error}") from error
 
 

@@ -18,9 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from atoplib.parameters import NOTEBOOKS, REPORT
+from atoplib.plain_yaml import NotPlainYAML, load_yaml
 
 MOST_BYTES = 1_000_000
 MOST_POINTS = 10_000
@@ -32,38 +31,6 @@ Point = Mapping[Axis, Any]
 
 class RecipeError(ValueError):
     """A recipe that cannot be run; the message says where it is wrong and what is allowed."""
-
-
-class Loader(yaml.SafeLoader):
-    """Plain data only, each name once; no aliases, of which a few lines could make gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}) is not allowed: write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        content = super().construct_mapping(node, deep)
-        if len(content) < len(node.value):
-            names = [self.construct_object(key) for key, _ in node.value]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise yaml.YAMLError(f"{twice!r} stands twice in one mapping, at line {node.start_mark.line + 1}")
-        return content
-
-
-def load_yaml(text: str) -> Any:
-    """YAML as data.
-
-    Raises:
-        RecipeError: for anything that is not plain YAML, with the reason.
-    """
-    try:
-        return yaml.load(text, Loader)
-    except RecursionError as error:
-        raise RecipeError("it cannot be read as YAML: it is nested too deeply") from error
-    # ValueError, TypeError, ...: what dates that do not exist, numbers of a million digits and the like raise.
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:
-        raise RecipeError(f"it cannot be read as YAML: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -123,7 +90,7 @@ def read_recipe(source: Path) -> Recipe:
         return parse_recipe(load_yaml(source.read_text(encoding="utf-8")), source)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{source} cannot be read as YAML: {error}") from error
-    except RecipeError as error:
+    except (NotPlainYAML, RecipeError) as error:
         raise RecipeError(f"{source}: {error}") from error
 
 

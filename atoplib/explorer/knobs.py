@@ -9,11 +9,11 @@ from typing import Any
 import yaml
 
 from atoplib.attacks import NORMS
-from atoplib.parameters import NOTEBOOKS, ParameterError, convert
+from atoplib.parameters import NOTEBOOKS, SEES, ParameterError, convert
+from atoplib.plain_yaml import NotPlainYAML, load_yaml
 from atoplib.transforms import TRANSFORMS, TransformSettings
 
 NO_ATTACK = "none"
-SEES = ("pipeline", "bpda", "classifier")
 ATTACK_NOTEBOOK = "04_attack"
 MARK = "# explorer: "  # the line of a YAML file that only the explorer reads; to papermill it is a comment
 MAX_STEPS, MAX_EOT, MAX_DRAWS, MAX_MASKS = 1000, 100, 200, 64
@@ -37,7 +37,7 @@ class Knobs:
         norm: ``linf`` or ``l2``; of StAdv ``flow``.
         eps: radius, images in [0, 1] (of a flow: in units of a grid on which the image is 2 wide); 0 leaves the image as it
             is.
-        steps: iterations of the attack; PGD's step size is eps / 3, as in notebook 4.
+        steps: iterations of the attack; the step size is the default of notebook 4.
         eot_samples: draws that each gradient is averaged over.
         queries: forward passes of a black-box attack.
         transform, missing_rate, noise_std, num_masks: as ``transforms.TransformSettings``.
@@ -68,7 +68,7 @@ class Knobs:
     shown_step: int | None = None
 
     def __post_init__(self) -> None:
-        for name, allowed in (("attack_sees", SEES), ("norm", RADII), ("transform", TRANSFORMS)):
+        for name, allowed in (("attack_sees", tuple(SEES)), ("norm", RADII), ("transform", TRANSFORMS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; allowed: {', '.join(allowed)}")
         if not 0 <= self.eps < math.inf:
@@ -195,10 +195,10 @@ def from_yaml(text: str, start: Knobs) -> Knobs:
         ValueError: for a text that is no YAML mapping, an unknown name, a wrong type or value.
     """
     try:
-        content = yaml.safe_load(text)
-        marked = [yaml.safe_load(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
-    except yaml.YAMLError as error:
-        raise ValueError(f"this cannot be read as YAML: {' '.join(str(error).split())}") from error
+        content = load_yaml(text)
+        marked = [load_yaml(line[len(MARK) :]) for line in text.splitlines() if line.startswith(MARK)]
+    except NotPlainYAML as error:
+        raise ValueError(" ".join(str(error).split())) from error
     for part in (content or {}, *marked):
         if not isinstance(part, dict):
             raise ValueError(f"the YAML must be a mapping such as 'eps: 0.3', got {str(part)[:60]!r}")

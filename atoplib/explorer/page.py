@@ -22,9 +22,9 @@ MOST_CLASSES = 10  # bars under a picture; of more classes, the likeliest and th
 CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
 NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2", "flow": "flow"}
 SEES_NAMES = {
-    "pipeline": "the pipeline",
+    "pipeline": "the whole pipeline",
     "bpda": "the pipeline by BPDA",
-    "classifier": "the classifier alone (transfer)",
+    "classifier": "the classifier alone",
 }
 GAP = "\N{NO-BREAK SPACE}"
 SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "

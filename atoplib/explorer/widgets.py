@@ -230,7 +230,7 @@ class Explorer:
 
     def _make_controls(self) -> None:
         knobs, scene = self.knobs, self.scene
-        sees = [("the whole pipeline", "pipeline"), ("the same, BPDA", "bpda"), ("the classifier alone", "classifier")]
+        sees = [(name, value) for value, name in page.SEES_NAMES.items()]
         transforms = [
             ("none", "none"),
             ("RT1: patches", "rt1"),
@@ -254,7 +254,7 @@ class Explorer:
             ),
             "norm": self._dropdown("norm", self._norms(knobs), knobs.norm, "what eps is a radius of"),
             "eps": self._float("eps", 0, 1, 0.01, 0, "radius of the ball"),
-            "steps": self._int("steps", 1, max(100, knobs.steps), knobs.steps, "iterations; the step of PGD is eps / 3"),
+            "steps": self._int("steps", 1, max(100, knobs.steps), knobs.steps, "iterations, of the default step size"),
             "eot_samples": self._int("EOT draws", 1, 50, knobs.eot_samples, "draws that each gradient is averaged over"),
             "queries": self._int("queries", 1, 2000, knobs.queries, "forward passes of a black-box attack"),
             "transform": self._dropdown("transform", transforms, knobs.transform, "what destroys the perturbation"),

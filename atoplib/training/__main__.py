@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from atoplib.batch.recipe import load_yaml
 from atoplib.parameters import NOTEBOOKS, Training
+from atoplib.plain_yaml import load_yaml
 from atoplib.stages import BUILDERS, COMPLAINT, train_here
 from atoplib.subprocesses import follow_parent
 from atoplib.training.processes import first_then_others, joined
