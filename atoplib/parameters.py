@@ -291,7 +291,7 @@ class PretrainPurifier(PurifierTraining):
 
     epochs: int = 2
     purifier: str = "gated_unet"
-    purifier_options: dict = field(default_factory=lambda: {"width": 16, "blocks": 1, "fold": 4})
+    purifier_options: dict = field(default_factory=lambda: {"width": 8, "blocks": 1, "fold": 4, "pixel_width": 8})
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -311,7 +311,7 @@ class FinetuneAtop(PurifierTraining):
     purifier_run: str = from_run(PretrainPurifier.STAGE)
     variant: str = "ft_adv"
     target: str = "clean"
-    classification_weight: float = 4.0
+    classification_weight: float = 2.0
     warmup_epochs: float = 0.0
     attack_sees: str = "pipeline"
     eps: float = 0.3
@@ -321,7 +321,7 @@ class FinetuneAtop(PurifierTraining):
     attack_eot: int = 1
     ramp_epochs: float = 3.0
     epochs: int = 7
-    learning_rate: float = 0.008
+    learning_rate: float = 0.01
 
     def __post_init__(self) -> None:
         super().__post_init__()

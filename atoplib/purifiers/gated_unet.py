@@ -23,10 +23,10 @@ class GatedUNet(nn.Module):
         width: channels at the first level, doubled at the others; ``width=48`` costs 0.17 GFLOP an image at 32 px.
         blocks: residual blocks at the lowest level.
         fold: edge of the squares that are folded; 4 is four times cheaper than 2 and enough for digits.
-        pixel_width: channels of a last gated 1x1 convolution at the full resolution, which sees the input and the correction
-            of each pixel; 0: none. It lets the purifier put a pixel right by its own value, which the folded levels can
+        pixel_width: hidden channels of two 1x1 convolutions at the full resolution, which see the input and the correction
+            of each pixel; 0: none. They let the purifier put a pixel right by its own value, which the folded levels can
             only do for all pixels of a square at once. On MNIST robust accuracy trebles (docs/experiments.md), and a step of
-            the training takes half as long again.
+            the training takes 7 % longer.
     """
 
     def __init__(self, width: int = 48, blocks: int = 2, fold: int = 2, pixel_width: int = 0) -> None:
@@ -47,8 +47,10 @@ class GatedUNet(nn.Module):
         fresh_weights(self.to_rgb, std=0.1 / (9 * width) ** 0.5)
         self.pixel = None
         if pixel_width:
-            self.pixel = nn.Sequential(GatedConv2d(8, pixel_width, 1), nn.Conv2d(pixel_width, 3, 1))
-            fresh_weights(self.pixel[1], std=0.1 / pixel_width**0.5)
+            # a gate in place of the ReLU finds no more, and takes five times as long where every pixel counts
+            self.pixel = nn.Sequential(nn.Conv2d(6, pixel_width, 1), nn.ReLU(inplace=True), nn.Conv2d(pixel_width, 3, 1))
+            fresh_weights(self.pixel[0], std=(2 / 6) ** 0.5)
+            fresh_weights(self.pixel[2], std=0.1 / pixel_width**0.5)
 
     def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
         """Rebuild an image: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1].
@@ -65,8 +67,9 @@ class GatedUNet(nn.Module):
             level3 = level3 + block(level3)
         level2 = self.decode2(torch.cat([F.interpolate(level3, scale_factor=2.0), level2], dim=1))
         level1 = self.decode1(torch.cat([F.interpolate(level2, scale_factor=2.0), level1], dim=1))
+        visible = inputs[:, :3]
         correction = F.pixel_shuffle(self.to_rgb(level1), self.fold)
         if self.pixel is not None:
-            correction = correction + self.pixel(torch.cat([inputs, correction], dim=1))
-        output = inputs[:, :3] + correction
+            correction = correction + self.pixel(torch.cat([visible, correction], dim=1))
+        output = visible + correction
         return 0.9 * F.hardtanh(output) + 0.1 * output
