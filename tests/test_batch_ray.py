@@ -228,6 +228,7 @@ def test_without_an_address_a_ray_is_started_here_and_ended(start, tmp_path):
         ({"num_gpus": -1}, "the engine ray cannot be used so: .*num_gpus"),
         ({"num_gpus": "many"}, "the engine ray cannot be used so: .*num_gpus"),
         ({"address": 6379}, "the engine ray cannot be used so: "),
+        ({"address": "127.0.0.1:1"}, "the engine ray cannot be used so: nothing answers at 127.0.0.1:1 .*refused"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_starts(options, message):

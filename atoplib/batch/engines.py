@@ -6,6 +6,7 @@
 
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from atoplib.batch.worker import NotebookFailed, execute
 A_DAY = 24 * 60  # minutes that a Slurm job may take, unless its options say otherwise; submitit's own default is 5
 LOST_NODES = 3  # so often Ray begins a run anew because the node under it was lost, unless its options say otherwise
 STARTS = 3  # attempts to start a Ray on this machine: on a crowded one its own time limits of seconds can be too short
+ANSWER_SECONDS = 10  # for a Ray cluster to take a call
 RAY_MEMORY = 80 * 2**20  # bytes, the least that Ray allows for what its tasks hand on: here a number each
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -190,6 +192,7 @@ def join_ray(core: ModuleType, address: str) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         if address != "local":
+            check_answers(address)
             core.init(address=address, **quiet)
             return
         for attempts_left in reversed(range(STARTS)):
@@ -203,6 +206,16 @@ def join_ray(core: ModuleType, address: str) -> None:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)  # Ray's own would end the batch without saving
+
+
+def check_answers(address: str) -> None:
+    """Raise OSError if nothing answers at HOST:PORT, for which Ray would try for ten minutes; ``auto`` is left to Ray."""
+    host, _, port = address.rpartition(":")
+    if host and port.isdecimal():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_SECONDS).close()
+        except (OSError, OverflowError) as error:
+            raise OSError(f"nothing answers at {address} ({error})") from error
 
 
 def check_demand(nodes: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
