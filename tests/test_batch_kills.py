@@ -28,11 +28,12 @@ notebooks:
 class Batch:
     """``python -m atoplib.batch`` in a process of its own, and the processes below it."""
 
-    def __init__(self, workspace: Path) -> None:
+    def __init__(self, workspace: Path, *arguments: str) -> None:
         workspace.mkdir(exist_ok=True)
         (workspace / "recipe.yaml").write_text(RECIPE)
         self.runs = workspace / "runs" / "mnist"
         command = [sys.executable, "-m", "atoplib.batch", str(workspace / "recipe.yaml"), "--workspace", str(workspace)]
+        command += arguments
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         self.log, self.began = workspace / "log", time.time()
         with self.log.open("w") as log:
@@ -53,6 +54,7 @@ class Batch:
             if any("training the classifier" in line and "training the classifier:   0 %" not in line for line in lines):
                 (self.papermill,) = psutil.Process(self.process.pid).children()
                 self.kernels = self.papermill.children()
+                self.below = [self.papermill, *self.papermill.children(recursive=True)]
                 return self
             time.sleep(0.02)
         self.process.kill()
@@ -61,7 +63,7 @@ class Batch:
     def end(self) -> int:
         """Wait until it has ended, and all that it started; returns its exit code."""
         code = self.process.wait(timeout=900)
-        _, left = psutil.wait_procs([self.papermill, *self.kernels], timeout=10)
+        _, left = psutil.wait_procs(self.below, timeout=10)
         assert not left, "something was left running"
         return code
 
@@ -82,12 +84,12 @@ class Batch:
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[[str], Batch]]:
+def start(tmp_path) -> Iterator[Callable[..., Batch]]:
     """Starts a batch in a workspace of that name; what still runs at the end of the test is killed."""
     started = []
 
-    def begin(name: str) -> Batch:
-        started.append(Batch(tmp_path / name))
+    def begin(name: str, *arguments: str) -> Batch:
+        started.append(Batch(tmp_path / name, *arguments))
         return started[-1]
 
     yield begin
@@ -125,3 +127,17 @@ def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_b
     assert batch.end() == 0 and calm.process.wait(timeout=900) == 0
     assert same(batch.result(), calm.result())
     assert read_json(batch.run_dir / "batch.json")["attempts"] == 6
+
+
+def test_a_ctrl_c_reaches_the_processes_that_torchrun_started_below_a_notebook_and_they_go_on_bit_by_bit(start):
+    two = ("-p", "processes", "2", "-p", "epochs", "5")
+    batch = start("struck", *two).training()
+    assert sum("atoplib.training" in process.cmdline() for process in batch.below) == 3, "torchrun and its two"
+    told = time.monotonic()
+    batch.process.send_signal(signal.SIGINT)
+    assert batch.end() == 130 and time.monotonic() - told < 10
+    assert read_json(batch.run_dir / "manifest.json")["status"] == "interrupted" and batch.steps() > 0
+
+    batch, calm = start("struck", *two), start("calm", *two)
+    assert batch.process.wait(timeout=900) == 0 and calm.process.wait(timeout=900) == 0
+    assert same(batch.result(), calm.result())

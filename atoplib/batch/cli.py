@@ -51,7 +51,9 @@ def parser() -> argparse.ArgumentParser:
         "--report", action=argparse.BooleanOptionalAction, help="compare all runs in 08_report (default: for a grid)"
     )
     made.add_argument("--engine", choices=ENGINES, default="local", help="where runs are executed (default local)")
-    made.add_argument("--engine-option", action="append", nargs=2, metavar=("NAME", "VALUE"), help="what slurm itself takes")
+    made.add_argument(
+        "--engine-option", action="append", nargs=2, metavar=("NAME", "VALUE"), help="what ray or slurm itself takes"
+    )
     return made
 
 

@@ -59,6 +59,7 @@ def sockets(transport: str) -> dict[str, str]:
 def main(notebook: str, output: str, parameters: str, transport: str) -> None:
     """Execute a notebook with the parameters in a YAML file."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})  # Ray blocks it for all that it starts
     signal.signal(signal.SIGTERM, lambda *_: stop(Path(output).parent))
     threading.Thread(target=follow_parent, daemon=True).start()
 
