@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from atoplib.figures import DIVERGING
+from atoplib.drawing import DIVERGING
 
 MAP_STEPS = 255  # odd, so that 0 has a colour of its own: white
 

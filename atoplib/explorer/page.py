@@ -10,11 +10,11 @@ from html import escape
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from atoplib.drawing import MINUS, RIGHT, RIGHT_COLOUR, WRONG, WRONG_COLOUR
 from atoplib.explorer import draw
 from atoplib.explorer.compute import RobustCurve, View
 from atoplib.explorer.knobs import NO_ATTACK
 from atoplib.explorer.suite import title
-from atoplib.figures import MINUS, RIGHT, WRONG
 from atoplib.heatmaps import TRANSFORM_NAMES
 from atoplib.verdicts import wilson_interval
 
@@ -29,10 +29,13 @@ SEES_NAMES = {
 GAP = "\N{NO-BREAK SPACE}"
 SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
 
-STYLE = """<style>
+COLOURS = f".atop, .atop-surface {{ --right: {RIGHT_COLOUR}; --wrong: {WRONG_COLOUR}; }}"
+STYLE = (
+    f"<style>\n{COLOURS}"
+    + """
 .atop { --ink: var(--jp-ui-font-color1, #222); --faint: var(--jp-ui-font-color2, #666);
   --line: var(--jp-border-color1, #bbb); --track: var(--jp-layout-color2, #eee);
-  --right: #2a86c8; --wrong: #d95f02; --other: var(--jp-ui-font-color3, #999);
+  --other: var(--jp-ui-font-color3, #999);
   color: var(--ink); font: 12px/1.35 var(--jp-ui-font-family, system-ui, sans-serif); }
 .atop p { margin: 0; }
 .atop-summary { font-size: 14px; padding: 6px 0 8px; }
@@ -76,6 +79,7 @@ STYLE = """<style>
 .atop-pictures { transition: opacity 0.1s linear 0.25s; }
 .atop-stale { opacity: 0.35; }
 </style>"""
+)
 
 
 def problem(sentence: str) -> str:

@@ -23,6 +23,7 @@ from torch import nn
 from atoplib.attacks import NORMS
 from atoplib.checkpoints import write_atomically
 from atoplib.data import Dataset
+from atoplib.drawing import save_figure
 from atoplib.explorer import compute, page
 from atoplib.explorer.knobs import (
     L2_OF_LINF,
@@ -41,7 +42,6 @@ from atoplib.explorer.knobs import (
 from atoplib.explorer.still import figure_bundle, still
 from atoplib.explorer.suite import ATTACKS, AttackEntry, title
 from atoplib.explorer.worker import Ticket, Worker
-from atoplib.figures import save_figure
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
 
