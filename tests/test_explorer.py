@@ -410,6 +410,7 @@ def test_a_preview_comes_before_an_attack_is_adapted_and_says_so() -> None:
     assert torch.equal(preview.adversarial, first.adversarial)
     assert not torch.equal(preview.adversarial, adapted.adversarial)
     assert "preview" in page.summary(preview) and "preview" not in page.summary(adapted)
+    assert len(preview.path_losses) == 0 and "the attack to come" in page.path(preview)
     assert len(list(compute.views(replace(KNOBS, steps=3, image=1), scene, memory))) == 1
 
 
@@ -427,6 +428,20 @@ def test_the_path_starts_clean_ends_at_the_result_and_can_be_walked() -> None:
         loss = nn.functional.cross_entropy(logits, torch.tensor([view.label]))
         torch.testing.assert_close(view.path_losses[step], loss)
         assert int(view.path_classes[step]) == int(logits.argmax())
+
+
+def test_a_turned_transform_costs_no_pass_but_those_of_the_vote() -> None:
+    pipeline, memory = make_pipeline(), compute.Memory()
+    read, purified = [], []
+    pipeline.classifier.register_forward_hook(lambda _module, images, _logits: read.append(len(images[0])))
+    pipeline.purifier.register_forward_hook(lambda _module, images, _made: purified.append(len(images[0])))
+    scene = make_scene(pipeline=pipeline)
+    for sees, reads in (("classifier", [10]), ("pipeline", [10, 2])):  # the latter: clean and adversarial
+        knobs = replace(KNOBS, attack_sees=sees, steps=6, num_draws=10)
+        final(knobs, scene, memory)
+        read.clear(), purified.clear()
+        view = next(compute.views(replace(knobs, noise_std=0.5), scene, memory))
+        assert read == reads and purified == [10] and view.adapted == (sees == "classifier")
 
 
 def test_under_a_pipeline_the_path_ends_in_the_decision_that_is_pictured() -> None:

@@ -64,10 +64,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class AttackPath:
-    """The iterates of an attack on one image, the clean image first, the result last; ``steps`` are their numbers."""
+    """The iterates of an attack on one image, the clean image first, the result last; ``steps`` are their numbers.
+
+    ``logits`` are those of the classifier in a pipeline, where the attack sees it alone: no transform changes them.
+    """
 
     steps: tuple[int, ...]
     images: Float[Tensor, "iterates 3 height width"]
+    logits: Float[Tensor, "iterates classes"] | None = None
 
 
 @dataclass
@@ -117,7 +121,7 @@ class View:
         probabilities: softmax of ``clean`` and ``adversarial`` read by the classifier alone, and of ``purified``.
         votes: the class of each draw.
         path_steps, path_losses, path_classes: cross-entropy (nats) and decision of the attacked model at the steps of the
-            attack that were kept, of a pipeline all under the draw that is pictured.
+            attack that were kept, of a pipeline all under the draw that is pictured; of a preview the steps alone.
         step: the step of the attack that is shown.
         max_batch: copies of images that were in memory at once.
         used: the knobs that apply.
@@ -312,7 +316,10 @@ def views(knobs: Knobs, scene: Scene, memory: Memory, report: Report = silent) -
         earlier = memory.latest(key[0])
         if earlier is not None:
             yield show(earlier, False)
-        memory.keep(key, attack_path(knobs, entry, attacked(defence, knobs), image, label, report))
+        path = attack_path(knobs, entry, attacked(defence, knobs), image, label, report)
+        if is_blind(defence, knobs):
+            path = replace(path, logits=_path_logits(defence.classifier, path.images, None, report))
+        memory.keep(key, path)
     memory.paths.move_to_end(key)
     yield show(memory.paths[key], True)
 
@@ -339,15 +346,18 @@ def _show(
     draws = knobs.num_draws if random else 1
     if isinstance(defence, AToPPipeline):
         pictured, logits = _purified_draws(defence, adversarial, draws, number, report)
-        read = defence.classifier(torch.cat([clean, adversarial])).float().softmax(dim=1)
-        probabilities = {"clean": read[0], "adversarial": read[1], "purified": logits[number].softmax(dim=0)}
+        known = path.logits
+        read = defence.classifier(torch.cat([clean, adversarial])).float() if known is None else known[[0, place]]
+        clean_read, adversarial_read = read.softmax(dim=1)
+        probabilities = {"clean": clean_read, "adversarial": adversarial_read, "purified": logits[number].softmax(dim=0)}
     else:
         pictured = None
         logits = draw_logits(defence, adversarial, num_draws=draws, max_batch=max_batch(clean))[:, 0]
         read = defence(clean)[0].float().softmax(dim=0)
         probabilities = {"clean": read, "adversarial": logits[number].softmax(dim=0)}
-    target = defence.classifier if knobs.attacks and is_blind(defence, knobs) else defence
-    path_logits = _path_logits(target, path.images, pictured, report)
+    path_logits = path.logits
+    if path_logits is None:
+        path_logits = _path_logits(defence, path.images, pictured, report) if adapted else logits[:0]
     losses = functional.cross_entropy(path_logits, label.expand(len(path_logits)), reduction="none")
     return View(
         knobs=knobs,
@@ -395,6 +405,7 @@ def _purified_draws(
     return pictured, torch.cat(logits)
 
 
+@torch.no_grad()
 def _path_logits(model: nn.Module, images: Tensor, pictured: _Draw | None, report: Report) -> Float[Tensor, "steps classes"]:
     """Logits of every iterate, in float32; of a pipeline all under the draw that is pictured."""
     logits = []

@@ -242,6 +242,8 @@ def path(view: View) -> str:
     title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
     if len(view.path_steps) == 1:
         return _page(title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
+    if not view.adapted:
+        return _page(title + '<p class="atop-faint">A preview: the path is that of the attack to come.</p>')
     right = (view.path_classes == view.label).tolist()
     chart = line_chart(
         [float(step) for step in view.path_steps],
