@@ -26,7 +26,8 @@ from atoplib.transforms import Draw, corrupt
 from atoplib.verdicts import draw_logits, is_random, reseed
 
 Report = Callable[[str, int, int], None]
-"""Called as ``report(what, done, total)`` between pieces of work; it may raise to stop the work."""
+"""Called as ``report(what, done, total)`` between pieces of work; it may raise to stop the work. Where nobody
+knows the total it is 0, and ``done`` are forward passes."""
 
 Defence = nn.Module | Callable[[], nn.Module]
 """A module in eval mode, images in [0, 1] -> logits, or a function that loads one when it is first picked."""
@@ -248,7 +249,7 @@ def run_attack(
     """Adversarial images for the knobs, with the seeds of ``evaluation.evaluate``; ``images`` at eps 0.
 
     Args:
-        callback: (step, steps, adversarial) after every step; it may raise to stop the attack.
+        callback: (step, steps, adversarial) after every step, steps 0 where they are not known; it may raise to stop.
     """
     if not knobs.attacks:
         return images
@@ -279,8 +280,10 @@ def attack_path(
 
     def watch(step: int, steps: int, adversarial: Tensor) -> None:
         nonlocal latest
-        latest = step
         report("attack", step, steps)
+        if not steps:
+            return
+        latest = step
         if step % ceil(steps / MAX_PATH) == 0:
             kept[step] = adversarial
 
@@ -473,7 +476,7 @@ def robust_curve(knobs: Knobs, scene: Scene, memory: Memory, report: Report = si
     for number, eps in enumerate(radii):
 
         def watch(step: int, steps: int, _adversarial: Tensor, number: int = number) -> None:
-            report("robust accuracy", number * steps + step, len(radii) * steps)
+            report("robust accuracy", number * steps + step, len(radii) * steps)  # of 0 steps all is 0: not known
 
         report("robust accuracy", number, len(radii))
         entry = scene.attacks[knobs.attack]

@@ -14,7 +14,7 @@ from atoplib.drawing import MINUS, RIGHT, RIGHT_COLOUR, WRONG, WRONG_COLOUR
 from atoplib.explorer import draw
 from atoplib.explorer.compute import RobustCurve, View
 from atoplib.explorer.knobs import NO_ATTACK
-from atoplib.explorer.suite import title
+from atoplib.explorer.suite import is_foreign, title
 from atoplib.heatmaps import TRANSFORM_NAMES
 from atoplib.verdicts import wilson_interval
 
@@ -239,11 +239,11 @@ def votes(view: View) -> str:
 
 def path(view: View) -> str:
     """Loss and decision at each step of the attack."""
-    title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
+    panel_title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
     if len(view.path_steps) == 1:
-        return _page(title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
+        return _page(panel_title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
     if not view.adapted:
-        return _page(title + '<p class="atop-faint">A preview: the path is that of the attack to come.</p>')
+        return _page(panel_title + '<p class="atop-faint">A preview: the path is that of the attack to come.</p>')
     right = (view.path_classes == view.label).tolist()
     chart = line_chart(
         [float(step) for step in view.path_steps],
@@ -256,7 +256,9 @@ def path(view: View) -> str:
     place = view.path_steps.index(view.step)
     decision = _marked(name_of(view, int(view.path_classes[place])), right[place])
     here = f"<p>step {view.step}: loss {float(view.path_losses[place]):.3g}, reads {decision}</p>"
-    return _page(title + chart + here)
+    if is_foreign(view.knobs.attack):
+        here += '<p class="atop-faint">torchattacks shows the result alone, and no step on the way.</p>'
+    return _page(panel_title + chart + here)
 
 
 def curve(result: RobustCurve) -> str:

@@ -181,9 +181,9 @@ class Explorer:
         self._mirror()
 
     def _show_progress(self, what: str, done: int, total: int) -> None:
-        self.progress.max, self.progress.value = total, done
+        self.progress.max, self.progress.value = max(1, total), done if total else 1
         self.progress.layout.visibility = "visible"
-        self._say(f"{what.capitalize()}: {done} of {total} ...")
+        self._say(f"{what.capitalize()}: {f'{done} of {total}' if total else f'{done} forward passes'} ...")
 
     def _show(self, view: compute.View, remark: str = "") -> None:
         self.view = view
