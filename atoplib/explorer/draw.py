@@ -33,6 +33,12 @@ def signed_change(after: Float[Tensor, "3 height width"], before: Float[Tensor, 
     return 255 * (after - before).mean(dim=0)
 
 
+def map_scale(change: Float[Tensor, "height width"]) -> float:
+    """The largest magnitude of a change, in 1/255; 1 where nothing changed, as a map needs a range."""
+    largest = float(change.abs().max())
+    return largest if largest > 1e-3 else 1.0
+
+
 def change_map(change: Float[Tensor, "height width"], scale: float) -> bytes:
     """A signed map as PNG: white at 0, red at ``scale`` (brighter), blue at ``-scale`` (darker); beyond it saturates."""
     shares = (change / max(scale, 1e-12)).clamp(-1, 1) / 2 + 0.5

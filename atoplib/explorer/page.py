@@ -168,7 +168,7 @@ def pictures(view: View) -> str:
     """Summary, the six pictures with what belongs to each, and the copies of RT3."""
     after, knobs = view.adversarial, view.knobs
     perturbation = draw.signed_change(after, view.clean)
-    scale = 255 * knobs.eps if knobs.norm == "linf" and knobs.attacks else float(perturbation.abs().max())
+    scale = 255 * knobs.eps if knobs.norm == "linf" and knobs.attacks else draw.map_scale(perturbation)
     change = after - view.clean
     steps = f", step {view.step} of {view.path_steps[-1]}" if view.step != view.path_steps[-1] else ""
     sizes = (f"largest {255 * float(change.abs().max()):.3g}/255", f"l2 norm {float(change.norm()):.3g}")
@@ -196,7 +196,7 @@ def pictures(view: View) -> str:
     shown = view.pictured
     copies = len(shown.transformed)
     changed = draw.signed_change(shown.purified, after)
-    most = float(changed.abs().max())
+    most = draw.map_scale(changed)
     distances = [255 * float((image - view.clean).abs().mean()) for image in (after, shown.purified)]
     left = f"mean distance to clean: {distances[0]:.3g} {ARROW} {distances[1]:.3g}/255"
     which = f", copy 1 of {copies}" if copies > 1 else ""
