@@ -1,27 +1,39 @@
 """Pictures of two settings crossed: heat maps with a number in each cell, and lines along one setting.
 
-As in ``figures``: a figure of its own each, unknown to pyplot, white whatever style a notebook has set. The colours are
-those of cividis, which eyes of every kind see as one ramp of lightness; the number in the cell says it again.
+Figures of their own, see ``drawing``. The colours are those of cividis, which eyes of every kind see as one ramp of
+lightness; the number in the cell says it again.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import cycle
 from math import ceil
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.font_manager import FontProperties
 from matplotlib.ticker import MaxNLocator
 
-from atoplib.figures import DPI, FAINT, FONT, INK, MISSING, SMALL, TEXT, TITLE
+from atoplib.drawing import (
+    FAINT,
+    FONT,
+    INK,
+    MISSING,
+    SERIES,
+    SMALL,
+    TEXT,
+    colours_of,
+    legend_below,
+    legend_of,
+    new_figure,
+    style_axes,
+    words,
+)
 
 SEQUENTIAL = "cividis"
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
 NO_VALUE = "#ececec"
 DARKEST_FOR_DARK_TEXT = 0.18  # relative luminance: there, black and white text have the same contrast
 TRANSFORM_NAMES = {"none": "no transform", "rt1": "RT1", "rt2": "RT2", "rt3": "RT3"}
@@ -172,13 +184,14 @@ def metric_lines(
     if not any(cells.values()):
         raise ValueError("there is no cell to show: give at least one")
     metrics = list(METRICS.values())
-    figure = _figure(3.4 * len(metrics), 3.4, title)
+    figure = new_figure(3.4 * len(metrics), 3.4, title)
+    colours = colours_of(list(cells))
     for place, metric in enumerate(metrics, start=1):
         axes = figure.add_subplot(1, len(metrics), place)
         lines = {
             name: [(cell[value], metric.value(cell), *_bounds(metric, cell)) for cell in own] for name, own in cells.items()
         }
-        _lines(axes, lines, label, metric.unit if not metric.share else "accuracy (%), 95 % interval", metric.title)
+        _lines(axes, lines, colours, label, metric.unit if not metric.share else "accuracy (%), 95 % interval", metric.title)
         axes.set_ylim((-3, 103) if metric.share else (0, 1.08 * metric.top(cell for own in cells.values() for cell in own)))
     _legend(figure)
     return figure
@@ -198,14 +211,16 @@ def vote_lines(votes: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str =
         raise ValueError("there is no vote to show: give at least one")
     columns = min(3, len(votes))
     rows = ceil(len(votes) / columns)
-    figure = _figure(max(5.0, 4.4 * columns), 3.4 * rows + 0.4, title)
+    figure = new_figure(max(5.0, 4.4 * columns), 3.4 * rows + 0.4, title)
+    series = dict.fromkeys(_series_name(vote) for own in votes.values() for vote in own)
+    colours = {name: SERIES[number % len(SERIES)] for number, name in enumerate(series)}
     for place, (name, own) in enumerate(votes.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         lines: dict[str, list[tuple[float, ...]]] = {}
         for vote in own:
             point = (vote["draws"], *(100 * vote[key] for key in ("accuracy", "low", "high")))
-            lines.setdefault(f"{vote['attack']}, {vote['verdict'].replace('_', ' ').replace(' n', ' N')}", []).append(point)
-        _lines(axes, lines, "draws of a decision (log scale)", "accuracy (%), 95 % interval", name)
+            lines.setdefault(_series_name(vote), []).append(point)
+        _lines(axes, lines, colours, "draws of a decision (log scale)", "accuracy (%), 95 % interval", name)
         ticks = sorted({int(point[0]) for points in lines.values() for point in points})
         axes.set_xscale("log")
         axes.set_xticks(ticks, list(map(str, ticks)))
@@ -226,14 +241,14 @@ def _maps(
     """Rows of panels, each (metric, surface, heading), the scale of each metric from 0 to its top."""
     wide = sum(max(len(row[place][1].columns) for row in panels if place < len(row)) for place in range(len(panels[0])))
     high = sum(len(row[0][1].rows) for row in panels)
-    figure = _figure(0.82 * wide + 1.5 * len(panels[0]), 0.52 * high + 1.1 * len(panels), title)
+    figure = new_figure(0.82 * wide + 1.5 * len(panels[0]), 0.52 * high + 1.1 * len(panels), title)
     for number, row in enumerate(panels):
         for place, (metric, surface, heading) in enumerate(row):
             axes = figure.add_subplot(len(panels), len(row), number * len(row) + place + 1)
             _map(figure, axes, metric, surface, tops[metric])
-            axes.set_title(heading, loc="left", **_words(TEXT))
-            axes.set_xlabel(across, **_words())
-            axes.set_ylabel(down if place == 0 else "", **_words())
+            axes.set_title(heading, loc="left", **words(TEXT))
+            axes.set_xlabel(across, **words())
+            axes.set_ylabel(down if place == 0 else "", **words())
             if place:
                 axes.set_yticklabels([])
     return figure
@@ -251,14 +266,14 @@ def _map(figure: Figure, axes: Axes, metric: Metric, surface: Surface, top: floa
         for x, column in enumerate(surface.columns):
             cell = surface.cells.get((row, column))
             if cell is None:
-                axes.text(x, y, MISSING, ha="center", va="center", **_words(SMALL, FAINT))
+                axes.text(x, y, MISSING, ha="center", va="center", **words(SMALL, FAINT))
                 continue
             ink = ink_on(colour_of(metric.value(cell) / top))
             interval = metric.interval(cell)
             number = {"xytext": (0, 5 if interval else 0), "textcoords": "offset points", "ha": "center", "va": "center"}
-            axes.annotate(metric.text(cell), (x, y), **number, **_words(TEXT, ink))
+            axes.annotate(metric.text(cell), (x, y), **number, **words(TEXT, ink))
             if interval:
-                axes.annotate(interval, (x, y), **{**number, "xytext": (0, -7)}, **_words(SMALL - 2, ink))
+                axes.annotate(interval, (x, y), **{**number, "xytext": (0, -7)}, **words(SMALL - 2, ink))
     axes.set_xticks(range(len(surface.columns)), surface.columns)
     axes.set_yticks(range(len(surface.rows)), surface.rows)
     axes.tick_params(colors=INK, labelsize=SMALL, labelfontfamily=FONT, length=0)
@@ -268,33 +283,38 @@ def _map(figure: Figure, axes: Axes, metric: Metric, surface: Surface, top: floa
         for place in range(1, count):
             axis(place - 0.5, color="white", linewidth=1.5)
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.03)
-    bar.set_label(metric.unit, **_words())
+    bar.set_label(metric.unit, **words())
     bar.ax.tick_params(colors=INK, labelsize=SMALL, labelfontfamily=FONT)
     bar.outline.set_visible(False)
 
 
-def _lines(axes: Axes, lines: Mapping[str, Sequence[Sequence[float]]], label: str, unit: str, heading: str) -> None:
-    """Lines by name, of points (value, height, low, high)."""
-    for number, (name, points) in enumerate(lines.items()):
+def _series_name(vote: Mapping[str, Any]) -> str:
+    return f"{vote['attack']}, {vote['verdict'].replace('_', ' ').replace(' n', ' N')}"
+
+
+def _lines(
+    axes: Axes,
+    lines: Mapping[str, Sequence[Sequence[float]]],
+    colours: Mapping[str, str],
+    label: str,
+    unit: str,
+    heading: str,
+) -> None:
+    """Lines by name, of points (value, height, low, high); a name has the same colour and marker in every panel."""
+    markers = dict(zip(colours, cycle("osD^vP"), strict=False))
+    for name, points in lines.items():
         values, heights, lows, highs = zip(*sorted(points), strict=True)
         spans = [
             [h - low for h, low in zip(heights, lows, strict=True)],
             [e - h for h, e in zip(heights, highs, strict=True)],
         ]
-        colour, marker = SERIES[number % len(SERIES)], "osD^vP"[number % 6]
-        axes.errorbar(
-            values, heights, spans, color=colour, marker=marker, markersize=5, linewidth=1.6, capsize=2, label=name
-        )
-    axes.set_facecolor("white")
-    axes.grid(True, color="#e0e0e0", linewidth=0.7)
-    axes.tick_params(colors=INK, labelsize=SMALL, labelfontfamily=FONT)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(FAINT)
+        look = {"color": colours[name], "marker": markers[name], "markersize": 5, "linewidth": 1.6, "capsize": 2}
+        axes.errorbar(values, heights, spans, label=name, **look)
+    style_axes(axes)
     axes.xaxis.set_major_locator(MaxNLocator(6))
-    axes.set_xlabel(label, **_words())
-    axes.set_ylabel(unit, **_words())
-    axes.set_title(heading, loc="left", **_words(TEXT))
+    axes.set_xlabel(label, **words())
+    axes.set_ylabel(unit, **words())
+    axes.set_title(heading, loc="left", **words(TEXT))
 
 
 def _bounds(metric: Metric, cell: Mapping[str, Any]) -> tuple[float, float]:
@@ -303,30 +323,6 @@ def _bounds(metric: Metric, cell: Mapping[str, Any]) -> tuple[float, float]:
     return 100 * cell[f"{metric.name}_low"], 100 * cell[f"{metric.name}_high"]
 
 
-def _figure(width: float, height: float, title: str) -> Figure:
-    """Width and height in inches, the title not counted."""
-    figure = Figure(figsize=(width, height + (0.4 if title else 0)), dpi=DPI, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title, fontsize=TITLE, color=INK, family=FONT, wrap=True)
-    return figure
-
-
 def _legend(figure: Figure) -> None:
-    entries: dict[str, Any] = {}
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
-    figure.legend(
-        handles=list(entries.values()),
-        labels=list(entries),
-        loc="outside lower center",
-        ncols=min(4, len(entries)),
-        frameon=False,
-        prop=FontProperties(family=FONT, size=SMALL),
-        labelcolor=INK,
-    )
-
-
-def _words(size: float = SMALL, colour: str = INK) -> dict[str, Any]:
-    return {"fontsize": size, "color": colour, "family": FONT}
+    entries = legend_of(figure)
+    legend_below(figure, entries, min(4, len(entries)))

@@ -87,7 +87,9 @@ def changed(hashes: dict[Path, str]) -> str:
         ("purifiers/gated_unet.py", "return 0.9 * F.hardtanh", "return 0.8 * F.hardtanh", "2345"),
         ("training/loop.py", '"""The learning rate of step', '"""It is the learning rate of step', ""),
         ("training/loop.py", "  # steps between two looks at the loss", "  # a comment of another kind", ""),
-        ("figures.py", "columns = min(3, len(names))", "columns = min(4, len(names))", ""),
+        ("figures/curves.py", "columns = min(3, len(names))", "columns = min(4, len(names))", ""),
+        ("drawing.py", "DPI = 160", "DPI = 200", ""),
+        ("heatmaps.py", "DARKEST_FOR_DARK_TEXT = 0.18", "DARKEST_FOR_DARK_TEXT = 0.2", ""),
         ("progress.py", 'return f"{seconds} s"', 'return f"{seconds} sec"', ""),
     ],
 )

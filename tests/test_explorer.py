@@ -16,12 +16,13 @@ from PIL import Image
 from torch import nn
 
 from atoplib import attacks, verdicts
+from atoplib.attacks.foreign_names import FOREIGN
 from atoplib.data import Dataset, Split, to_float
 from atoplib.evaluation import evaluate
 from atoplib.explorer import compute, draw, page
 from atoplib.explorer.knobs import NO_ATTACK, Knobs, applicable, from_yaml, presets, to_yaml
 from atoplib.explorer.still import still
-from atoplib.explorer.suite import ATTACKS, AttackEntry
+from atoplib.explorer.suite import ATTACKS, AttackEntry, is_foreign
 from atoplib.explorer.widgets import Explorer, explore, make_explorer, save_view
 from atoplib.explorer.worker import Superseded, Worker
 from atoplib.figures import save_figure
@@ -230,8 +231,11 @@ def test_every_preset_keeps_image_and_eps_and_strict_is_the_strongest() -> None:
     assert made["strict"].steps > made["paper"].steps and made["strict"].eot_samples > made["paper"].eot_samples
 
 
+OWN = tuple(name for name in ATTACKS if not is_foreign(name))
+
+
 @pytest.mark.parametrize("random", [False, True])
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", OWN)
 def test_every_attack_uses_knobs_that_exist_and_reads_its_own_settings(name: str, random: bool) -> None:
     entry = ATTACKS[name]
     assert set(entry.uses) <= {item.name for item in fields(Knobs)}
@@ -245,6 +249,34 @@ def test_every_attack_uses_knobs_that_exist_and_reads_its_own_settings(name: str
     assert {knob for knob in entry.uses if knob in wanted} | {"eps"} == read - {"bound"} | {"eps"}
     for knob in read:
         assert getattr(settings, knob) == (1 if knob == "eot_samples" and not random else wanted[knob])
+
+
+def test_the_attacks_of_torchattacks_are_all_there_and_have_their_own_knobs() -> None:
+    names = [name for name in ATTACKS if is_foreign(name)]
+    assert len(names) == len(FOREIGN) and names == list(ATTACKS)[-len(names) :]
+    assert set(ATTACKS["torchattacks:PGD"].uses) == {"eps", "steps", "eot_samples", "seed"}
+    assert set(ATTACKS["torchattacks:FGSM"].uses) == {"eps", "eot_samples"}
+    assert set(ATTACKS["torchattacks:Square"].uses) == {"eps", "norm", "queries", "eot_samples", "seed"}
+    assert ATTACKS["torchattacks:CW"].norms == ("l2",)
+    for name in names:
+        knobs = replace(KNOBS, attack=name, norm=ATTACKS[name].norms[-1], steps=7, queries=11)
+        settings = ATTACKS[name].settings(knobs, True)
+        known = FOREIGN[settings.name]
+        assert settings.options.get(known.steps, 7) == 7 and settings.options.get(known.queries, 11) == 11
+        assert "torchattacks" in page.title(name)
+
+
+def test_an_attack_of_torchattacks_can_be_cancelled_on_its_way() -> None:
+    explorer = make(attack="torchattacks:PGD", steps=1000)
+    explorer.refresh()
+    seen = threading.Event()
+    explorer.status.observe(lambda change: seen.set() if "forward passes" in change["new"] else None, "value")
+    assert seen.wait(120)
+    explorer.cancel()
+    assert explorer.worker.wait(120) and explorer.view is None and "Cancelled" in explorer.status.value
+    explorer.request(steps=2)
+    view = settled(explorer)
+    assert view.path_steps == (0, 1) and "no step on the way" in page.path(view)
 
 
 def test_an_attack_of_one_step_has_no_steps_to_set() -> None:
@@ -320,7 +352,7 @@ def is_read_right(knobs: Knobs) -> bool:
     return right if knobs.attack_sees == "classifier" else view.right_draws == 20
 
 
-@pytest.mark.parametrize("name", ATTACKS)
+@pytest.mark.parametrize("name", [*OWN, *(f"torchattacks:{name}" for name in ("FFGSM", "MIFGSM", "VMIFGSM", "PIFGSM"))])
 def test_every_attack_of_the_suite_is_shown_as_the_attack_notebook_measures_it(name: str) -> None:
     radius = {"norm": "flow", "eps": 0.2} if name == "stadv" else {"eps": 0.05}
     knobs = replace(KNOBS, attack=name, steps=3, eot_samples=2, queries=5, num_draws=4, seed=2, noise_std=0.02, **radius)
@@ -410,6 +442,7 @@ def test_a_preview_comes_before_an_attack_is_adapted_and_says_so() -> None:
     assert torch.equal(preview.adversarial, first.adversarial)
     assert not torch.equal(preview.adversarial, adapted.adversarial)
     assert "preview" in page.summary(preview) and "preview" not in page.summary(adapted)
+    assert len(preview.path_losses) == 0 and "the attack to come" in page.path(preview)
     assert len(list(compute.views(replace(KNOBS, steps=3, image=1), scene, memory))) == 1
 
 
@@ -427,6 +460,20 @@ def test_the_path_starts_clean_ends_at_the_result_and_can_be_walked() -> None:
         loss = nn.functional.cross_entropy(logits, torch.tensor([view.label]))
         torch.testing.assert_close(view.path_losses[step], loss)
         assert int(view.path_classes[step]) == int(logits.argmax())
+
+
+def test_a_turned_transform_costs_no_pass_but_those_of_the_vote() -> None:
+    pipeline, memory = make_pipeline(), compute.Memory()
+    read, purified = [], []
+    pipeline.classifier.register_forward_hook(lambda _module, images, _logits: read.append(len(images[0])))
+    pipeline.purifier.register_forward_hook(lambda _module, images, _made: purified.append(len(images[0])))
+    scene = make_scene(pipeline=pipeline)
+    for sees, reads in (("classifier", [10]), ("pipeline", [10, 2])):  # the latter: clean and adversarial
+        knobs = replace(KNOBS, attack_sees=sees, steps=6, num_draws=10)
+        final(knobs, scene, memory)
+        read.clear(), purified.clear()
+        view = next(compute.views(replace(knobs, noise_std=0.5), scene, memory))
+        assert read == reads and purified == [10] and view.adapted == (sees == "classifier")
 
 
 def test_under_a_pipeline_the_path_ends_in_the_decision_that_is_pictured() -> None:

@@ -48,6 +48,13 @@ classifier = build_classifier(
 purifier = build_purifier("gated_unet", width=8, blocks=1, fold=4)
 defences = {"AToP": AToPPipeline(TransformSettings("rt2", 0.25, 0.1), purifier, classifier).eval(), "undefended": classifier}
 """
+EXPLORE = "from atoplib.explorer import explore\n\nexplore(defences, digits, eps=0.3, steps=5, num_draws=6)"
+SURFACE = """
+from atoplib.explorer import explore_surface
+from tests.test_heatmaps import cells
+
+explore_surface(cells(), title="masks")
+"""
 
 
 def find_chromium() -> str | None:
@@ -69,13 +76,13 @@ playwright = pytest.importorskip(
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """JupyterLab as `make lab` starts it, on a folder of its own with one notebook."""
+    """JupyterLab as `make lab` starts it, on a folder of its own with two notebooks: explorer, and surface of notebook 7."""
     folder = tmp_path_factory.mktemp("lab")
-    cells = [SETUP, "from atoplib.explorer import explore\n\nexplore(defences, digits, eps=0.3, steps=5, num_draws=6)"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
     (folder / "work").mkdir()
-    nbformat.write(notebook, folder / "work" / "explore.ipynb")
+    for name, cells in (("explore", (SETUP, EXPLORE)), ("surface", (SURFACE,))):
+        notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
+        notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+        nbformat.write(notebook, folder / "work" / f"{name}.ipynb")
     names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR")
     names += ("JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR")
     environment = {**os.environ, **{name: str(folder / name) for name in names}, "PYTHONPATH": str(ROOT)}
@@ -131,7 +138,7 @@ def page(address: str, errors: list[str]) -> Iterator:
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(address)
         page.wait_for_selector(".jp-Notebook .jp-Cell")
-        run_all(page)
+        run_all(page, ".atop-pictures img")
         yield page
         browser.close()
 
@@ -148,15 +155,15 @@ def wait_for_idle(page) -> None:
     page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", state="attached")
 
 
-def run_all(page) -> None:
-    """Run all cells, and wait for the explorer's first picture."""
+def run_all(page, wanted: str) -> None:
+    """Run all cells, and wait for what they show."""
     page.wait_for_selector("#jp-main-statusbar >> text=/[|] Idle$/")
     for patience in (10_000, 30_000, PATIENCE):  # what is asked of a kernel that is just being connected to can be lost
         choose(page, "Run", "Run All Cells")
         with suppress(playwright.TimeoutError):
             page.wait_for_function(STARTED, timeout=patience)
             break
-    page.wait_for_selector(".atop-pictures img")
+    page.wait_for_selector(wanted)
     wait_for_idle(page)
 
 
@@ -319,9 +326,54 @@ def test_run_all_while_an_attack_runs_gives_a_fresh_explorer(page) -> None:
     assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
 
 
+def test_a_restarted_kernel_gives_a_fresh_explorer_too_even_while_an_attack_runs(page) -> None:
+    page.get_by_role("button", name="Strict").click()
+    page.wait_for_selector(".atop-stale", state="attached")
+    choose(page, "Kernel", "Restart Kernel and Run All Cells…")
+    page.locator(".jp-Dialog .jp-mod-accept").click()
+    knobs = wait_for(page, "steps: 5")
+    assert sources(page) == expected(knobs)
+    assert page.locator(".atop-yaml").count() == 1
+    assert page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
+    slider(page, "eps (1/255)").press("ArrowRight")
+    knobs = wait_for(page, f"eps: {77 / 255}")
+    assert sources(page) == expected(knobs)
+
+
 def test_the_still_is_hidden_where_the_explorer_is_alive(page) -> None:
     stills = page.locator("[class^=atop-still]")
     assert stills.count() == 1 and not stills.first.is_visible()
+
+
+def test_the_surface_shows_the_numbers_of_the_cell_that_is_picked_by_mouse_or_keys(
+    page, address: str, errors: list[str]
+) -> None:
+    surface = page.context.new_page()
+    surface.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    surface.on("pageerror", lambda error: errors.append(str(error)))
+    surface.goto(address.replace("explore.ipynb", "surface.ipynb"))
+    surface.wait_for_selector(".jp-Notebook .jp-Cell")
+    run_all(surface, ".atop-surface button")
+    buttons = surface.locator(".atop-surface button")
+    assert buttons.all_inner_texts() == ["25.0"] * 4
+    surface.get_by_label("metric").select_option("clean accuracy")
+    surface.wait_for_function("() => document.querySelector('.atop-surface button').innerText === '90.0'")
+    surface.get_by_label("defence").select_option("AToP")
+    surface.wait_for_function("() => document.querySelectorAll('.atop-surface button').length === 5")
+    buttons.last.hover()
+    assert "robust accuracy, white-box: 50.0 % [25.0, 75.0]" in buttons.last.get_attribute("title")
+    numbers = surface.locator("[role=status]").last
+    buttons.last.click()
+    surface.wait_for_selector(".atop-chosen:has-text('90.0') >> nth=0")
+    surface.wait_for_function("() => [...document.querySelectorAll('[role=status]')].at(-1).innerText.includes('disjoint')")
+    assert "50.0 % [25.0, 75.0]" in numbers.inner_text()
+    buttons.first.focus()
+    surface.keyboard.press("Enter")
+    surface.wait_for_function("() => [...document.querySelectorAll('[role=status]')].at(-1).innerText.includes('25.0 %')")
+    stills = surface.locator("[class^=atop-still]")
+    assert stills.count() == 1 and not stills.first.is_visible()
+    keep(surface, "surface")
+    surface.close()
 
 
 def test_the_console_holds_no_errors(page, errors: list[str]) -> None:

@@ -16,10 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
+from atoplib.drawing import DPI, RIGHT, WRONG
 from atoplib.figures import (
-    DPI,
-    RIGHT,
-    WRONG,
     PurificationStages,
     accuracy_against,
     accuracy_bars,

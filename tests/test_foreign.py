@@ -1,6 +1,10 @@
 """The attacks of torchattacks run by name on any module, with EOT, in our ball, and leave no trace."""
 
+import inspect
 import random
+import sys
+import threading
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -10,7 +14,9 @@ from torch import nn
 
 from atoplib.attacks import check_budget
 from atoplib.attacks.eot import cross_entropy
-from atoplib.attacks.foreign import FOREIGN, ForeignSettings, MeanLogits, torchattacks_attack
+from atoplib.attacks.foreign import ForeignSettings, MeanLogits, torchattacks_attack
+from atoplib.attacks.foreign_names import FOREIGN
+from atoplib.attacks.suite import ATTACKS
 
 QUICK = {
     "Square": {"n_queries": 20},
@@ -57,7 +63,7 @@ def quick(name, norm, draws=2):
     return ForeignSettings(name, 0.1 if norm == "linf" else 1.0, norm, draws, QUICK.get(name, {}))
 
 
-ALL = [(name, norm) for name, norms in FOREIGN.items() for norm in norms]
+ALL = [(name, norm) for name, known in FOREIGN.items() for norm in known.norms]
 
 
 @pytest.mark.parametrize("name, norm", ALL)
@@ -86,6 +92,72 @@ def test_every_attack_that_is_listed_works_on_a_random_model_and_leaves_no_trace
 def test_the_list_is_all_of_torchattacks_but_for_other_norms_and_what_needs_more_than_a_model():
     other_norms = {"JSMA", "SparseFool", "OnePixel", "Pixle", "EADL1", "EADEN"}
     assert set(torchattacks.__all__) - set(FOREIGN) == other_norms | {"VANILA", "MultiAttack", "LGV"}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_what_the_list_says_of_an_attack_is_true(name):
+    known, attack, own = (
+        FOREIGN[name],
+        ATTACKS[f"torchattacks:{name}"],
+        set(inspect.signature(getattr(torchattacks, name)).parameters),
+    )
+    assert {known.steps, known.queries} - {""} <= own and (not known.alpha or "alpha" in own)
+    assert ("steps" in attack.options) == bool(own & {"steps", "num_iter_set", "nb_iter"})
+    model, images = small_model(), images_of(6)
+    labels = model(images).argmax(dim=1)
+    settings = [quick(name, norm, 1) for norm in known.norms]
+    differs = [
+        not torch.equal(*(torchattacks_attack(model, images, labels, each, generator=seeded(dice)) for dice in (1, 2)))
+        for each in settings
+    ]
+    assert any(differs) == known.dice
+
+
+def test_an_attack_by_name_has_its_number_of_steps_and_the_step_size_of_our_pgd():
+    made = ATTACKS["torchattacks:MIFGSM"].settings(0.3, steps=20)
+    assert (made.name, made.norm, made.eps, dict(made.options)) == ("MIFGSM", "linf", 0.3, {"steps": 20, "alpha": 0.3 / 3})
+    assert ATTACKS["torchattacks:PGDL2"].settings(1.0).options == {"alpha": 1.0 / 3}
+    assert ATTACKS["torchattacks:PIFGSM"].settings(0.1, steps=4).options == {"num_iter_set": 4}
+    assert ATTACKS["torchattacks:Square"].settings(0.1, "l2", queries=50).options == {"n_queries": 50}
+    assert ATTACKS["torchattacks:AutoAttack"].settings(0.1, version="rand").options == {"version": "rand"}
+
+
+def test_an_attack_can_be_stopped_at_any_forward_pass_and_leaves_no_trace():
+    model, images, passes = small_model(), images_of(2), []
+
+    def on_pass(number):
+        passes.append(number)
+        if number == 3:
+            raise KeyError("enough")
+
+    dice = torch.get_rng_state()
+    settings = ForeignSettings("PGD", 0.1, options={"steps": 10})
+    with pytest.raises(KeyError, match="enough"):
+        torchattacks_attack(model, images, torch.tensor([0, 1]), settings, generator=seeded(), on_pass=on_pass)
+    assert passes == [1, 2, 3] and torch.equal(dice, torch.get_rng_state())
+    assert all(weight.requires_grad for weight in model.parameters())
+    torchattacks_attack(model, images, torch.tensor([0, 1]), settings, generator=seeded())  # nothing is locked
+
+
+def test_the_result_does_not_depend_on_the_order_of_the_memory():
+    model, images = small_model(), images_of()
+    settings = ForeignSettings("FFGSM", 0.1)
+    results = [
+        torchattacks_attack(model, given, torch.tensor([0, 1, 2, 3]), settings, generator=seeded())
+        for given in (images, images.contiguous(memory_format=torch.channels_last))
+    ]
+    torch.testing.assert_close(*results)
+
+
+def test_other_threads_may_print_while_an_attack_is_kept_quiet(capsys):
+    from atoplib.attacks.foreign import Silence
+
+    with redirect_stdout(Silence(sys.stdout)):
+        print("mine")
+        other = threading.Thread(target=print, args=("another's",))
+        other.start()
+        other.join()
+    assert capsys.readouterr().out == "another's\n"
 
 
 def test_the_options_radius_norm_and_classes_reach_the_attack(monkeypatch):

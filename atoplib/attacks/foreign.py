@@ -5,12 +5,13 @@ Kim 2020, "Torchattacks: A PyTorch Repository for Adversarial Attacks" (arXiv 20
 
 import inspect
 import random
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
-from io import StringIO
-from types import MappingProxyType
-from typing import Any
+from io import TextIOBase
+from threading import Lock, get_ident
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -20,51 +21,12 @@ from torch import Tensor, nn
 
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import cross_entropy
+from atoplib.attacks.foreign_names import FOREIGN
 from atoplib.attacks.norms import check_ball, project
 from atoplib.attacks.pgd import StepCallback
 from atoplib.verdicts import reseed
 
-LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
-FOREIGN: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        # one step
-        "GN": BOTH,
-        "FGSM": LINF,
-        "RFGSM": LINF,
-        "FFGSM": LINF,
-        # gradient ascent in a ball
-        "BIM": LINF,
-        "PGD": LINF,
-        "EOTPGD": LINF,
-        "PGDRS": LINF,
-        "TPGD": LINF,
-        "UPGD": LINF,
-        "Jitter": LINF,
-        "APGD": BOTH,
-        "APGDT": BOTH,
-        "PGDL2": L2,
-        "PGDRSL2": L2,
-        # made to transfer
-        "MIFGSM": LINF,
-        "NIFGSM": LINF,
-        "SINIFGSM": LINF,
-        "VMIFGSM": LINF,
-        "VNIFGSM": LINF,
-        "DIFGSM": LINF,
-        "TIFGSM": LINF,
-        "PIFGSM": LINF,
-        "PIFGSMPP": LINF,
-        # smallest perturbation
-        "CW": L2,
-        "DeepFool": L2,
-        "FAB": BOTH,
-        # black box, ensembles
-        "SPSA": LINF,
-        "Square": BOTH,
-        "AutoAttack": BOTH,
-    }
-)
-"""The attacks of torchattacks 3.5.1 that ask for nothing but a model, and the norms that they are made for."""
+ONE_AT_A_TIME = Lock()  # the dice of torchattacks are those of the whole process
 
 
 @dataclass(frozen=True)
@@ -91,8 +53,9 @@ class ForeignSettings:
         if self.name not in FOREIGN:
             raise ValueError(f"unknown attack {self.name!r} of torchattacks; allowed: {', '.join(FOREIGN)}")
         check_ball(self.eps, self.norm)
-        if self.norm not in FOREIGN[self.name]:
-            raise ValueError(f"{self.name} is no attack for {self.norm}, but for {', '.join(FOREIGN[self.name])}")
+        norms = FOREIGN[self.name].norms
+        if self.norm not in norms:
+            raise ValueError(f"{self.name} is no attack for {self.norm}, but for {', '.join(norms)}")
         if self.eot_samples < 1:
             raise ValueError(f"eot_samples must be at least 1, got {self.eot_samples}")
         known = _parameters(self.name)
@@ -106,21 +69,40 @@ class MeanLogits(nn.Module):
 
     For attacks of other libraries, which know of no draws: what they differentiate is a function of the mean logits
     (Athalye et al. 2018, section 4.2; Hill et al. 2021 average logits too). The graph of all draws is in memory at once.
+    ``on_pass`` is called with the number of each forward pass before it is made, and may raise.
     """
 
-    def __init__(self, model: nn.Module, draws: int) -> None:
+    def __init__(self, model: nn.Module, draws: int, on_pass: Callable[[int], None] | None = None) -> None:
         super().__init__()
         if draws < 1:
             raise ValueError(f"draws must be at least 1, got {draws}")
         self.model, self.draws = model, draws
         self.training = model.training  # a wrapper has no mode of its own
+        self.passes, self.on_pass = 0, on_pass
 
     def reseed(self, seed: int) -> None:
         """Start the model's dice anew, where it has any of its own."""
         reseed(self.model, seed)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        self.passes += 1
+        if self.on_pass is not None:
+            self.on_pass(self.passes)
         return self.model(images.repeat(self.draws, 1, 1, 1)).float().unflatten(0, (self.draws, len(images))).mean(dim=0)
+
+
+class Silence(TextIOBase):
+    """An output that swallows what this thread writes, and hands on what others do."""
+
+    def __init__(self, others: TextIO) -> None:
+        super().__init__()
+        self.others, self.thread = others, get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if get_ident() == self.thread else self.others.write(text)
+
+    def flush(self) -> None:
+        self.others.flush()
 
 
 def torchattacks_attack(
@@ -132,6 +114,7 @@ def torchattacks_attack(
     generator: torch.Generator | None = None,
     max_batch: int = 512,
     callback: StepCallback | None = None,
+    on_pass: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
     """Adversarial images by an attack of torchattacks, projected into our ball and checked.
 
@@ -143,6 +126,7 @@ def torchattacks_attack(
             they stand where they stood.
         max_batch: images x draws in one forward pass: so many images are attacked at a time (one at the least).
         callback: (images done, images, adversarial so far, cross-entropy of each image done) after every part.
+        on_pass: called with the number of each forward pass before it is made; it may raise to stop the attack.
 
     Returns:
         adversarial images in [0, 1], within eps of ``images``.
@@ -154,15 +138,15 @@ def torchattacks_attack(
     seed = int(torch.randint(2**31, (), generator=generator, device=images.device))
     with torch.no_grad():
         classes = model(images[:1]).shape[1]
-    mean = MeanLogits(model, settings.eot_samples)
+    mean = MeanLogits(model, settings.eot_samples, on_pass)
     adversarial = images.detach().clone()
     losses = torch.zeros(len(images), device=images.device)
     done = 0
-    with _global_dice(seed, images.device), _frozen(model):
+    with ONE_AT_A_TIME, _global_dice(seed, images.device), _frozen(model):
         attack = _build(mean, settings, classes, seed, images.device)
         for part in torch.arange(len(images), device=images.device).split(max(1, max_batch // settings.eot_samples)):
-            with torch.enable_grad(), redirect_stdout(StringIO()):  # some of them print
-                found = attack(images[part], labels[part])
+            with torch.enable_grad(), redirect_stdout(Silence(sys.stdout)):  # some of them print
+                found = attack(images[part].contiguous(), labels[part])  # some throw dice in the order of the memory
             adversarial[part] = project(found.detach(), images[part], settings.eps, settings.norm)
             done += len(part)
             if callback is not None:
@@ -191,7 +175,7 @@ def _build(
     }
     known = _parameters(settings.name)
     given = {name: value for name, value in ours.items() if name in known}
-    with redirect_stdout(StringIO()):  # a model without parameters makes it print
+    with redirect_stdout(Silence(sys.stdout)):  # a model without parameters makes it print
         attack = getattr(torchattacks, settings.name)(model, **(given | dict(settings.options)))
     attack.set_device(device)
     return attack

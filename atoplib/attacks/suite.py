@@ -10,6 +10,7 @@ from atoplib.attacks.adaptive import AdaptiveSettings, adaptive
 from atoplib.attacks.apgd import APGDSettings, apgd
 from atoplib.attacks.autoattack import AutoAttackSettings, autoattack
 from atoplib.attacks.fab import FABSettings, fab
+from atoplib.attacks.foreign_names import FOREIGN
 from atoplib.attacks.norms import NORMS
 from atoplib.attacks.pgd import PGDSettings, pgd
 from atoplib.attacks.spsa import SPSASettings, spsa
@@ -18,16 +19,20 @@ from atoplib.attacks.stadv import StAdvSettings, stadv
 
 
 class Attack(NamedTuple):
-    """An attack: its function, what makes its settings from eps, norm and the rest, and the norms that eps can be of."""
+    """An attack: its function, what makes its settings from eps, norm and the rest, and the norms that eps can be of.
+
+    ``lacks`` are names that ``settings`` has for others of its kind.
+    """
 
     function: Callable[..., Tensor]
     settings: Callable[..., Any]
     norms: tuple[str, ...] = NORMS
+    lacks: frozenset[str] = frozenset()
 
     @property
     def options(self) -> frozenset[str]:
         """Names that ``settings`` takes."""
-        return frozenset(signature(self.settings).parameters)
+        return frozenset(signature(self.settings).parameters) - self.lacks
 
 
 def fgsm_settings(eps: float, norm: str = "linf", *, eot_samples: int = 1) -> PGDSettings:
@@ -83,6 +88,30 @@ def run_foreign(*given: Any, **settings: Any) -> Tensor:
     return torchattacks_attack(*given, **settings)
 
 
+def foreign(name: str) -> Attack:
+    """The attack ``name`` of torchattacks, its steps as large as those of our PGD, its other options at its own defaults."""
+    known = FOREIGN[name]
+
+    def settings(
+        eps: float,
+        norm: str = known.norms[0],
+        *,
+        steps: int | None = None,
+        queries: int | None = None,
+        version: str | None = None,
+        eot_samples: int = 1,
+    ) -> Any:
+        step = PGDSettings(eps, norm, steps or DEFAULT_STEPS).step_size
+        wanted = {known.steps: steps, known.queries: queries, "version": version, "alpha": step if known.alpha else None}
+        options = {option: value for option, value in wanted.items() if option and value is not None}
+        return foreign_settings(eps, norm, name=name, eot_samples=eot_samples, options=options)
+
+    has = {"steps": known.steps, "queries": known.queries, "version": name == "AutoAttack"}
+    return Attack(run_foreign, settings, known.norms, frozenset(option for option, there in has.items() if not there))
+
+
+FOREIGN_PREFIX = "torchattacks:"
+DEFAULT_STEPS = 10  # of torchattacks
 ATTACKS: dict[str, Attack] = {
     "fgsm": Attack(pgd, fgsm_settings),
     "pgd": Attack(pgd, PGDSettings),
@@ -93,5 +122,5 @@ ATTACKS: dict[str, Attack] = {
     "stadv": Attack(stadv, stadv_settings, ("flow",)),
     "square": Attack(square, SquareSettings),
     "spsa": Attack(spsa, SPSASettings),
-    "torchattacks": Attack(run_foreign, foreign_settings),
+    **{f"{FOREIGN_PREFIX}{name}": foreign(name) for name in FOREIGN},
 }

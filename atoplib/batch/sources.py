@@ -14,7 +14,7 @@ from threading import Lock
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent.parent
-ONLY_SHOWN = ("batch", "figures", "heatmaps", "progress", "runs")
+ONLY_SHOWN = ("batch", "drawing", "figures", "heatmaps", "progress", "runs")
 BLOCKS = ("body", "orelse", "finalbody")
 PARSING = Lock()  # runs are noted by threads, and early releases of Python 3.11 cannot parse in two at once
 

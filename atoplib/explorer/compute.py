@@ -26,7 +26,8 @@ from atoplib.transforms import Draw, corrupt
 from atoplib.verdicts import draw_logits, is_random, reseed
 
 Report = Callable[[str, int, int], None]
-"""Called as ``report(what, done, total)`` between pieces of work; it may raise to stop the work."""
+"""Called as ``report(what, done, total)`` between pieces of work; it may raise to stop the work. Where nobody
+knows the total it is 0, and ``done`` are forward passes."""
 
 Defence = nn.Module | Callable[[], nn.Module]
 """A module in eval mode, images in [0, 1] -> logits, or a function that loads one when it is first picked."""
@@ -64,10 +65,14 @@ class Scene:
 
 @dataclass(frozen=True)
 class AttackPath:
-    """The iterates of an attack on one image, the clean image first, the result last; ``steps`` are their numbers."""
+    """The iterates of an attack on one image, the clean image first, the result last; ``steps`` are their numbers.
+
+    ``logits`` are those of the classifier in a pipeline, where the attack sees it alone: no transform changes them.
+    """
 
     steps: tuple[int, ...]
     images: Float[Tensor, "iterates 3 height width"]
+    logits: Float[Tensor, "iterates classes"] | None = None
 
 
 @dataclass
@@ -117,7 +122,7 @@ class View:
         probabilities: softmax of ``clean`` and ``adversarial`` read by the classifier alone, and of ``purified``.
         votes: the class of each draw.
         path_steps, path_losses, path_classes: cross-entropy (nats) and decision of the attacked model at the steps of the
-            attack that were kept, of a pipeline all under the draw that is pictured.
+            attack that were kept, of a pipeline all under the draw that is pictured; of a preview the steps alone.
         step: the step of the attack that is shown.
         max_batch: copies of images that were in memory at once.
         used: the knobs that apply.
@@ -244,7 +249,7 @@ def run_attack(
     """Adversarial images for the knobs, with the seeds of ``evaluation.evaluate``; ``images`` at eps 0.
 
     Args:
-        callback: (step, steps, adversarial) after every step; it may raise to stop the attack.
+        callback: (step, steps, adversarial) after every step, steps 0 where they are not known; it may raise to stop.
     """
     if not knobs.attacks:
         return images
@@ -275,8 +280,10 @@ def attack_path(
 
     def watch(step: int, steps: int, adversarial: Tensor) -> None:
         nonlocal latest
-        latest = step
         report("attack", step, steps)
+        if not steps:
+            return
+        latest = step
         if step % ceil(steps / MAX_PATH) == 0:
             kept[step] = adversarial
 
@@ -312,7 +319,10 @@ def views(knobs: Knobs, scene: Scene, memory: Memory, report: Report = silent) -
         earlier = memory.latest(key[0])
         if earlier is not None:
             yield show(earlier, False)
-        memory.keep(key, attack_path(knobs, entry, attacked(defence, knobs), image, label, report))
+        path = attack_path(knobs, entry, attacked(defence, knobs), image, label, report)
+        if is_blind(defence, knobs):
+            path = replace(path, logits=_path_logits(defence.classifier, path.images, None, report))
+        memory.keep(key, path)
     memory.paths.move_to_end(key)
     yield show(memory.paths[key], True)
 
@@ -339,15 +349,18 @@ def _show(
     draws = knobs.num_draws if random else 1
     if isinstance(defence, AToPPipeline):
         pictured, logits = _purified_draws(defence, adversarial, draws, number, report)
-        read = defence.classifier(torch.cat([clean, adversarial])).float().softmax(dim=1)
-        probabilities = {"clean": read[0], "adversarial": read[1], "purified": logits[number].softmax(dim=0)}
+        known = path.logits
+        read = defence.classifier(torch.cat([clean, adversarial])).float() if known is None else known[[0, place]]
+        clean_read, adversarial_read = read.softmax(dim=1)
+        probabilities = {"clean": clean_read, "adversarial": adversarial_read, "purified": logits[number].softmax(dim=0)}
     else:
         pictured = None
         logits = draw_logits(defence, adversarial, num_draws=draws, max_batch=max_batch(clean))[:, 0]
         read = defence(clean)[0].float().softmax(dim=0)
         probabilities = {"clean": read, "adversarial": logits[number].softmax(dim=0)}
-    target = defence.classifier if knobs.attacks and is_blind(defence, knobs) else defence
-    path_logits = _path_logits(target, path.images, pictured, report)
+    path_logits = path.logits
+    if path_logits is None:
+        path_logits = _path_logits(defence, path.images, pictured, report) if adapted else logits[:0]
     losses = functional.cross_entropy(path_logits, label.expand(len(path_logits)), reduction="none")
     return View(
         knobs=knobs,
@@ -395,6 +408,7 @@ def _purified_draws(
     return pictured, torch.cat(logits)
 
 
+@torch.no_grad()
 def _path_logits(model: nn.Module, images: Tensor, pictured: _Draw | None, report: Report) -> Float[Tensor, "steps classes"]:
     """Logits of every iterate, in float32; of a pipeline all under the draw that is pictured."""
     logits = []
@@ -462,7 +476,7 @@ def robust_curve(knobs: Knobs, scene: Scene, memory: Memory, report: Report = si
     for number, eps in enumerate(radii):
 
         def watch(step: int, steps: int, _adversarial: Tensor, number: int = number) -> None:
-            report("robust accuracy", number * steps + step, len(radii) * steps)
+            report("robust accuracy", number * steps + step, len(radii) * steps)  # of 0 steps all is 0: not known
 
         report("robust accuracy", number, len(radii))
         entry = scene.attacks[knobs.attack]

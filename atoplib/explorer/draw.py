@@ -11,7 +11,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from atoplib.figures import DIVERGING
+from atoplib.drawing import DIVERGING
 
 MAP_STEPS = 255  # odd, so that 0 has a colour of its own: white
 
@@ -31,6 +31,12 @@ def picture(image: Float[Tensor, "3 height width"]) -> bytes:
 def signed_change(after: Float[Tensor, "3 height width"], before: Float[Tensor, "3 height width"]) -> Tensor:
     """What ``figures.purification_rows`` shows of a change: the mean over the channels, in 1/255; (height, width)."""
     return 255 * (after - before).mean(dim=0)
+
+
+def map_scale(change: Float[Tensor, "height width"]) -> float:
+    """The largest magnitude of a change, in 1/255; 1 where nothing changed, as a map needs a range."""
+    largest = float(change.abs().max())
+    return largest if largest > 1e-3 else 1.0
 
 
 def change_map(change: Float[Tensor, "height width"], scale: float) -> bytes:

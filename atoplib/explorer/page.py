@@ -10,11 +10,11 @@ from html import escape
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
+from atoplib.drawing import MINUS, RIGHT, RIGHT_COLOUR, WRONG, WRONG_COLOUR
 from atoplib.explorer import draw
 from atoplib.explorer.compute import RobustCurve, View
 from atoplib.explorer.knobs import NO_ATTACK
-from atoplib.explorer.suite import title
-from atoplib.figures import MINUS, RIGHT, WRONG
+from atoplib.explorer.suite import is_foreign, title
 from atoplib.heatmaps import TRANSFORM_NAMES
 from atoplib.verdicts import wilson_interval
 
@@ -29,10 +29,13 @@ SEES_NAMES = {
 GAP = "\N{NO-BREAK SPACE}"
 SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
 
-STYLE = """<style>
+COLOURS = f".atop, .atop-surface {{ --right: {RIGHT_COLOUR}; --wrong: {WRONG_COLOUR}; }}"
+STYLE = (
+    f"<style>\n{COLOURS}"
+    + """
 .atop { --ink: var(--jp-ui-font-color1, #222); --faint: var(--jp-ui-font-color2, #666);
   --line: var(--jp-border-color1, #bbb); --track: var(--jp-layout-color2, #eee);
-  --right: #2a86c8; --wrong: #d95f02; --other: var(--jp-ui-font-color3, #999);
+  --other: var(--jp-ui-font-color3, #999);
   color: var(--ink); font: 12px/1.35 var(--jp-ui-font-family, system-ui, sans-serif); }
 .atop p { margin: 0; }
 .atop-summary { font-size: 14px; padding: 6px 0 8px; }
@@ -76,6 +79,7 @@ STYLE = """<style>
 .atop-pictures { transition: opacity 0.1s linear 0.25s; }
 .atop-stale { opacity: 0.35; }
 </style>"""
+)
 
 
 def problem(sentence: str) -> str:
@@ -164,7 +168,7 @@ def pictures(view: View) -> str:
     """Summary, the six pictures with what belongs to each, and the copies of RT3."""
     after, knobs = view.adversarial, view.knobs
     perturbation = draw.signed_change(after, view.clean)
-    scale = 255 * knobs.eps if knobs.norm == "linf" and knobs.attacks else float(perturbation.abs().max())
+    scale = 255 * knobs.eps if knobs.norm == "linf" and knobs.attacks else draw.map_scale(perturbation)
     change = after - view.clean
     steps = f", step {view.step} of {view.path_steps[-1]}" if view.step != view.path_steps[-1] else ""
     sizes = (f"largest {255 * float(change.abs().max()):.3g}/255", f"l2 norm {float(change.norm()):.3g}")
@@ -192,7 +196,7 @@ def pictures(view: View) -> str:
     shown = view.pictured
     copies = len(shown.transformed)
     changed = draw.signed_change(shown.purified, after)
-    most = float(changed.abs().max())
+    most = draw.map_scale(changed)
     distances = [255 * float((image - view.clean).abs().mean()) for image in (after, shown.purified)]
     left = f"mean distance to clean: {distances[0]:.3g} {ARROW} {distances[1]:.3g}/255"
     which = f", copy 1 of {copies}" if copies > 1 else ""
@@ -235,9 +239,11 @@ def votes(view: View) -> str:
 
 def path(view: View) -> str:
     """Loss and decision at each step of the attack."""
-    title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
+    panel_title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
     if len(view.path_steps) == 1:
-        return _page(title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
+        return _page(panel_title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
+    if not view.adapted:
+        return _page(panel_title + '<p class="atop-faint">A preview: the path is that of the attack to come.</p>')
     right = (view.path_classes == view.label).tolist()
     chart = line_chart(
         [float(step) for step in view.path_steps],
@@ -250,7 +256,9 @@ def path(view: View) -> str:
     place = view.path_steps.index(view.step)
     decision = _marked(name_of(view, int(view.path_classes[place])), right[place])
     here = f"<p>step {view.step}: loss {float(view.path_losses[place]):.3g}, reads {decision}</p>"
-    return _page(title + chart + here)
+    if is_foreign(view.knobs.attack):
+        here += '<p class="atop-faint">torchattacks shows the result alone, and no step on the way.</p>'
+    return _page(panel_title + chart + here)
 
 
 def curve(result: RobustCurve) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import ipywidgets as widgets
 from IPython.display import display
 
+from atoplib.drawing import MISSING
 from atoplib.explorer import page
 from atoplib.explorer.still import figure_bundle
-from atoplib.figures import MISSING
 from atoplib.heatmaps import METRICS, TRANSFORM_NAMES, Metric, colour_of, ink_on, mask_maps, mask_surface_of
 
 Cells = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -26,7 +26,7 @@ STYLE = """<style>
   font-size: 14px; font-variant-numeric: tabular-nums; }
 .atop-surface .widget-button:focus-visible, .atop-surface .widget-button:hover { outline: none; box-shadow: none;
   border-color: var(--jp-ui-font-color1, #222); }
-.atop-surface .atop-chosen { border: 4px solid #d95f02 !important; font-weight: 700; }
+.atop-surface .atop-chosen { border: 4px solid var(--wrong) !important; font-weight: 700; }
 .atop-scale-of { max-width: 340px; }
 </style>"""
 

@@ -23,6 +23,7 @@ from torch import nn
 from atoplib.attacks import NORMS
 from atoplib.checkpoints import write_atomically
 from atoplib.data import Dataset
+from atoplib.drawing import save_figure
 from atoplib.explorer import compute, page
 from atoplib.explorer.knobs import (
     L2_OF_LINF,
@@ -41,7 +42,6 @@ from atoplib.explorer.knobs import (
 from atoplib.explorer.still import figure_bundle, still
 from atoplib.explorer.suite import ATTACKS, AttackEntry, title
 from atoplib.explorer.worker import Ticket, Worker
-from atoplib.figures import save_figure
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
 
@@ -181,9 +181,9 @@ class Explorer:
         self._mirror()
 
     def _show_progress(self, what: str, done: int, total: int) -> None:
-        self.progress.max, self.progress.value = total, done
+        self.progress.max, self.progress.value = max(1, total), done if total else 1
         self.progress.layout.visibility = "visible"
-        self._say(f"{what.capitalize()}: {done} of {total} ...")
+        self._say(f"{what.capitalize()}: {f'{done} of {total}' if total else f'{done} forward passes'} ...")
 
     def _show(self, view: compute.View, remark: str = "") -> None:
         self.view = view
