@@ -1,11 +1,11 @@
 """What the batch layer itself costs: many runs that do nothing, and what is left behind.
 
-    python benchmarks/batch_scale.py [--runs 200] [--jobs 2]
+    python benchmarks/batch_scale.py [--runs 200] [--jobs 2] [--notebook 5]
 
 Each run is a process that only writes what a complete run leaves. Printed for every quarter of the runs: seconds a run, this
 process's memory and open files, and the processes it has left. The time of a run must not grow with their number, and
-nothing may leak. What papermill and a kernel add is printed by ``--notebook``: the time of one run of a notebook with a
-single cell, through the batch layer's process and by the papermill command.
+nothing may leak. ``--notebook N`` prints what a run costs before its first training step, medians of N: notebook 1 through
+the batch layer, and by the papermill command.
 """
 
 import argparse
@@ -14,17 +14,20 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from statistics import median
 
-import nbformat
 import yaml
 
 from atoplib.batch import Job, Settings, make_plan, read_recipe, run_jobs, worker
 from atoplib.batch.overview import Overview
 
 NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+SHORT = {"max_train": 512, "max_test": 64, "epochs": 6, "classifier_options": {"width": 4, "stem_stride": 2}}
 NOTHING = """
 import json, pathlib, sys
 run = pathlib.Path(sys.argv[1])
@@ -78,22 +81,67 @@ def measure(runs: int, jobs: int) -> list[tuple[int, float, float, int, int]]:
         worker.papermill_command = real
 
 
-def notebook_seconds() -> tuple[float, float]:
-    """Seconds to execute a notebook with one cell: through the batch layer's process, and by the papermill command."""
-    with tempfile.TemporaryDirectory(prefix="batch-scale-") as folder:
-        cell = nbformat.v4.new_code_cell("a = 1", metadata={"tags": ["parameters"]})
-        notebook, out, values = (str(Path(folder) / name) for name in ("in.ipynb", "out.ipynb", "values.yaml"))
-        nbformat.write(nbformat.v4.new_notebook(cells=[cell]), notebook)
-        Path(values).write_text("a: 2\n")
-        ours = [sys.executable, "-P", worker.papermill_process.__file__, notebook, out, values, "ipc"]
-        theirs = [sys.executable, "-m", "papermill", notebook, out, "-k", "python3", "-f", values, "--no-progress-bar"]
-        seconds = []
-        for command in (ours, theirs):
-            started = time.monotonic()
-            with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
-                assert process.wait() == 0
-            seconds.append(time.monotonic() - started)
-        return seconds[0], seconds[1]
+class Watch(Overview):
+    """An overview that shows nothing and notes when each run was begun."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        super().__init__(jobs, out=io.StringIO(), live=False)
+        self.began: dict[Path, float] = {}
+
+    def started(self, job: Job) -> None:
+        """A job begins."""
+        self.began[job.run_dir] = time.time()
+
+
+@contextmanager
+def first_steps(folder: Path) -> Iterator[dict[Path, float]]:
+    """When the trainings below a folder took their first step, by run directory, as soon as each is known."""
+    found: dict[Path, float] = {}
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.005):
+            for path in folder.glob("runs/*/*/progress.txt"):  # written at the first step, removed at the end
+                with suppress(FileNotFoundError):
+                    found.setdefault(path.parent, path.stat().st_mtime)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
+
+
+def seconds_to_first_step(repetitions: int) -> tuple[float, float, float]:
+    """Medians over so many runs of notebook 1: through the batch layer, from the moment that a run is begun, and by the
+    papermill command; and of a batch's own start, once for all its runs (``--dry-run``).
+    """
+    ours, theirs, once = [], [], []
+    environment = {**os.environ, "PYTHONPATH": str(NOTEBOOKS.parent)}
+    with tempfile.TemporaryDirectory(prefix="batch-scale-") as name, first_steps(Path(name)) as steps:
+        folder = Path(name)
+        recipe, output, values = folder / "recipe.yaml", folder / "out.ipynb", folder / "values.yaml"
+        for seed in range(repetitions):  # in turn, so that another load of the machine meets both
+            recipe.write_text(yaml.safe_dump({"notebooks": {"01_train_classifier": {**SHORT, "seed": seed}}}))
+            jobs = make_plan(read_recipe(recipe), NOTEBOOKS, {"workspace": name})
+            watch = Watch(jobs)
+            assert run_jobs(jobs, Settings(), watch)[0].status == "complete"
+            ours.append(steps[jobs[0].run_dir] - watch.began[jobs[0].run_dir])
+
+            values.write_text(yaml.safe_dump({**jobs[0].values, "seed": repetitions + seed}))
+            command = [sys.executable, "-m", "papermill", str(jobs[0].notebook), str(output), "-k", "python3"]
+            known, started = set(steps), time.time()
+            subprocess.run([*command, "-f", str(values), "--no-progress-bar"], check=True, capture_output=True)
+            (run_dir,) = set(steps) - known
+            theirs.append(steps[run_dir] - started)
+
+            started = time.time()
+            command = [sys.executable, "-m", "atoplib.batch", str(recipe), "--workspace", name, "--dry-run"]
+            subprocess.run(command, check=True, capture_output=True, env=environment)
+            once.append(time.time() - started)
+    return median(ours), median(theirs), median(once)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What the batch layer itself costs.")
     parser.add_argument("--runs", type=int, default=200)
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--notebook", action="store_true", help="also time a notebook of one cell")
+    parser.add_argument("--notebook", type=int, default=0, metavar="N", help="also time N real runs to their first step")
     options = parser.parse_args(arguments)
     if options.runs < 4:
         parser.error(f"--runs must be at least 4, got {options.runs}")
@@ -110,8 +158,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for runs, seconds, memory, files, left in measure(options.runs, options.jobs):
         print(f"| {runs} | {seconds:.3f} | {memory:.0f} | {files} | {left} |")
     if options.notebook:
-        ours, theirs = notebook_seconds()
-        print(f"\na notebook of one cell: {ours:.1f} s through the batch layer, {theirs:.1f} s by the papermill command")
+        ours, theirs, once = seconds_to_first_step(options.notebook)
+        print(f"\nfrom start to first training step: {ours:.1f} s through the batch layer, {theirs:.1f} s by papermill")
+        print(f"a batch's own start, once: {once:.1f} s")
     return 0
 
 

@@ -278,6 +278,20 @@ def test_the_cost_is_that_of_the_most_similar_run_of_the_notebook(tmp_path):
     assert Costs(jobs).expected(next(job for job in jobs if job.name == "04_attack")) is None
 
 
+def test_a_cost_is_that_of_the_nearest_run_however_often_and_early_it_is_asked_for(tmp_path):
+    text = "{notebooks: {01_train_classifier: }, grid: {epochs: [1, 2], batch_size: [8, 16], seed: [0, 1]}}"
+    jobs = plan(tmp_path, text)
+    asked = Costs(jobs)
+    assert [asked.expected(job) for job in jobs] == [None] * 8
+    for count, job in enumerate(jobs[:5], start=1):
+        asked.add(job, float(count))
+        afresh = Costs(jobs)
+        for earlier in range(count):
+            afresh.add(jobs[earlier], earlier + 1.0)
+        assert [asked.expected(job) for job in jobs] == [afresh.expected(job) for job in jobs]
+    assert [asked.expected(job) for job in jobs] == [1.0, 1.0, 3.0, 3.0, 5.0, 5.0, 3.0, 3.0]
+
+
 def test_an_unfinished_run_tells_no_cost_and_attempts_add_up(tmp_path):
     job = plan(tmp_path)[0]
     make(job, seconds=3.0, status=KeyboardInterrupt)

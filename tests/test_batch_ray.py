@@ -240,7 +240,7 @@ def test_impossible_options_are_refused_before_anything_starts(options, message)
 def test_what_no_node_has_is_refused():
     node = {"Alive": True, "Resources": {"CPU": 8.0, "GPU": 1.0, "memory": 1e9}}
     nodes = [node, {"Alive": False, "Resources": {"CPU": 64.0}}]
-    engines.check_demand(nodes, {"num_cpus": 8, "num_gpus": 1, "resources": None})
+    engines.check_demand(nodes, {"num_cpus": 8, "num_gpus": 1, "memory": None, "resources": None})
     with pytest.raises(ValueError, match=r"no node of the Ray cluster has what a run asks for: 16 CPU \(at most 8\)"):
         engines.check_demand(nodes, {"num_cpus": 16, "num_gpus": 0})
     with pytest.raises(ValueError, match=r"8 CPU \(at most 8\), 1 fast \(at most 0\)"):

@@ -221,12 +221,12 @@ def check_answers(address: str) -> None:
 def check_demand(nodes: Sequence[Mapping[str, Any]], options: Mapping[str, Any]) -> None:
     """Raise ValueError if no node of a Ray cluster has what a run asks for: it would wait for ever."""
     names = {"num_cpus": "CPU", "num_gpus": "GPU", "memory": "memory"}
-    wanted = {names[name]: value for name, value in options.items() if name in names}
+    wanted = {names[name]: value for name, value in options.items() if name in names and value}
     wanted |= options.get("resources") or {}
     offers = [node["Resources"] for node in nodes if node["Alive"]]
     if not any(all(offer.get(name, 0) >= value for name, value in wanted.items()) for offer in offers):
         most = {name: max((offer.get(name, 0) for offer in offers), default=0) for name in wanted}
-        text = ", ".join(f"{value:g} {name} (at most {most[name]:g})" for name, value in wanted.items() if value)
+        text = ", ".join(f"{value:g} {name} (at most {most[name]:g})" for name, value in wanted.items())
         raise ValueError(f"no node of the Ray cluster has what a run asks for: {text}")
 
 
