@@ -10,6 +10,7 @@ PIP = $(RUN) -m pip --disable-pip-version-check --no-input
 UV = uv
 RECIPE = mnist
 WORKSPACE = .
+RESULTS = results/reproduce
 ARGS =
 
 # The stamp is written last and holds the repository's path. Without it the folder is half finished: the next make
@@ -22,12 +23,13 @@ CANDIDATES = $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 # Settings of the caller's shell that would lead Python out of $(VENV).
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo test lab lock clean-runs
+.PHONY: help setup demo reproduce test lab lock clean-runs
 .DEFAULT_GOAL = help
 
 help:  ## list the targets
 	@echo "make demo                  train, attack and purify: the recipe mnist, into $(WORKSPACE)/runs"
 	@echo "make demo RECIPE=cifar10   another recipe (notebooks/recipes); WORKSPACE=DIR puts its results elsewhere"
+	@echo "make reproduce             AT, AP and AToP on CIFAR-10, for one GPU; ARGS='--minutes 9' in stages, ARGS=--smoke anywhere"
 	@echo "make test                  run every test, the notebooks included"
 	@echo "make lab                   JupyterLab on the notebooks"
 	@echo "make clean-runs            remove replaced runs and leftovers; ARGS=--all: every run in $(WORKSPACE)/runs"
@@ -43,6 +45,9 @@ demo: $(STAMP)  ## run a recipe, notebook after notebook
 # Files side by side, one thread each; ARGS="-n 0 tests/test_attacks.py" runs one file as usual.
 test: $(STAMP)  ## run every test
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+reproduce: $(STAMP)  ## AT, AP and AToP on CIFAR-10, for one GPU
+	@$(RUN) -m atoplib.batch reproduce --workspace "$(WORKSPACE)" --results "$(RESULTS)" $(ARGS)
 
 clean-runs: $(STAMP)  ## free the room that no result needs
 	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)

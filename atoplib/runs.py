@@ -5,6 +5,7 @@
         parameters.json   what the notebook was run with
         metrics.json      what it measured
         figures/*.png     what it showed
+        pictures/*.png    likewise, images of the data set
         *.safetensors     what it trained; *-epoch0003.safetensors: after so many epochs
         state.pt          where an unfinished training goes on
 
@@ -139,8 +140,12 @@ class Run:
         return self.path / "state.pt"
 
     def figure_path(self, name: str) -> Path:
-        """Where a picture is kept."""
+        """Where a plot is kept, which anybody may see."""
         return self.path / "figures" / f"{name}.png"
+
+    def picture_path(self, name: str) -> Path:
+        """Where a picture is kept that shows images of the data set."""
+        return self.path / "pictures" / f"{name}.png"
 
     def record(self, **metrics: Any) -> None:
         """Add to ``metrics.json``."""

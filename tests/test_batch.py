@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from atoplib.batch import Job, Outcome, RecipeError, cli, find_recipe, main, make_plan, read_recipe
+from atoplib.batch import Job, RecipeError, cli, find_recipe, main, make_plan, read_recipe
 from atoplib.batch.cli import parse_overrides
 from atoplib.batch.plan import report_job, select
 from atoplib.evaluation import PROTOCOLS, Score
@@ -359,10 +359,9 @@ def test_the_end_of_a_recipe_shows_the_table_of_each_notebook_that_measured_once
         cell = score_of(share)
         job.run_dir.mkdir(parents=True)
         (job.run_dir / "metrics.json").write_text(json.dumps({"scores": [asdict(cell)]}))
-    printed = "\n".join(cli.summary([Outcome(job, "complete") for job in jobs], tmp_path / "table.csv"))
+    printed = "\n".join([*cli.score_tables(jobs), *cli.places(jobs, tmp_path / "table.csv")])
     assert printed.count("| AToP") == 2 and "protocol demo" in printed and "protocol compare" in printed
-    twice = [Outcome(jobs[0], "complete"), Outcome(jobs[0], "complete"), Outcome(jobs[1], "complete")]
-    assert "\n".join(cli.summary(twice, tmp_path / "table.csv")).count("| AToP") == 1
+    assert "\n".join(cli.score_tables([jobs[0], *jobs])).count("| AToP") == 1
 
 
 def score_of(share: float) -> Score:

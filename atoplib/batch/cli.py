@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from atoplib.batch.engines import ENGINES, Settings
 from atoplib.batch.overview import Overview, format_bytes
 from atoplib.batch.plan import Job, make_plan, report_job, select
 from atoplib.batch.recipe import RecipeError, find_recipe, read_recipe
+from atoplib.batch.results import write_results
 from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import write_table
 from atoplib.evaluation import Score
@@ -22,6 +24,7 @@ from atoplib.plain_yaml import NotPlainYAML, load_yaml
 from atoplib.progress import format_seconds
 from atoplib.runs import read_json, workspace_dir
 
+A_YEAR = 365 * 24 * 60  # minutes
 MOST_LISTED = 12  # files at the end; of more runs their folder is named
 
 
@@ -50,6 +53,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--report", action=argparse.BooleanOptionalAction, help="compare all runs in 08_report (default: for a grid)"
     )
+    made.add_argument(
+        "--minutes", type=float, metavar="N", help="after so long save, and end with exit status 75; call again to go on"
+    )
+    made.add_argument(
+        "--results", metavar="DIR", help="also write numbers, plots and notebooks there, without pictures of data"
+    )
     made.add_argument("--engine", choices=ENGINES, default="local", help="where runs are executed (default local)")
     made.add_argument(
         "--engine-option", action="append", nargs=2, metavar=("NAME", "VALUE"), help="what ray or slurm itself takes"
@@ -70,6 +79,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
     threads = options.threads
     if threads is None and options.jobs > 1 and options.engine == "local" and "OMP_NUM_THREADS" not in os.environ:
         threads = max(1, len(os.sched_getaffinity(0)) // options.jobs)
+    if options.minutes is not None and not 0 < options.minutes < A_YEAR:
+        raise RecipeError(f"--minutes must be a number above 0, got {options.minutes:g}")
     try:
         own = parse_overrides(options.engine_option)
         return Settings(options.jobs, options.retry, options.timeout, threads, options.reuse, own)
@@ -126,11 +137,10 @@ def measured(attack: Measuring, images: int) -> Iterator[str]:
         yield f"{', '.join(blind)}: the attack sees the classifier alone{rest}."
 
 
-def summary(outcomes: Sequence[Outcome], table: Path) -> Iterator[str]:
-    """What a recipe ends with: the table of scores, and where everything is."""
+def score_tables(good: Sequence[Job]) -> Iterator[str]:
+    """The table of the notebook that measured, with what it shows; nothing where several did, which a report compares."""
     from atoplib.figures import format_table  # here, because a recipe should start without a second of matplotlib's import
 
-    good = [outcome.job for outcome in outcomes if outcome.good]
     for stage in (Attack.STAGE, Compare.STAGE):
         jobs = [job for job in good if job.stage == stage]
         scores = scores_of(jobs[0]) if len(jobs) == 1 else []
@@ -139,7 +149,10 @@ def summary(outcomes: Sequence[Outcome], table: Path) -> Iterator[str]:
             yield from measured(jobs[0].parameters, scores[0].images)
             yield ""
             yield format_table(scores)
-    yield ""
+
+
+def places(good: Sequence[Job], table: Path) -> Iterator[str]:
+    """Where everything is."""
     yield f"All parameters and metrics: {table}"
     if len(good) > MOST_LISTED:
         yield f"Executed notebooks, each as notebook.ipynb and notebook.html: {good[0].run_dir.parent}/*/"
@@ -147,7 +160,9 @@ def summary(outcomes: Sequence[Outcome], table: Path) -> Iterator[str]:
         return
     yield "Executed notebooks, each as .ipynb and .html:"
     yield from (f"  {job.page}" for job in good)
-    pictures = [path for job in good for path in sorted((job.run_dir / "figures").glob("*.png"))]
+    pictures = [
+        path for job in good for kind in ("figures", "pictures") for path in sorted(job.run_dir.glob(f"{kind}/*.png"))
+    ]
     if pictures:
         yield "Pictures:"
         yield from (f"  {path}" for path in pictures)
@@ -175,11 +190,39 @@ def run_plan(
     if good:
         table = good[0].run_dir.parent / "table.csv"
         write_table(table, [job.run_dir for job in good])
-        print("\n".join(summary(outcomes, table)))
+        good = [outcome.job for outcome in outcomes if outcome.good]
+        tables = "\n".join(score_tables(good))
+        print("\n".join([*filter(None, [tables]), "", *places(good, table)]))
+        if options.results:
+            folder = write_results(Path(options.results), good, f"# {Path(options.recipe).stem}\n{tables}")
+            print(f"Results without weights and pictures of the data: {folder}")
     if all(outcome.good for outcome in outcomes):
         return 0
     print("\n" + "\n".join(failures(outcomes)), file=sys.stderr)
     return 1
+
+
+class TimeIsUp(KeyboardInterrupt):
+    """The minutes that a recipe was given are over: what runs saves and ends, as at a Ctrl-C."""
+
+
+@contextmanager
+def limited(minutes: float | None) -> Iterator[None]:
+    """Raises TimeIsUp in the block after so many minutes; None sets no limit."""
+    if minutes is None:
+        yield
+        return
+
+    def ring(*_: object) -> None:
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -197,10 +240,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if options.dry_run:
             print("\n".join(described(jobs, settings)))
             return 0
-        return run_plan(jobs, settings, notebooks_dir, options, grid=recipe.size > 1)
+        with limited(options.minutes):
+            return run_plan(jobs, settings, notebooks_dir, options, grid=recipe.size > 1)
     except (ValueError, OSError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
+    except TimeIsUp:
+        print(f"\nstopped after {options.minutes:g} min, as asked; the same command goes on from here", file=sys.stderr)
+        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -1,0 +1,94 @@
+"""A small folder of what a batch measured, for a paper's repository or a colleague: numbers, plots and executed notebooks,
+without weights and without a picture of the data set.
+"""
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atoplib.batch.plan import Job
+from atoplib.batch.table import write_table
+from atoplib.checkpoints import write_json
+from atoplib.runs import PLACES, read_json
+
+PICTURES = "pictures"  # the tag of a notebook's cell whose output shows images of the data set
+RECORDS = ("manifest.json", "metrics.json", "results.json")
+TABLES = ("*.csv", "*.md", "*.tex", "figures/*.png")
+IN_PLACE_OF_PICTURES = "(a picture of images of the data set stood here)"
+
+
+def write_results(folder: Path, jobs: Sequence[Job], summary: str) -> Path:
+    """Write the results of complete runs: a folder a run, ``table.csv`` and ``README.md``.
+
+    What is there is replaced file by file; runs of earlier calls stay.
+
+    Args:
+        folder: made if it is not there.
+        jobs: complete ones.
+        summary: Markdown that ``README.md`` begins with, such as the table that a recipe ends with.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        write_run(folder / job.run_dir.name, job)
+    write_table(folder / "table.csv", [job.run_dir for job in jobs])
+    lines = [summary.strip(), "", "| run | |", "|---|---|"]
+    lines += [f"| [{job.label}]({job.run_dir.name}/notebook.ipynb) | {how(job)} |" for job in jobs]
+    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+def write_run(folder: Path, job: Job) -> None:
+    """One run: its records, tables and plots, and its notebook without pictures; nobody's folders in any of them."""
+    folder.mkdir(exist_ok=True)
+    workspace = str(job.run_dir.parents[2])
+    for name in RECORDS:
+        if record := read_json(job.run_dir / name):
+            write_json(folder / name, without_place(record, workspace))
+    parameters = read_json(job.run_dir / "parameters.json") or {}
+    write_json(folder / "parameters.json", {name: value for name, value in parameters.items() if name not in PLACES})
+    for path in (path for pattern in TABLES for path in sorted(job.run_dir.glob(pattern))):
+        shutil.copyfile(path, folder / path.name)
+    notebook = json.loads(job.executed.read_text(encoding="utf-8"))
+    write_json(folder / "notebook.ipynb", without_place(without_pictures(notebook), workspace))
+
+
+def without_pictures(notebook: dict[str, Any]) -> dict[str, Any]:
+    """An executed notebook in which no output shows images: of cells with the tag ``pictures`` only the text is kept."""
+    cells = [
+        {**cell, "outputs": [text_of(output) for output in cell["outputs"]]} if is_of_pictures(cell) else cell
+        for cell in notebook["cells"]
+    ]
+    metadata = {name: value for name, value in notebook.get("metadata", {}).items() if name != "widgets"}
+    return {**notebook, "cells": cells, "metadata": metadata}
+
+
+def is_of_pictures(cell: dict[str, Any]) -> bool:
+    """Whether a cell's outputs show images of the data set."""
+    return "outputs" in cell and PICTURES in cell.get("metadata", {}).get("tags", ())
+
+
+def text_of(output: dict[str, Any]) -> dict[str, Any]:
+    """An output without what it shows: printed text as it is, of anything that is displayed a line in its place."""
+    return {**output, "data": {"text/plain": [IN_PLACE_OF_PICTURES]}} if "data" in output else output
+
+
+def without_place(content: Any, workspace: str) -> Any:
+    """JSON values in which the workspace's own path reads WORKSPACE."""
+    if isinstance(content, str):
+        return content.replace(workspace, "WORKSPACE")
+    if isinstance(content, dict):
+        return {name: without_place(value, workspace) for name, value in content.items()}
+    if isinstance(content, list):
+        return [without_place(value, workspace) for value in content]
+    return content
+
+
+def how(job: Job) -> str:
+    """What computed a run, and how long."""
+    manifest = read_json(job.run_dir / "manifest.json") or {}
+    return f"{manifest.get('seconds', 0):.0f} s on {manifest.get('device', 'an unknown device')}"
