@@ -172,10 +172,12 @@ def test_training_costs_are_added_up_the_pre_training_apart_and_unknown_ones_sta
     assert list(evaluation.training_costs({"undefended": HEADERS["undefended"]})) == ["undefended"]
 
 
-def test_in_the_recipe_at_is_trained_for_as_many_flops_as_classifier_and_fine_tuning_together(tmp_path):
-    recipe = read_recipe(find_recipe("compare", ROOT / "notebooks"))
-    p = {job.name: job.parameters for job in make_plan(recipe, ROOT / "notebooks", {"workspace": str(tmp_path)})}
-    digits = Split(torch.zeros(4000, 3, 32, 32, dtype=torch.uint8), torch.zeros(4000, dtype=torch.int64))
+@pytest.mark.parametrize("name", ["compare", "reproduce"])
+def test_in_the_recipe_at_is_trained_for_as_many_flops_as_classifier_and_fine_tuning_together(name, tmp_path):
+    recipe = read_recipe(find_recipe(name, ROOT / "notebooks"))
+    small = {"workspace": str(tmp_path), "batch_size": 4}  # the count is proportional to the images
+    p = {job.name: job.parameters for job in make_plan(recipe, ROOT / "notebooks", small)}
+    digits = Split(torch.zeros(400, 3, 32, 32, dtype=torch.uint8), torch.zeros(400, dtype=torch.int64))
 
     def classifier() -> nn.Module:
         options = {"num_classes": 10, "mean": (0.1,) * 3, "std": (0.3,) * 3, **p["at"].classifier_options}
