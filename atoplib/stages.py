@@ -5,7 +5,7 @@ process, or by several that torchrun starts (``python -m atoplib.training``).
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from atoplib.verdicts import reseed
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 45  # for processes to save and end after a Ctrl-C; torchrun kills what has not ended after 30
+GUESSING = 1.5  # times the share that guessing reads: a training that ends below has collapsed
 COMPLAINT = "atoplib.training: "  # begins the line in which a process says why it cannot go on
 
 
@@ -225,13 +226,36 @@ def train_here(
             run.record(train_flops=train_flops)
         line = ProgressLine(stage.title, listener=run.progress)
         history = fit_stage(p, stage, dataset, run, share, progress=lambda *report: line(*report), notify=notify)
+        warning = "" if p.smoke else warning_of(history, len(dataset.classes))
+        if warning and notify:
+            notify(warning)
         stage.model.eval()
         reseed(stage.model, p.seed)
         test_accuracy = accuracy(stage.model, dataset.test)
         metrics = {"test_accuracy": test_accuracy, "train_flops": train_flops, **stage.before}
-        run.record(**metrics, history=history, train_seconds=history[-1]["seconds"])
+        said = {"warning": warning} if warning else {}
+        run.record(**metrics, history=history, train_seconds=history[-1]["seconds"], **said)
         save_stage(p, stage, run.path / f"{stage.kind}.safetensors", stage.result, metrics=metrics)
     return Trained(run, history, test_accuracy, train_flops)
+
+
+def warning_of(history: Sequence[Mapping[str, float]], classes: int) -> str:
+    """A sentence if a training ended no better than guessing, which its loss alone does not tell; else nothing.
+
+    Args:
+        history: means by epoch; ``accuracy``, where there is one, is the share of training images that were read correctly,
+            attacked ones if they were attacked.
+        classes: among which guessing chooses.
+    """
+    reached = history[-1].get("accuracy", 1.0)
+    if reached >= GUESSING / classes:
+        return ""
+    best = max(range(len(history)), key=lambda epoch: history[epoch].get("accuracy", 0.0))
+    return (
+        f"This training has collapsed: in its last epoch it read {100 * reached:.1f} % of its training images correctly, "
+        f"and guessing reads {100 / classes:.1f} % ({100 * history[best]['accuracy']:.1f} % in epoch {best + 1}). "
+        f"Try a smaller learning_rate, eps or classification_weight, or a longer ramp_epochs."
+    )
 
 
 def save_stage(p: Training, stage: Stage, path: Path, network: nn.Module, **facts: Any) -> None:

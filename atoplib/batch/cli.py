@@ -151,6 +151,13 @@ def score_tables(good: Sequence[Job]) -> Iterator[str]:
             yield format_table(scores)
 
 
+def warnings(good: Sequence[Job]) -> Iterator[str]:
+    """What the trainings themselves say is wrong with them."""
+    for job in good:
+        if said := (read_json(job.run_dir / "metrics.json") or {}).get("warning"):
+            yield f"{job.label}: {said}"
+
+
 def places(good: Sequence[Job], table: Path) -> Iterator[str]:
     """Where everything is."""
     yield f"All parameters and metrics: {table}"
@@ -192,7 +199,8 @@ def run_plan(
         write_table(table, [job.run_dir for job in good])
         good = [outcome.job for outcome in outcomes if outcome.good]
         tables = "\n".join(score_tables(good))
-        print("\n".join([*filter(None, [tables]), "", *places(good, table)]))
+        said = list(warnings(good))
+        print("\n".join([*filter(None, [tables]), *([""] if said else []), *said, "", *places(good, table)]))
         if options.results:
             folder = write_results(Path(options.results), good, f"# {Path(options.recipe).stem}\n{tables}")
             print(f"Results without weights and pictures of the data: {folder}")
