@@ -46,7 +46,7 @@ def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> 
         cells = nbformat.read(run / "notebook.ipynb", as_version=4).cells
         assert all(cell.get("execution_count") for cell in cells if cell.cell_type == "code"), stage
         assert "<html" in (run / "notebook.html").read_text()
-        assert list((run / "figures").glob("*.png")), stage
+        assert [*run.glob("figures/*.png"), *run.glob("pictures/*.png")], stage
         assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
 
 
