@@ -29,7 +29,7 @@ from atoplib.verdicts import reseed
 
 POLL_SECONDS = 0.2
 STOP_SECONDS = 45  # for processes to save and end after a Ctrl-C; torchrun kills what has not ended after 30
-GUESSING = 1.5  # times the share that guessing reads: a training that ends below has collapsed
+GUESSING = 1.2  # times the share that guessing reads: a training that ends below has collapsed
 COMPLAINT = "atoplib.training: "  # begins the line in which a process says why it cannot go on
 
 
