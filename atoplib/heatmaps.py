@@ -142,7 +142,7 @@ def mask_maps(cells: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str = 
         [(metric, surface, f"{name}: {metric.title}") for metric in METRICS.values()] for name, surface in surfaces.items()
     ]
     tops = {metric: metric.top(cell for own in cells.values() for cell in own) for metric in METRICS.values()}
-    return _maps(panels, tops, across="masks an image (passes through the purifier)", down="missing patches", title=title)
+    return _maps(panels, tops, across="masks an image", down="missing patches", title=title)
 
 
 def crossed_maps(surfaces: Mapping[str, Surface], *, across: str, down: str, title: str = "") -> Figure:
