@@ -1,7 +1,8 @@
 """Work that is counted, not assumed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from typing import Any
 
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,3 +20,11 @@ def count_flops(call: Callable[[], object]) -> int:
     with counter:
         call()
     return counter.get_total_flops()
+
+
+def training_total(metrics: Mapping[str, Any]) -> int | None:
+    """FLOPs of a training and of all that it started from, as the metrics in a checkpoint's header tell them; None if they
+    do not.
+    """
+    own, before = metrics.get("train_flops"), metrics.get("start_flops", 0)
+    return None if own is None or before is None else own + before

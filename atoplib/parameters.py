@@ -16,6 +16,7 @@ import torch
 
 from atoplib.attacks import PGDSettings
 from atoplib.attacks.suite import ATTACKS
+from atoplib.checkpoints import read_header
 from atoplib.classifiers import build_classifier
 from atoplib.data import Dataset, load_dataset
 from atoplib.evaluation import PROTOCOLS, Budget, PlannedAttack, Protocol, adjusted, lee_kim_indices
@@ -34,7 +35,15 @@ from atoplib.transforms import TransformSettings
 STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the order that the literature numbers them in
 SEES = {"pipeline": ("white-box", "defence"), "bpda": ("BPDA", "bpda"), "classifier": ("transfer", "classifier")}
 """What the one attack of notebook 4 sees: its column, and as ``evaluation.PlannedAttack`` names it."""
+OWN = "own"  # of a purifier: the classifier that it was fine-tuned for
 PRETRAINED = "pretrained"  # in place of a run: the weights that come with the kit
+MADE_BY = {
+    "undefended": ("01_train_classifier", "classifier"),
+    "at": ("01_train_classifier", "classifier"),
+    "ap": ("02_pretrain_purifier", "purifier"),
+    "atop": ("03_finetune_atop", "purifier"),
+}
+"""The notebook that makes a defence, and the name of the checkpoint in its run."""
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -42,10 +51,12 @@ class ParameterError(ValueError):
     """A notebook was given a parameter that cannot be; the message names it and says what is allowed."""
 
 
-def from_run(stage: str) -> Any:
+def from_run(stage: str, default: str = "latest") -> Any:
     """A field that names a run of another stage: ``latest``, a directory's name in the experiment, or a path; where weights
-    are read, also ``pretrained``. In a recipe it is by default the run of the entry called ``stage``, if there is one."""
-    return field(default="latest", metadata={"stage": stage})
+    are read, also ``pretrained`` or the path of a checkpoint. In a recipe a field that is ``latest`` by default is the run
+    of the entry called ``stage``, if there is one; any other names an entry only when it is asked to.
+    """
+    return field(default=default, metadata={"stage": stage})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +170,27 @@ class Parameters:
         """How many test images are loaded, or which."""
         return self.max_test
 
+    def checkpoint(self, which: str, defence: str, **wanted: Any) -> Path:
+        """The file that a field of ``from_run`` names: of a run, one that comes with the kit, or a file itself.
+
+        Args:
+            which: the field's value; also the path of a ``.safetensors`` file.
+            defence: a key of ``MADE_BY``.
+            wanted: parameters of the run that is meant by ``latest``.
+
+        Raises:
+            FileNotFoundError: if there is no such run or file; the message says which notebook to run first.
+            ValueError: if no such weights come with the kit.
+        """
+        if which == PRETRAINED:
+            return weights_path(self.dataset, defence)
+        if which.endswith(".safetensors"):
+            if not Path(which).is_file():
+                raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")
+            return Path(which)
+        stage, file = MADE_BY[defence]
+        return find_run(self.experiment_dir, stage, which, **wanted) / f"{file}.safetensors"
+
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
         """The data set, on the device if it is small."""
         return load_dataset(
@@ -216,12 +248,18 @@ class Training(Parameters):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainClassifier(Training):
-    """01: architecture, and adversarial training if asked for."""
+    """01: architecture, and adversarial training if asked for.
+
+    Attributes:
+        start_run: the classifier whose weights the training starts from: a run of this experiment by name, a path, or
+            ``pretrained``; "" starts from fresh ones.
+    """
 
     STAGE = "01_train_classifier"
 
     classifier: str = "small_resnet"
     classifier_options: dict = field(default_factory=lambda: {"width": 8, "stem_stride": 2})
+    start_run: str = from_run(STAGE, default="")
     label_smoothing: float = 0.1
     adversarial: bool = False
     eps: float = 0.3
@@ -349,12 +387,18 @@ class FinetuneAtop(PurifierTraining):
 
 @dataclass(frozen=True, kw_only=True)
 class Attacking(Parameters):
-    """What all notebooks that attack take."""
+    """What all notebooks that attack take.
+
+    Attributes:
+        atop_classifier_run: the classifier that AToP stands before: ``own`` is the one that it was fine-tuned for, which
+            need not be the undefended one.
+    """
 
     max_train: int | None = 64
     classifier_run: str = from_run(TrainClassifier.STAGE)
     ap_run: str = from_run(PretrainPurifier.STAGE)
     atop_run: str = from_run(FinetuneAtop.STAGE)
+    atop_classifier_run: str = from_run(TrainClassifier.STAGE, default=OWN)
     eps: float = 0.3
     max_batch: int = 250
 
@@ -371,18 +415,36 @@ class Attacking(Parameters):
             FileNotFoundError: if there is no such run; the message says which notebook to run first.
             ValueError: if no such weights come with the kit.
         """
-        parameter, stage, wanted = {
-            "undefended": ("classifier_run", TrainClassifier.STAGE, {"adversarial": False}),
-            "at": ("at_run", TrainClassifier.STAGE, {"adversarial": True}),
-            "ap": ("ap_run", PretrainPurifier.STAGE, {}),
-            "atop": ("atop_run", FinetuneAtop.STAGE, {}),
-        }[defence]
+        parameter = "classifier_run" if defence == "undefended" else f"{defence}_run"
         # not every notebook says which AT; classifier_run names the one that the purifiers stand before
         which = getattr(self, parameter, PRETRAINED if self.classifier_run == PRETRAINED else "latest")
-        if which == PRETRAINED:
-            return weights_path(self.dataset, defence)
-        file = "purifier" if defence in ("ap", "atop") else "classifier"
-        return find_run(self.experiment_dir, stage, which, **wanted) / f"{file}.safetensors"
+        wanted = {"undefended": {"adversarial": False}, "at": {"adversarial": True}}.get(defence, {})
+        return self.checkpoint(which, defence, **wanted)
+
+    def classifier_of(self, defence: str) -> Path:
+        """The checkpoint of the classifier that a defence stands before: AP's is the undefended one, AToP's the one that
+        ``atop_classifier_run`` names.
+
+        Raises:
+            FileNotFoundError: also if the classifier that AToP was fine-tuned for is not there any more.
+            ValueError: as ``weights``.
+        """
+        if defence != "atop":
+            return self.weights("undefended")
+        if self.atop_classifier_run != OWN:
+            return self.checkpoint(self.atop_classifier_run, "undefended")
+        its = read_header(self.weights("atop")).get("classifier")
+        if its is None:  # it was fine-tuned for a network of one's own, or before this was noted
+            return self.weights("undefended")
+        if self.atop_run == PRETRAINED:
+            return weights_path(self.dataset, its)
+        try:
+            return self.checkpoint(its, "undefended")
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"AToP was fine-tuned for the classifier of {its}, which {self.experiment_dir} does not hold any more; name "
+                f"another by atop_classifier_run"
+            ) from error
 
     @property
     def purifiers(self) -> dict[str, Path]:
@@ -393,7 +455,7 @@ class Attacking(Parameters):
 
     def or_pretrained(self) -> Self:
         """These; or, where the experiment has no classifier yet, with the weights that come with the kit, if they do."""
-        named = {item.name: getattr(self, item.name) for item in fields(self) if item.metadata.get("stage")}
+        named = {item.name: getattr(self, item.name) for item in fields(self) if item.default == "latest"}
         if set(named.values()) != {"latest"} or finished_runs(self.experiment_dir, TrainClassifier.STAGE):
             return self
         if self.dataset not in COMES_WITH or self.image_size not in (None, 32):

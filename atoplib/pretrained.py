@@ -13,6 +13,7 @@ from atoplib.runs import PLACES
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 DEFENCES = ("undefended", "ap", "atop", "at")
+FROZEN = "frozen"  # the classifier that AToP stands before, where it is not the undefended one
 COMES_WITH = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar10_jpeg": "cifar10"}
 """Which weights fit a data set of ``data.load_dataset``, at its own 32 px."""
 
@@ -22,9 +23,9 @@ def available(folder: Path = FOLDER) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         dataset, _, defence = path.stem.rpartition("-")
-        if defence in DEFENCES:
+        if defence in (*DEFENCES, FROZEN):
             found.setdefault(dataset, []).append(defence)
-    return {dataset: tuple(sorted(names, key=DEFENCES.index)) for dataset, names in found.items()}
+    return {dataset: tuple(sorted(names, key=(*DEFENCES, FROZEN).index)) for dataset, names in found.items()}
 
 
 def weights_path(dataset: str, defence: str, *, folder: Path = FOLDER) -> Path:
@@ -48,16 +49,18 @@ def load_pretrained(dataset: str, defence: str, *, device: torch.device | str = 
         dataset: ``mnist`` (the digits of ``mnist5k``) or ``cifar10`` (trained on CIFAR-10 after JPEG), or a data set of
             ``COMES_WITH``.
         defence: ``undefended`` (the classifier alone), ``ap``, ``atop`` (pipelines in front of it), ``at`` (a classifier
-            that was trained adversarially); ``available()`` tells which there are.
+            that was trained adversarially), ``frozen`` (the classifier that AToP stands before, where it is not the
+            undefended one); ``available()`` tells which there are.
 
     Raises:
         ValueError: for weights that do not come with the kit; the message says which do.
         CheckpointError: if a file is damaged.
     """
     path = weights_path(dataset, defence, folder=folder)
-    if defence in ("undefended", "at"):
+    if defence not in ("ap", "atop"):
         return load_checkpoint(path, kind="classifier", device=device)[0]
-    classifier, _ = load_checkpoint(weights_path(dataset, "undefended", folder=folder), kind="classifier", device=device)
+    its = read_header(path).get("classifier", "undefended")
+    classifier, _ = load_checkpoint(weights_path(dataset, its, folder=folder), kind="classifier", device=device)
     return load_pipeline(path, classifier, device=device)
 
 
@@ -68,11 +71,13 @@ def save_pretrained(source: Path, name: str, defence: str, /, *, folder: Path = 
         source: ``classifier.safetensors`` or ``purifier.safetensors`` of a run.
         name, defence: as ``load_pretrained`` takes them.
         facts: what was measured with it, for its header, in place of or beside what is there. Of the run's parameters the
-            places (folders, device) are left out, and ``dataset`` is the one given.
+            places (folders, device) are left out, and ``dataset`` is the one given. ``classifier`` says of AToP that it
+            stands before ``frozen``; without, it stands before ``undefended``.
     """
     header: Mapping[str, Any] = read_header(source)
     module, _ = load_checkpoint(source, kind=header["kind"])
-    known = {name: value for name, value in header.items() if name not in ("format", "kind", "architecture", "options")}
+    own = ("format", "kind", "architecture", "options", "classifier")
+    known = {key: value for key, value in header.items() if key not in own}
     known["parameters"] = {key: value for key, value in known.get("parameters", {}).items() if key not in PLACES}
     if "dataset" in facts and "dataset" in known["parameters"]:
         known["parameters"]["dataset"] = facts["dataset"]

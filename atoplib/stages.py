@@ -16,11 +16,12 @@ from torch import nn
 from atoplib.checkpoints import load_checkpoint, save_checkpoint, write_json
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Dataset, channel_statistics, fingerprint
+from atoplib.flops import training_total
 from atoplib.parameters import FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier, Training
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import ProgressLine
 from atoplib.purifiers import PatchDiscriminator, build_purifier, load_deepfill_weights
-from atoplib.runs import Run, find_run, latest_line, open_run, run_name
+from atoplib.runs import Run, latest_line, open_run, run_name
 from atoplib.shares import WHOLE, Share
 from atoplib.subprocesses import end, finished, last_lines
 from atoplib.training import accuracy, classifier_step, fit, purifier_step, training_flops
@@ -63,7 +64,7 @@ class Stage:
     options: Mapping[str, Any]
     facts: Mapping[str, Any]
     inputs: Mapping[str, Path] = field(default_factory=dict)
-    before: Mapping[str, float] = field(default_factory=dict)
+    before: Mapping[str, float | None] = field(default_factory=dict)
     warmup_epochs: float = 0.0
     validate: bool = False
     own: bool = False
@@ -91,11 +92,31 @@ class Trained(NamedTuple):
 
 
 def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Module | None = None) -> Stage:
-    """Notebook 1: the classifier, freshly initialised from the seed unless one is given."""
+    """Notebook 1: the classifier, from the weights of ``start_run`` or fresh ones by the seed, unless one is given.
+
+    Raises:
+        ValueError: if the classifier of ``start_run`` is not of the architecture and classes that are asked for.
+        FileNotFoundError: if there is no such run.
+    """
     mean, std = channel_statistics(dataset.train.images)
     options = {**p.classifier_options, "num_classes": len(dataset.classes), "mean": mean, "std": std}
     torch.manual_seed(p.seed)  # the initial weights
-    network = build_classifier(p.classifier, **options) if classifier is None else classifier
+    inputs, before = {}, {}
+    if classifier is not None:
+        network = classifier
+    elif p.start_run:
+        inputs["start"] = p.checkpoint(p.start_run, "undefended")
+        network, header = load_checkpoint(inputs["start"], kind="classifier")
+        for name, wanted in {"architecture": p.classifier, **options}.items():
+            found = header.get(name, header["options"].get(name))
+            if name not in ("mean", "std") and found != wanted:
+                raise ValueError(
+                    f"start_run = {p.start_run!r} has {name} {found}, and {wanted} is asked for: let them agree"
+                )
+        options = header["options"]
+        before["start_flops"] = training_total(header.get("metrics", {}))
+    else:
+        network = build_classifier(p.classifier, **options)
     network = network.to(p.torch_device, memory_format=torch.channels_last)
     return Stage(
         "training the classifier",
@@ -105,20 +126,24 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
         p.classifier,
         options,
         {"classes": dataset.classes},
+        inputs,
+        before,
         validate=True,
         own=classifier is not None,
     )
 
 
-def frozen_classifier(p: PurifierTraining) -> tuple[nn.Module, Path]:
-    """The classifier that a purifier is trained for, and its checkpoint; FileNotFoundError says what to run first."""
-    path = find_run(p.experiment_dir, TrainClassifier.STAGE, p.classifier_run, adversarial=False) / "classifier.safetensors"
-    return load_checkpoint(path, kind="classifier", device=p.torch_device)[0], path
+def frozen_classifier(p: PurifierTraining) -> tuple[nn.Module, Mapping[str, Any], Path]:
+    """The classifier that a purifier is trained for, the header of its checkpoint, and its path; FileNotFoundError says what
+    to run first.
+    """
+    path = p.checkpoint(p.classifier_run, "undefended", adversarial=False)
+    return *load_checkpoint(path, kind="classifier", device=p.torch_device), path
 
 
 def pretraining_stage(p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Module | None = None) -> Stage:
     """Notebook 2: the purifier, freshly initialised from the seed or from public weights unless one is given."""
-    classifier, classifier_path = frozen_classifier(p)
+    classifier, _, classifier_path = frozen_classifier(p)
     torch.manual_seed(p.seed)  # the initial weights
     if purifier is not None:
         network = purifier
@@ -141,15 +166,18 @@ def pretraining_stage(p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Mod
 
 def finetuning_stage(p: FinetuneAtop, dataset: Dataset, *, classifier: nn.Module | None = None) -> Stage:
     """Notebook 3: the pre-trained purifier in front of the frozen classifier, that of the run unless one is given."""
-    loaded, classifier_path = frozen_classifier(p)
+    loaded, header, classifier_path = frozen_classifier(p)
     loaded = fold_batch_norms(loaded) if classifier is None else classifier  # the same function, faster
-    purifier_path = find_run(p.experiment_dir, PretrainPurifier.STAGE, p.purifier_run) / "purifier.safetensors"
+    its = classifier_path.parent.name if p.classifier_run == "latest" else p.classifier_run
+    purifier_path = p.checkpoint(p.purifier_run, "ap")
     purifier, start = load_checkpoint(purifier_path, kind="purifier", device=p.torch_device)
     torch.manual_seed(p.seed)  # the discriminator's initial weights
     pipeline, networks = pipeline_of(p, purifier.to(memory_format=torch.channels_last), loaded)
-    before = {"test_accuracy_before": accuracy(pipeline.eval(), dataset.test)}
-    if "train_flops" in start.get("metrics", {}):
-        before["pretrain_flops"] = start["metrics"]["train_flops"]
+    before = {
+        "test_accuracy_before": accuracy(pipeline.eval(), dataset.test),
+        "classifier_flops": training_total(header.get("metrics", {})),
+        "pretrain_flops": training_total(start.get("metrics", {})),
+    }
     discriminator = networks.get("discriminator")
     return Stage(
         "fine-tuning the purifier",
@@ -158,7 +186,7 @@ def finetuning_stage(p: FinetuneAtop, dataset: Dataset, *, classifier: nn.Module
         pipeline,
         start["architecture"],
         start["options"],
-        {"transform": asdict(p.transform_settings)},
+        {"transform": asdict(p.transform_settings)} | ({"classifier": its} if classifier is None else {}),
         {"classifier": classifier_path, "purifier": purifier_path},
         before,
         warmup_epochs=p.objective.warmup_epochs,

@@ -217,6 +217,21 @@ def test_the_transfer_images_are_made_once_against_the_classifier_alone(result):
             check_budget(images, IMAGES, getattr(BUDGET, norm), norm)
 
 
+def test_a_pipeline_with_another_classifier_meets_the_blind_attack_on_its_own():
+    first, other = linear(), linear(7)
+    transform = TransformSettings("rt2", noise_std=0.05, grid_size=4)
+    ap, atop = (AToPPipeline(transform, Recolour(), classifier).eval() for classifier in (linear(), other))
+    protocol = replace(PROTOCOL, attacks=PROTOCOL.attacks[:1])
+    shown = run(protocol, {"undefended": first, "AP": ap, "AToP": atop, "other": other}).adversarial
+    assert torch.equal(shown["AP", "transfer", 0], shown["undefended", "transfer", 0])
+    assert torch.equal(shown["other", "transfer", 0], shown["undefended", "transfer", 0]), "no pipeline: nothing to see"
+    alone = evaluate(
+        {"its": other}, IMAGES, LABELS, protocol, BUDGET, classifier=other, batch_size=20, keep_images=True
+    ).adversarial
+    assert torch.equal(shown["AToP", "transfer", 0], alone["its", "transfer", 0])
+    assert not torch.equal(shown["AToP", "transfer", 0], shown["AP", "transfer", 0])
+
+
 def test_the_white_box_attack_on_the_classifier_is_the_transfer_attack(result):
     shown = result.adversarial
     assert torch.equal(shown["undefended", "white-box", 0], shown["undefended", "transfer", 0])

@@ -49,6 +49,22 @@ def test_a_run_becomes_a_defence_in_one_line(folder):
     assert header["parameters"] == {"epochs": 2, "dataset": "shapes"} and header["dataset"] == "shapes", "no one's folders"
 
 
+def test_atop_stands_before_the_classifier_that_its_header_names(folder):
+    torch.manual_seed(5)
+    source = folder.parent / "classifier.safetensors"
+    save_checkpoint(
+        source, build_classifier("small_resnet", **OPTIONS), kind="classifier", architecture="small_resnet", options=OPTIONS
+    )
+    save_pretrained(source, "shapes", "frozen", folder=folder)
+    save_pretrained(folder.parent / "purifier.safetensors", "shapes", "atop", folder=folder, classifier="frozen")
+    assert available(folder) == {"shapes": ("undefended", "ap", "atop", "frozen")}
+    images = torch.rand(2, 3, 32, 32)
+    frozen, undefended = (load_pretrained("shapes", name, folder=folder) for name in ("frozen", "undefended"))
+    atop, ap = (load_pretrained("shapes", name, folder=folder).classifier for name in ("atop", "ap"))
+    assert torch.equal(atop(images), frozen(images)) and torch.equal(ap(images), undefended(images))
+    assert not torch.equal(atop(images), ap(images))
+
+
 @pytest.mark.parametrize("dataset, defence", [("shapes", "atop"), ("forms", "ap")])
 def test_weights_that_are_not_there_are_named_with_those_that_are(folder, dataset, defence):
     with pytest.raises(ValueError, match=f"no weights of '{defence}' for '{dataset}'.*shapes: undefended, ap"):

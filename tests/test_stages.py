@@ -1,13 +1,21 @@
 """What notebooks 1 to 3 train: counted once, and honest about a training that failed."""
 
 import json
+import re
+import shutil
+from dataclasses import replace
 
 import pytest
+import torch
 
 from atoplib import stages
 from atoplib.batch import Job, cli
+from atoplib.checkpoints import load_checkpoint, read_header
 from atoplib.data import load_dataset
-from atoplib.parameters import TrainClassifier
+from atoplib.defences import load_classifier, load_pipelines
+from atoplib.evaluation import training_costs
+from atoplib.flops import training_total
+from atoplib.parameters import Attack, FinetuneAtop, PretrainPurifier, TrainClassifier
 from atoplib.runs import run_name
 
 SMALL = {
@@ -33,6 +41,63 @@ def test_the_flops_of_a_training_are_counted_once(tmp_path, monkeypatch):
     monkeypatch.setattr(stages, "training_flops", lambda *_, **__: pytest.fail("counted again"))
     again = train(parameters(tmp_path))
     assert again.train_flops == first.train_flops > 0 and again.history == first.history
+
+
+def test_a_training_starts_from_the_weights_of_another_run_and_owes_its_cost(tmp_path):
+    first = train(parameters(tmp_path))
+    asked = {"adversarial": True, "attack_steps": 1, "learning_rate": 1e-12}
+    second = train(parameters(tmp_path, start_run=first.run.path.name, **asked))
+    (weights, header), (start, before) = (
+        load_checkpoint(trained.run.path / "classifier.safetensors", kind="classifier") for trained in (second, first)
+    )
+    moved = [float((a - b).detach().abs().max()) for a, b in zip(weights.parameters(), start.parameters(), strict=True)]
+    assert second.run.path != first.run.path and max(moved) < 1e-6, "at no learning rate they stay what they were"
+    assert header["metrics"]["start_flops"] == first.train_flops and header["options"] == before["options"]
+    assert training_total(header["metrics"]) == first.train_flops + second.train_flops
+    manifest = json.loads((second.run.path / "manifest.json").read_text())
+    assert manifest["inputs"]["start"]["file"] == f"{first.run.path.name}/classifier.safetensors"
+
+
+@pytest.mark.parametrize(
+    "asked, said",
+    [
+        ({"start_run": "01_train_classifier-00000000"}, "there is no run '01_train_classifier-00000000'"),
+        ({"start_run": "weights.safetensors"}, "there is no file weights.safetensors"),
+        ({"start_run": "pretrained"}, "'pretrained' has width 8, and 4 is asked for: let them agree"),
+        (
+            {"start_run": "pretrained", "classifier": "resnet18", "classifier_options": {}},
+            "'pretrained' has architecture small_resnet, and resnet18 is asked for",
+        ),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(tmp_path, asked, said):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(said)):
+        train(parameters(tmp_path, **asked))
+
+
+def test_atop_stands_before_the_classifier_that_it_was_tuned_for(tmp_path):
+    plain = train(parameters(tmp_path))
+    robust = train(parameters(tmp_path, adversarial=True, attack_steps=1, start_run=plain.run.path.name))
+    shared = {"workspace": str(tmp_path), "max_train": 32, "max_test": 8, "batch_size": 16, "max_steps": 1}
+    for p, build in (
+        (PretrainPurifier(purifier_options={"width": 4, "blocks": 0}, **shared), stages.pretraining_stage),
+        (FinetuneAtop(classifier_run=robust.run.path.name, **shared), stages.finetuning_stage),
+    ):
+        dataset = load_dataset("mnist5k", data_dir=tmp_path, max_train=32, max_test=8)
+        tuned = stages.train(p, build(p, dataset), dataset)
+    asked = Attack(workspace=str(tmp_path))
+    assert asked.weights("undefended").parent == asked.classifier_of("ap").parent == plain.run.path
+    assert asked.weights("atop").parent == tuned.run.path and asked.classifier_of("atop").parent == robust.run.path
+    assert replace(asked, atop_classifier_run=plain.run.path.name).classifier_of("atop").parent == plain.run.path
+    pipelines, images = load_pipelines(asked), torch.rand(2, 3, 32, 32)
+    for name, its in {"AP": plain, "AToP": robust}.items():
+        alone = load_classifier(its.run.path / "classifier.safetensors")
+        assert torch.equal(pipelines[name].classifier(images), alone(images))
+    costs = training_costs({name: read_header(asked.weights(name.lower())) for name in ("undefended", "AToP")})
+    assert costs["AToP"][0] == plain.train_flops + robust.train_flops + tuned.train_flops
+    shutil.rmtree(robust.run.path)
+    with pytest.raises(FileNotFoundError, match="does not hold any more; name another by atop_classifier_run"):
+        asked.classifier_of("atop")
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def values_of(
         stage = item.metadata.get("stage")
         if stage is None:
             continue
-        wanted = values.get(item.name, stage)
+        wanted = values.get(item.name, stage if item.default == "latest" else item.default)
         if isinstance(wanted, str) and wanted in later:
             raise RecipeError(f"{entry.name} asks for {item.name} = {wanted!r}, which comes after it: change their order")
         if isinstance(wanted, str) and wanted in names_of_runs:

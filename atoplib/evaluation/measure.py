@@ -42,7 +42,7 @@ class _Unit(NamedTuple):
     """A piece of work: one attack on one target for one batch of images, then shown to some defences."""
 
     planned: PlannedAttack | None  # None: clean images
-    target: str  # a defence, or "" for the classifier alone
+    target: str  # a defence, "" for the classifier alone, or the classifier alone of a defence that has another
     shown_to: tuple[str, ...]
     seed: int
     batch: int
@@ -90,7 +90,8 @@ def evaluate(
     """Accuracy of each defence on the same images, clean and under each attack of ``protocol``, by every verdict.
 
     Only attacks that see the whole defence say something about robustness; one that sees the classifier alone is made
-    once and shown to every defence; BPDA is for pipelines that purify. Each piece (attack, target, seed, batch) has random
+    once and shown to every defence, but to a pipeline with another classifier the one that is made on its own; BPDA is for
+    pipelines that purify. Each piece (attack, target, seed, batch) has random
     numbers of its own, so its result depends neither on the other pieces nor on an interruption.
 
     Args:
@@ -98,7 +99,7 @@ def evaluate(
             ``AToPPipeline``, gives the same numbers again.
         images, labels: in [0, 1]; true classes; on the defences' device.
         protocol, budget: what is done, and how far an attack may go.
-        classifier: what transfer attacks see.
+        classifier: what transfer attacks see, unless a pipeline has one of its own.
         seeds: repetitions, each with other random starts and dice.
         batch_size: images of one piece.
         max_batch: copies of images (images x draws) that are in memory at once.
@@ -119,7 +120,9 @@ def evaluate(
         raise ValueError(f"batch_size and max_batch must be at least 1, got {batch_size} and {max_batch}")
     for model in (classifier, *defences.values()):
         check_attack(model, images, labels)  # all of them before the first runs: no statistics move, no hour is lost
-    targets: dict[str, nn.Module] = {"": classifier, **defences}
+    others = _other_classifiers(classifier, defences)
+    alone = {_alone(name): other for name, other in others.items()}
+    targets: dict[str, nn.Module] = {"": classifier, **defences, **alone}
     random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
     settings = {
         (planned.label, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
@@ -140,7 +143,7 @@ def evaluate(
         "images_kept": keep_images,
     }
     store = Store(directory, identity)
-    units = list(_units(protocol, tuple(defences), purifying, seeds, len(images), batch_size))
+    units = list(_units(protocol, tuple(defences), purifying, tuple(others), seeds, len(images), batch_size))
     total, done = sum(unit.size for unit in units), 0
     pieces = []
     for unit in units:
@@ -195,22 +198,42 @@ def _attack(
     return function(model, images, labels, settings, generator=generator, max_batch=max_batch, callback=report)
 
 
+def _alone(name: str) -> str:
+    """The classifier of a defence, as a target of attacks."""
+    return f"classifier of {name}"
+
+
+def _other_classifiers(classifier: nn.Module, defences: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """The classifiers of the pipelines that stand before another one than ``classifier``, by the pipeline's name."""
+    shared = model_fingerprint(classifier)
+    own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
+    return {name: other for name, other in own.items() if other is not classifier and model_fingerprint(other) != shared}
+
+
 def _units(
     protocol: Protocol,
     defences: tuple[str, ...],
     purifying: Sequence[str],
+    others: Sequence[str],
     seeds: Sequence[int],
     count: int,
     batch_size: int,
 ) -> Iterator[_Unit]:
     """The pieces of work, in order. BPDA is for what purifies; elsewhere there is nothing to put the identity for."""
     batches = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
+    sharing = tuple(name for name in defences if name not in others)  # the classifier
     for seed in seeds:
         for planned in (None, *protocol.attacks):
-            blind = planned is None or planned.sees == "classifier"
-            for target in ("",) if blind else purifying if planned.sees == "bpda" else defences:
+            if planned is None:
+                work = [("", defences)]
+            elif planned.sees == "classifier":
+                work = [("", sharing), *((_alone(name), (name,)) for name in others)]
+            else:
+                work = [(name, (name,)) for name in (purifying if planned.sees == "bpda" else defences)]
+            for target, shown_to in work:
                 for batch, images in enumerate(batches):
-                    yield _Unit(planned, target, defences if blind else (target,), seed, batch, images)
+                    if shown_to:
+                        yield _Unit(planned, target, shown_to, seed, batch, images)
 
 
 def _verdicts(

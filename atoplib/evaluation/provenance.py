@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from atoplib.evaluation.costs import total
+from atoplib.flops import training_total
 
 SHARED = ("dataset", "image_size", "max_train", "padding", "flip")  # by everything that is compared
 OF_CLASSIFIERS = ("classifier", "classifier_options", "label_smoothing")
@@ -61,15 +62,17 @@ def training_costs(headers: Mapping[str, Header]) -> dict[str, tuple[int | None,
         headers: of ``undefended`` and, where they are compared, ``AT``, ``AP`` and ``AToP``.
 
     Returns:
-        by defence (training, pre-training), as ``Cost`` has them: what stands before the classifier ``undefended`` costs its
-        training, too.
+        by defence (training, pre-training), as ``Cost`` has them: what stands before a classifier costs its training, too,
+        and what was trained from other weights costs theirs.
     """
     metrics = {name: header.get("metrics") or {} for name, header in headers.items()}
-    own = {name: found.get("train_flops") for name, found in metrics.items()}
+    own = {name: training_total(found) for name, found in metrics.items()}
+    atop = metrics.get("AToP", {})
     known = {
         "undefended": (own["undefended"], 0),
         "AT": (own.get("AT"), 0),
         "AP": (own["undefended"], own.get("AP")),
-        "AToP": (total(own["undefended"], own.get("AToP")), metrics.get("AToP", {}).get("pretrain_flops")),
+        # its own classifier's, which need not be the undefended one
+        "AToP": (total(atop.get("classifier_flops", own["undefended"]), own.get("AToP")), atop.get("pretrain_flops")),
     }
-    return {name: known[name] for name in headers}
+    return {name: known[name] for name in headers if name in known}

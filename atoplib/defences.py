@@ -1,0 +1,38 @@
+"""Defences from checkpoints: a classifier alone, or a purifier in front of the classifier that it belongs to."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from atoplib.checkpoints import load_checkpoint
+from atoplib.classifiers import fold_batch_norms
+from atoplib.parameters import Attacking
+from atoplib.pipeline import AToPPipeline, load_pipeline
+
+
+def load_classifier(path: Path, *, device: torch.device | str = "cpu") -> nn.Module:
+    """A frozen classifier, images (B, 3, H, W) in [0, 1] -> logits, its batch norms folded into its convolutions: the same
+    function, faster.
+
+    Raises FileNotFoundError and CheckpointError as ``checkpoints.load_checkpoint``.
+    """
+    classifier, _ = load_checkpoint(path, kind="classifier", device=device)
+    return fold_batch_norms(classifier).to(memory_format=torch.channels_last)
+
+
+def load_pipelines(p: Attacking, names: Iterable[str] | None = None) -> dict[str, AToPPipeline]:
+    """The purifiers that a notebook's parameters name, each in front of its classifier (``Attacking.classifier_of``), their
+    dice seeded with ``p.seed``.
+
+    Args:
+        names: ``AP``, ``AToP``, or both; None takes those of ``p.purifiers``.
+
+    Raises FileNotFoundError and ValueError as ``Attacking.weights``, CheckpointError as ``pipeline.load_pipeline``.
+    """
+    pipelines = {}
+    for name in p.purifiers if names is None else names:
+        classifier = load_classifier(p.classifier_of(name.lower()), device=p.torch_device)
+        pipelines[name] = load_pipeline(p.weights(name.lower()), classifier, device=p.torch_device, seed=p.seed)
+    return pipelines
