@@ -153,6 +153,11 @@ class Parameters:
         return workspace_dir(self.workspace) / "runs" / (self.experiment + ("-smoke" if self.smoke else ""))
 
     @property
+    def data_name(self) -> str:
+        """The data set in titles: of ``folder:PATH`` the folder's own name."""
+        return Path(self.dataset.removeprefix("folder:")).name
+
+    @property
     def torch_device(self) -> torch.device:
         """Where to compute; raises ParameterError if it is not there."""
         if self.device == "auto":

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from PIL import Image
 
 from atoplib.batch import cli, main
-from atoplib.batch.results import IN_PLACE_OF_PICTURES, without_pictures, without_place
+from atoplib.batch.results import IN_PLACE_OF_PICTURES, without_pictures, without_places
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -78,11 +79,26 @@ def test_text_is_kept_where_pictures_are_left_out() -> None:
     assert cell["outputs"] == [printed, picture], "the notebook that was given stays as it was"
 
 
-def test_the_workspace_is_left_out_of_every_value() -> None:
-    assert without_place({"a": ["/w/s/runs", 1, None], "b": {"c": "x"}}, "/w/s") == {
+def test_folders_of_ones_own_are_left_out_of_every_value() -> None:
+    places = {"/w/s": "WORKSPACE", "/w/s/data/digits": "digits"}
+    assert without_places({"a": ["/w/s/runs", 1, None], "b": {"c": "x of folder:/w/s/data/digits"}}, places) == {
         "a": ["WORKSPACE/runs", 1, None],
-        "b": {"c": "x"},
+        "b": {"c": "x of folder:digits"},
     }
+
+
+def test_no_file_names_the_folder_of_the_images(tmp_path: Path) -> None:
+    images = tmp_path / "mine" / "squares"
+    for index in range(24):
+        folder = images / ("train" if index < 16 else "test") / f"class{index % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (10 * index, 5 * index, 250 - 9 * index)).save(folder / f"{index}.png")
+    recipe, folder = tmp_path / "one.yaml", tmp_path / "away"
+    recipe.write_text(f"shared: {{experiment: one, dataset: 'folder:{images}'}}\nnotebooks: {{01_train_classifier: {{}}}}")
+    assert main([str(recipe), "--smoke", "--workspace", str(tmp_path / "work"), "--results", str(folder)]) == 0
+    for path in folder.rglob("*"):
+        assert path.is_dir() or str(tmp_path).encode() not in path.read_bytes(), path
+    assert "folder:squares" in (folder / "table.csv").read_text()
 
 
 def test_a_recipe_stops_after_its_minutes_and_the_same_command_goes_on(

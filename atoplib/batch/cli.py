@@ -126,7 +126,7 @@ def measured(attack: Measuring, images: int) -> Iterator[str]:
     budget = {"linf": "l_inf eps", "l2": "l_2 eps", "flow": "flow"}
     used = [norm for norm in budget if any(planned.norm == norm for planned in attack.plan.attacks)]
     yield (
-        f"Accuracy in % with its 95 % interval, one draw an image, {images} test images of {attack.dataset}; "
+        f"Accuracy in % with its 95 % interval, one draw an image, {images} test images of {attack.data_name}; "
         f"protocol {attack.plan.name}, {', '.join(f'{budget[norm]} {getattr(attack.budget, norm):.4g}' for norm in used)}."
     )
     blind = [planned.label for planned in attack.plan.attacks if planned.sees == "classifier"]

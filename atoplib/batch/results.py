@@ -4,7 +4,7 @@ without weights and without a picture of the data set.
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,9 @@ def write_results(folder: Path, jobs: Sequence[Job], summary: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     for job in jobs:
         write_run(folder / job.run_dir.name, job)
-    write_table(folder / "table.csv", [job.run_dir for job in jobs])
+    table = folder / "table.csv"
+    write_table(table, [job.run_dir for job in jobs])
+    table.write_text(without_places(table.read_text(encoding="utf-8"), places_of(jobs[0])), encoding="utf-8")
     lines = [summary.strip(), "", "| run | |", "|---|---|"]
     lines += [f"| [{job.label}]({job.run_dir.name}/notebook.ipynb) | {how(job)} |" for job in jobs]
     (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -45,16 +47,24 @@ def write_results(folder: Path, jobs: Sequence[Job], summary: str) -> Path:
 def write_run(folder: Path, job: Job) -> None:
     """One run: its records, tables and plots, and its notebook without pictures; nobody's folders in any of them."""
     folder.mkdir(exist_ok=True)
-    workspace = str(job.run_dir.parents[2])
+    parameters = read_json(job.run_dir / "parameters.json") or {}
+    places = places_of(job)
     for name in RECORDS:
         if record := read_json(job.run_dir / name):
-            write_json(folder / name, without_place(record, workspace))
-    parameters = read_json(job.run_dir / "parameters.json") or {}
-    write_json(folder / "parameters.json", {name: value for name, value in parameters.items() if name not in PLACES})
+            write_json(folder / name, without_places(record, places))
+    kept = {name: value for name, value in parameters.items() if name not in PLACES}
+    write_json(folder / "parameters.json", without_places(kept, places))
     for path in (path for pattern in TABLES for path in sorted(job.run_dir.glob(pattern))):
         shutil.copyfile(path, folder / path.name)
     notebook = json.loads(job.executed.read_text(encoding="utf-8"))
-    write_json(folder / "notebook.ipynb", without_place(without_pictures(notebook), workspace))
+    write_json(folder / "notebook.ipynb", without_places(without_pictures(notebook), places))
+
+
+def places_of(job: Job) -> dict[str, str]:
+    """Folders of one's own that a run's records name: the workspace, and that of its images; and what stands for each."""
+    workspace = {str(job.run_dir.parents[2]): "WORKSPACE"}
+    _, _, images = job.parameters.dataset.partition(":")
+    return {images: job.parameters.data_name, **workspace} if images else workspace
 
 
 def without_pictures(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -77,14 +87,16 @@ def text_of(output: dict[str, Any]) -> dict[str, Any]:
     return {**output, "data": {"text/plain": [IN_PLACE_OF_PICTURES]}} if "data" in output else output
 
 
-def without_place(content: Any, workspace: str) -> Any:
-    """JSON values in which the workspace's own path reads WORKSPACE."""
+def without_places(content: Any, places: Mapping[str, str]) -> Any:
+    """JSON values in which folders of one's own read as the names that stand for them; longer paths are replaced first."""
     if isinstance(content, str):
-        return content.replace(workspace, "WORKSPACE")
+        for path in sorted(places, key=len, reverse=True):
+            content = content.replace(path, places[path])
+        return content
     if isinstance(content, dict):
-        return {name: without_place(value, workspace) for name, value in content.items()}
+        return {name: without_places(value, places) for name, value in content.items()}
     if isinstance(content, list):
-        return [without_place(value, workspace) for value in content]
+        return [without_places(value, places) for value in content]
     return content
 
 
