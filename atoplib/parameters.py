@@ -59,6 +59,11 @@ def from_run(stage: str, default: str = "latest") -> Any:
     return field(default=default, metadata={"stage": stage})
 
 
+def from_runs() -> Any:
+    """A field that names runs, each by a name of one's own: {NAME: RUN}, a RUN as in ``from_run`` but for ``latest``."""
+    return field(default_factory=dict, metadata={"runs": True})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parameters:
     """What every notebook takes.
@@ -646,6 +651,7 @@ class Compare(Measuring):
 
     Attributes:
         at_run: the adversarially trained classifier: in a recipe the entry called ``at``.
+        others: further purifiers, of notebook 2 or 3, in front of the undefended classifier: {NAME: RUN}.
         eps_flow: radius of StAdv, in units of the sampling grid (the image is 2 wide).
     """
 
@@ -653,8 +659,20 @@ class Compare(Measuring):
     DEFENCES: ClassVar[dict[str, str]] = {"undefended": "undefended", "AT": "at", "AP": "ap", "AToP": "atop"}
 
     at_run: str = from_run("at")
+    others: dict = from_runs()
     protocol: str = "compare"
     eps_flow: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not all(isinstance(text, str) and text for pair in self.others.items() for text in pair):
+            raise ValueError(f"others must name runs by text, {{NAME: RUN}}, got {self.others!r}")
+        taken = sorted(set(self.others) & set(self.DEFENCES))
+        if taken or "latest" in self.others.values():
+            raise ValueError(
+                f"others need names other than {', '.join(self.DEFENCES)} and runs by name or path, not 'latest'; "
+                f"got {self.others}"
+            )
 
     @property
     def budget(self) -> Budget:
@@ -666,7 +684,7 @@ class Compare(Measuring):
 
         Raises:
             FileNotFoundError, ValueError: as ``weights``, if there is no undefended classifier: every purifier stands before
-                it.
+                it; or if one of ``others`` is not there.
         """
         there, missing = {"undefended": self.weights("undefended")}, {}
         for name, defence in self.DEFENCES.items():
@@ -674,6 +692,8 @@ class Compare(Measuring):
                 there[name] = self.weights(defence)
             except (FileNotFoundError, ValueError) as error:
                 missing[name] = f"{name} is left out: {error}. The recipe compare makes all of them"
+        for name, run in self.others.items():
+            there[name] = find_run(self.experiment_dir, PretrainPurifier.STAGE, run) / "purifier.safetensors"
         return there, missing
 
 

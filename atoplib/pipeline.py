@@ -25,7 +25,8 @@ class AToPPipeline(nn.Module):
 
     Args:
         transform: what destroys the perturbation.
-        purifier: any module (B, 5, H, W) -> (B, 3, H, W) in [-1, 1], or a tuple of stages, the result last.
+        purifier: any module (B, 5, H, W) -> (B, 3, H, W) in [-1, 1], or a tuple of stages, the result last. One that throws
+            dice of its own says so by ``noise_planes``, and is given that many standard normal planes an image.
         classifier: any module (B, 3, H, W) in [0, 1] -> logits. It is frozen: no gradient to its weights, and it stays in
             eval mode whatever mode the pipeline is put in.
         seed: of the pipeline's generator.
@@ -76,15 +77,28 @@ class AToPPipeline(nn.Module):
             if device not in self._generators:
                 self._generators[device] = torch.Generator(device).manual_seed(self.seed)
             generator = self._generators[device]
-        return sample_draw(
+        draw = sample_draw(
             self.transform, images.shape, generator=generator, device=device, dtype=images.dtype, share=self._share
         )
+        planes = getattr(self.purifier, "noise_planes", 0)
+        if not planes:
+            return draw
+        shape = draw.masks.shape[0] * draw.masks.shape[1], planes, *images.shape[2:]
+        inner = self._share.throw(torch.randn, shape, generator=generator, device=device).to(images.dtype)
+        return draw._replace(inner=inner.unflatten(0, draw.masks.shape[:2]))
+
+    def rebuild(
+        self, given: Float[Tensor, "copies 5 height width"], draw: Draw
+    ) -> tuple[Float[Tensor, "copies 3 height width"], ...]:
+        """What the purifier makes of the planes of ``transforms.corrupt``, every stage of it, [-1, 1], the result last."""
+        own = () if draw.inner is None else (draw.inner.flatten(0, 1),)
+        return stage_outputs(self.purifier(given, *own))
 
     def purify_stages(
         self, images: Float[Tensor, "batch 3 height width"], draw: Draw
     ) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
         """Every stage of the purifier's output for one draw, [-1, 1], the result last."""
-        outputs = stage_outputs(self.purifier(corrupt(images, draw)))
+        outputs = self.rebuild(corrupt(images, draw), draw)
         return tuple(assemble(stage.to(torch.promote_types(stage.dtype, torch.float32)), draw) for stage in outputs)
 
     def purify(

@@ -57,11 +57,24 @@ class Draw(NamedTuple):
         noise: added to the images, in their units ([0, 1]), or None.
         masks: 1 where a pixel is missing; RT3 has several masks, the others one.
         composite: keep only what the purifier filled in (RT3), instead of its whole output.
+        inner: standard normal planes of a purifier that throws dice of its own (``DiffusionPurifier``), or None.
     """
 
     noise: Float[Tensor, "batch 3 height width"] | None
     masks: Float[Tensor, "masks batch 1 height width"]
     composite: bool
+    inner: Float[Tensor, "masks batch planes height width"] | None = None
+
+    def of(self, rows: slice) -> "Draw":
+        """The draw of some of the batch's images."""
+        noise = None if self.noise is None else self.noise[rows]
+        return Draw(noise, self.masks[:, rows], self.composite, None if self.inner is None else self.inner[:, rows])
+
+    def repeated(self, count: int) -> "Draw":
+        """The draw of a single image, for ``count`` images alike."""
+        noise = None if self.noise is None else self.noise.expand(count, -1, -1, -1)
+        inner = None if self.inner is None else self.inner.expand(-1, count, -1, -1, -1)
+        return Draw(noise, self.masks.expand(-1, count, -1, -1, -1), self.composite, inner)
 
 
 def patch_size(height: int, width: int, grid_size: int) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ RECIPES = sorted(path.stem for path in (FOLDER / "recipes").glob("*.yaml"))
 STAGES = list(NOTEBOOKS)[:5]  # of every recipe without a grid
 GRIDS = [name for name in RECIPES if read_recipe(FOLDER / "recipes" / f"{name}.yaml").axes]
 COMPARISONS = ("compare", "reproduce")
+EXTRA = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers, an optional extra, is not installed")
+NEED_EXTRA = ("baselines",)
+EVERY_RECIPE = [pytest.param(name, marks=EXTRA if name in NEED_EXTRA else ()) for name in RECIPES]
 FIRST = "01_train_classifier"
 
 
@@ -34,7 +38,7 @@ def plan(source: Path, overrides: Mapping[str, Any]) -> list[Job]:
     return make_plan(read_recipe(source), FOLDER, overrides)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*GRIDS, *COMPARISONS)])
+@pytest.mark.parametrize("name", [name for name in RECIPES if name not in (*GRIDS, *COMPARISONS, *NEED_EXTRA)])
 def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_path):
     stages = plan(find_recipe(name, FOLDER), {"workspace": str(tmp_path)})
     assert [stage.name for stage in stages] == STAGES
@@ -73,6 +77,36 @@ def test_the_recipe_compare_shares_the_runs_of_the_demo(tmp_path):
     assert all(demo[name] == compared[name] for name in STAGES[:3])
 
 
+@EXTRA
+def test_the_recipe_baselines_compares_every_purifier_that_it_trains(tmp_path):
+    jobs = {job.name: job for job in plan(find_recipe("baselines", FOLDER), {"workspace": str(tmp_path)})}
+    compared = jobs.pop("06_compare")
+    assert set(compared.needs) == {job.run_dir for job in jobs.values()}
+    named = compared.parameters.others
+    assert named == {"autoencoder": jobs["autoencoder"].run_dir.name, "DiffPure": jobs["diffpure"].run_dir.name}
+    demo = {job.name: job.parameters for job in plan(find_recipe("mnist", FOLDER), {"experiment": "baselines"})}
+    for name in STAGES[:2]:
+        assert replace(jobs[name].parameters, workspace="") == demo[name], "the demo's own, not another purifier's"
+    assert jobs["03_finetune_atop"].parameters.purifier_run == jobs["02_pretrain_purifier"].run_dir.name
+    diffpure = jobs["diffpure"].parameters
+    assert (diffpure.purifier, diffpure.transform) == ("diffusion", "none"), "it makes its own noise"
+
+
+def test_other_purifiers_are_named_by_the_entries_that_train_them(tmp_path):
+    text = f"""notebooks:
+  {FIRST}: {{}}
+  one: {{notebook: 02_pretrain_purifier, seed: 1}}
+  06_compare: {{others: {{A: one, B: /somewhere/else}}}}"""
+    *_, one, compared = plan(recipe(tmp_path, text), {"workspace": str(tmp_path)})
+    assert compared.parameters.others == {"A": one.run_dir.name, "B": "/somewhere/else"}
+    assert one.run_dir in compared.needs
+    late = "notebooks: {06_compare: {others: {A: one}}, one: {notebook: 02_pretrain_purifier}}"
+    with pytest.raises(RecipeError, match="06_compare asks for others = 'one', which comes after it: change their order"):
+        plan(recipe(tmp_path, late), {"workspace": str(tmp_path)})
+    with pytest.raises(RecipeError, match="others must name runs by text"):
+        plan(recipe(tmp_path, "notebooks: {06_compare: {others: {A: 1}}}"), {"workspace": str(tmp_path)})
+
+
 def test_without_an_entry_called_at_a_comparison_looks_for_one_that_was_trained_before(tmp_path):
     source = recipe(tmp_path, "notebooks: {01_train_classifier: {}, 06_compare: {}}")
     *_, compared = plan(source, {"workspace": str(tmp_path)})
@@ -90,7 +124,7 @@ def test_the_ablation_trains_one_classifier_and_attacks_every_variant_once(tmp_p
     assert {p.experiment for group in by_stage.values() for p in group} == {Ablate().trained}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", EVERY_RECIPE)
 @pytest.mark.parametrize("smoke", [{}, {"smoke": True}])
 def test_a_notebook_names_its_run_as_the_recipe_expects(name, smoke, tmp_path):
     for stage in plan(find_recipe(name, FOLDER), {"workspace": str(tmp_path), **smoke}):

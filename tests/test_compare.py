@@ -172,6 +172,12 @@ def test_training_costs_are_added_up_the_pre_training_apart_and_unknown_ones_sta
     assert list(evaluation.training_costs({"undefended": HEADERS["undefended"]})) == ["undefended"]
 
 
+def test_a_further_purifier_costs_what_its_kind_of_training_costs():
+    headers = {**HEADERS, "mine": {**HEADERS["AP"], "metrics": {"train_flops": 7}}, "tuned": HEADERS["AToP"]}
+    found = evaluation.training_costs(headers)
+    assert list(found) == list(headers) and found["mine"] == (2, 7) and found["tuned"] == found["AToP"]
+
+
 @pytest.mark.parametrize("name", ["compare", "reproduce"])
 def test_in_the_recipe_at_is_trained_for_as_many_flops_as_classifier_and_fine_tuning_together(name, tmp_path):
     recipe = read_recipe(find_recipe(name, ROOT / "notebooks"))

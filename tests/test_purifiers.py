@@ -140,14 +140,14 @@ def test_weights_without_a_pixel_width_fit_as_before():
 
 
 def test_the_purifiers_are_built_by_name_with_their_options():
-    assert set(PURIFIERS) == {"gated_unet", "deepfill_v2"}
+    assert set(PURIFIERS) == {"gated_unet", "deepfill_v2", "denoising_autoencoder", "diffusion"}
     model = build_purifier("gated_unet", width=4, blocks=1, fold=4)
     assert isinstance(model, GatedUNet) and model.fold == 4 and len(model.bottleneck) == 1
     assert isinstance(build_purifier("deepfill_v2", width=4), DeepFillV2)
 
 
 def test_an_unknown_purifier_or_option_is_refused():
-    with pytest.raises(ValueError, match="unknown purifier 'unet'; allowed: gated_unet, deepfill_v2"):
+    with pytest.raises(ValueError, match="unknown purifier 'unet'; allowed: gated_unet, deepfill_v2, denoising"):
         build_purifier("unet")
     with pytest.raises(ValueError, match="purifier 'gated_unet' does not take the options {'depth': 3}"):
         build_purifier("gated_unet", depth=3)

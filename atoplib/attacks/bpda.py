@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib.attacks.pgd import PGDSettings
-from atoplib.purifiers import stage_outputs
 from atoplib.transforms import assemble, corrupt
 from atoplib.verdicts import Verdict, reseed
 
@@ -77,7 +76,7 @@ class BPDA(nn.Module):
     The logits are the pipeline's own, bit by bit, and so are the dice: both draw from the same sequence.
 
     Args:
-        pipeline: whose ``draw``, ``purify``, ``purifier`` and ``classifier`` are used; it is not copied.
+        pipeline: whose ``draw``, ``purify``, ``rebuild`` and ``classifier`` are used; it is not copied.
         through: ``both``; ``transform`` (the purifier's true gradient, then the identity: masks and clipping stop nothing);
             ``purifier`` (the identity, then the transform's true gradient: missing pixels get none).
 
@@ -118,10 +117,10 @@ class BPDA(nn.Module):
         if self.through == "transform":
             scaled = (images * 2 - 1).repeat(len(draw.masks), 1, 1, 1)  # one copy a mask, as corrupt lays them out
             visible = straight_through(scaled, visible.detach())
-            output = stage_outputs(pipeline.purifier(torch.cat([visible, rest], dim=1)))[-1]
+            output = pipeline.rebuild(torch.cat([visible, rest], dim=1), draw)[-1]
         else:
             with torch.no_grad():
-                output = stage_outputs(pipeline.purifier(torch.cat([visible, rest], dim=1)))[-1]
+                output = pipeline.rebuild(torch.cat([visible, rest], dim=1), draw)[-1]
             output = straight_through(visible, output)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
         return (assemble(output, draw) + 1) / 2

@@ -114,6 +114,16 @@ def values_of(
         if isinstance(wanted, str) and wanted in names_of_runs:
             values[item.name] = names_of_runs[wanted]
             needs.append(wanted)
+    for item in kind:
+        named = values.get(item.name)
+        if not item.metadata.get("runs") or not isinstance(named, dict):
+            continue
+        late = next((wanted for wanted in named.values() if isinstance(wanted, str) and wanted in later), None)
+        if late is not None:
+            raise RecipeError(f"{entry.name} asks for {item.name} = {late!r}, which comes after it: change their order")
+        entries = {key: wanted for key, wanted in named.items() if isinstance(wanted, str) and wanted in names_of_runs}
+        values[item.name] = {**named, **{key: names_of_runs[wanted] for key, wanted in entries.items()}}
+        needs += entries.values()
     return values, needs
 
 
@@ -125,7 +135,7 @@ def labelled(jobs: Sequence[Job]) -> list[Job]:
     labels = {}
     for name, group in by_name.items():
         own = [job.parameters.as_dict() for job in group]
-        runs = {item.name for item in fields(type(group[0].parameters)) if item.metadata.get("stage")}
+        runs = {item.name for item in fields(type(group[0].parameters)) if {"stage", "runs"} & set(item.metadata)}
         varied = [key for key in own[0] if key not in runs and len({repr(values[key]) for values in own}) > 1]
         texts = [" ".join([name, *(f"{key}={shown(values[key])}" for key in varied)]) for values in own]
         for job, text in zip(group, texts, strict=True):

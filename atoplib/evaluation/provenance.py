@@ -59,7 +59,7 @@ def training_costs(headers: Mapping[str, Header]) -> dict[str, tuple[int | None,
     """FLOPs of each defence's training and, apart, of its purifier's pre-training; None where one was not recorded.
 
     Args:
-        headers: of ``undefended`` and, where they are compared, ``AT``, ``AP`` and ``AToP``.
+        headers: of ``undefended`` and, where they are compared, ``AT``, ``AP``, ``AToP`` and other purifiers.
 
     Returns:
         by defence (training, pre-training), as ``Cost`` has them: what stands before a classifier costs its training, too,
@@ -75,4 +75,9 @@ def training_costs(headers: Mapping[str, Header]) -> dict[str, tuple[int | None,
         # its own classifier's, which need not be the undefended one
         "AToP": (total(atop.get("classifier_flops", own["undefended"]), own.get("AToP")), atop.get("pretrain_flops")),
     }
+    further = [name for name, header in headers.items() if name not in known and header.get("kind") == "purifier"]
+    for name in further:  # pre-trained only, or fine-tuned as AToP is
+        tuned = "variant" in _parameters(headers[name])
+        own_training = total(own["undefended"], own[name]), metrics[name].get("pretrain_flops")
+        known[name] = own_training if tuned else (own["undefended"], own[name])
     return {name: known[name] for name in headers if name in known}

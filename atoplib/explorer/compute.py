@@ -402,7 +402,7 @@ def _purified_draws(
         logits.append(pipeline.classifier(purified).float())
         if number in part:
             row = slice(number - int(part[0]), number - int(part[0]) + 1)
-            own = Draw(None if draw.noise is None else draw.noise[row], draw.masks[:, row], draw.composite)
+            own = draw.of(row)
             transformed = (corrupt(image, own)[:, :3] / 2 + 0.5).clamp(0, 1)
             pictured = _Draw(own, (transformed, own.masks[:, 0], purified[row][0]))
     return pictured, torch.cat(logits)
@@ -415,9 +415,7 @@ def _path_logits(model: nn.Module, images: Tensor, pictured: _Draw | None, repor
     for part in images.split(max_batch(images)):
         report("path", sum(map(len, logits)), len(images))
         if isinstance(model, AToPPipeline):
-            draw, count = pictured.draw, len(part)
-            noise = None if draw.noise is None else draw.noise.expand(count, -1, -1, -1)
-            logits.append(model(part, Draw(noise, draw.masks.expand(-1, count, -1, -1, -1), draw.composite)).float())
+            logits.append(model(part, pictured.draw.repeated(len(part))).float())
         else:
             logits.append(model(part).float())
     return torch.cat(logits)

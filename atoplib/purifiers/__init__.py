@@ -1,32 +1,45 @@
 """Purifiers g: networks that rebuild an image from what a random transform left of it.
 
 A purifier is any module (B, 5, H, W) -> (B, 3, H, W) or a tuple of such (coarse, fine; the last one is the result). Input:
-masked RGB on the [-1, 1] scale, a plane of ones, the mask (1 = missing). Output: RGB in [-1, 1].
+masked RGB on the [-1, 1] scale, a plane of ones, the mask (1 = missing). Output: RGB in [-1, 1]. One that throws dice has an
+attribute ``noise_planes`` and is also given that many standard normal planes an image, (B, noise_planes, H, W).
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib.purifiers.deepfill import DeepFillV2, load_deepfill_weights
+from atoplib.purifiers.denoising import DenoisingAutoencoder
+from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
 from atoplib.purifiers.discriminator import PatchDiscriminator
 from atoplib.purifiers.gated_unet import GatedUNet
 
 __all__ = [
     "PURIFIERS",
     "DeepFillV2",
+    "DenoisingAutoencoder",
+    "DiffusionPurifier",
     "GatedUNet",
+    "MissingDiffusers",
     "PatchDiscriminator",
     "build_purifier",
     "load_deepfill_weights",
+    "load_diffusers",
     "stage_outputs",
 ]
 
-PURIFIERS: dict[str, Callable[..., nn.Module]] = {"gated_unet": GatedUNet, "deepfill_v2": DeepFillV2}
+PURIFIERS: dict[str, Callable[..., nn.Module]] = {
+    "gated_unet": GatedUNet,
+    "deepfill_v2": DeepFillV2,
+    "denoising_autoencoder": DenoisingAutoencoder,
+    "diffusion": DiffusionPurifier,
+}
 
 
-def build_purifier(name: str, **options: int) -> nn.Module:
+def build_purifier(name: str, **options: Any) -> nn.Module:
     """Build the purifier ``name`` (a key of ``PURIFIERS``), freshly initialised.
 
     Args:
@@ -34,6 +47,7 @@ def build_purifier(name: str, **options: int) -> nn.Module:
 
     Raises:
         ValueError: for an unknown name or an option that the architecture lacks.
+        MissingDiffusers: for ``diffusion`` without the optional extra.
     """
     if name not in PURIFIERS:
         raise ValueError(f"unknown purifier {name!r}; allowed: {', '.join(PURIFIERS)}")

@@ -63,6 +63,26 @@ class FineTuningAttack:
         )
 
 
+def own_pretraining_step(purifier: nn.Module, objective: Objective) -> Step:
+    """The training step of a purifier that predicts noise: its ``pretraining_loss``, each image at a random level of noise.
+
+    Raises:
+        ValueError: for a GAN term, which that loss has not.
+    """
+    if objective.gan_weight:
+        raise ValueError(f"gan_weight must be 0 for a purifier with a loss of its own, got {objective.gan_weight}")
+
+    def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
+        images, dice = batch.images, {"generator": batch.generator, "device": batch.images.device}
+        shares = batch.share.throw(torch.rand, (len(images),), **dice)
+        noise = batch.share.throw(torch.randn, tuple(images.shape), **dice)
+        loss = purifier.pretraining_loss(images * 2 - 1, shares, noise)
+        updater.update("purifier", loss)
+        return {"loss": loss}
+
+    return step
+
+
 def purifier_step(
     pipeline: AToPPipeline,
     objective: Objective,
@@ -70,7 +90,8 @@ def purifier_step(
     attack: FineTuningAttack | None = None,
     discriminator: nn.Module | None = None,
 ) -> Step:
-    """The training step of a purifier, for every variant of the objective; ``ap`` is its pre-training.
+    """The training step of a purifier, for every variant of the objective; ``ap`` is its pre-training. A purifier that has a
+    ``pretraining_loss`` of its own (``DiffusionPurifier``) is pre-trained by that.
 
     Args:
         pipeline: holds transform, purifier (trained under the name ``purifier``) and frozen classifier.
@@ -79,8 +100,11 @@ def purifier_step(
         discriminator: trained under the name ``discriminator``; needed if the objective has a GAN term.
 
     Raises:
-        ValueError: if the objective needs an attack or a discriminator that is not given.
+        ValueError: if the objective needs an attack or a discriminator that is not given, or has a GAN term where the
+            purifier has a loss of its own.
     """
+    if objective.variant == "ap" and hasattr(pipeline.purifier, "pretraining_loss"):
+        return own_pretraining_step(pipeline.purifier, objective)
     if objective.needs_adversarial and attack is None:
         raise ValueError("the variant 'ft_adv' needs an attack")
     if objective.gan_weight and discriminator is None:
