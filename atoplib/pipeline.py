@@ -80,12 +80,16 @@ class AToPPipeline(nn.Module):
         draw = sample_draw(
             self.transform, images.shape, generator=generator, device=device, dtype=images.dtype, share=self._share
         )
-        planes = getattr(self.purifier, "noise_planes", 0)
-        if not planes:
+        if not self.purifier_noise:
             return draw
-        shape = draw.masks.shape[0] * draw.masks.shape[1], planes, *images.shape[2:]
+        shape = draw.masks.shape[0] * draw.masks.shape[1], self.purifier_noise, *images.shape[2:]
         inner = self._share.throw(torch.randn, shape, generator=generator, device=device).to(images.dtype)
         return draw._replace(inner=inner.unflatten(0, draw.masks.shape[:2]))
+
+    @property
+    def purifier_noise(self) -> int:
+        """Standard normal planes that the purifier wants for each image: 0 for one that throws no dice."""
+        return getattr(self.purifier, "noise_planes", 0)
 
     def rebuild(
         self, given: Float[Tensor, "copies 5 height width"], draw: Draw

@@ -221,10 +221,13 @@ def attack_key(knobs: Knobs, entry: AttackEntry, defence: nn.Module) -> tuple[tu
 
 
 def throws_dice(defence: nn.Module, knobs: Knobs, image: Float[Tensor, "1 3 height width"]) -> bool:
-    """Whether two forward passes differ; a pipeline tells by its transform, another module by two forward passes."""
-    if isinstance(defence, AToPPipeline):
-        return knobs.is_random(defence.transform.grid_size)
-    return is_random(defence, image)
+    """Whether two forward passes differ; a pipeline tells by its parts, another module by two forward passes."""
+    return rolls(defence, knobs) if isinstance(defence, AToPPipeline) else is_random(defence, image)
+
+
+def rolls(defence: AToPPipeline, knobs: Knobs) -> bool:
+    """Whether a pipeline throws dice: its transform, or its purifier."""
+    return defence.purifier_noise > 0 or knobs.is_random(defence.transform.grid_size)
 
 
 def used_knobs(knobs: Knobs, scene: Scene, memory: Memory) -> frozenset[str] | None:
@@ -232,7 +235,7 @@ def used_knobs(knobs: Knobs, scene: Scene, memory: Memory) -> frozenset[str] | N
     defence = memory.defences.get(knobs.defence)
     if not isinstance(defence, AToPPipeline):
         return None
-    random = knobs.is_random(defence.transform.grid_size)
+    random = rolls(defence, knobs)
     sees_dice = random and not is_blind(defence, knobs)
     return applicable(knobs, scene.uses(knobs, sees_dice), purifies=True, random=random)
 

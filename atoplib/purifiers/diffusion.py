@@ -321,9 +321,9 @@ def load_diffusers(source: str | Path, *, local_files_only: bool = True, **setti
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as JSON has them, but for what is None."""
+    """Settings as JSON has them: lists in place of tuples."""
 
     def of(value: Any) -> Any:
         return [of(item) for item in value] if isinstance(value, Sequence) and not isinstance(value, str) else value
 
-    return {name: of(value) for name, value in settings.items() if value is not None}
+    return {name: of(value) for name, value in settings.items()}
