@@ -14,9 +14,9 @@ from atoplib.classifiers import (
     SmallResNet,
     WideBlock,
     WideResNet,
+    _pooled_relu,
     build_classifier,
     fold_batch_norms,
-    _pooled_relu,
 )
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
@@ -202,3 +202,11 @@ def test_a_relu_behind_the_pooling_is_the_relu_before_it_bit_by_bit_gradients_in
     (expected * weight).sum().backward()
     (result * weight).sum().backward()
     assert torch.equal(after.grad, before.grad)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_normalisation_is_the_difference_over_the_deviation_bit_by_bit_in_every_layout(form):
+    images = torch.rand(3, 3, 8, 12).contiguous(memory_format=form)
+    expected = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    result = Normalize(MEAN, STD)(images)
+    assert torch.equal(result, expected) and result.is_contiguous(memory_format=form)

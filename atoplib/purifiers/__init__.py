@@ -11,11 +11,13 @@ from torch import Tensor, nn
 
 from atoplib.purifiers.deepfill import DeepFillV2, load_deepfill_weights
 from atoplib.purifiers.discriminator import PatchDiscriminator
+from atoplib.purifiers.frozen import FrozenGatedUNet
 from atoplib.purifiers.gated_unet import GatedUNet
 
 __all__ = [
     "PURIFIERS",
     "DeepFillV2",
+    "FrozenGatedUNet",
     "GatedUNet",
     "PatchDiscriminator",
     "build_purifier",
