@@ -153,6 +153,16 @@ def add_noise(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Floa
     return images if draw.noise is None else (images + draw.noise).clamp(0, 1)
 
 
+def visible_part(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[Tensor, "copies 3 height width"]:
+    """The first three planes of ``corrupt``: noisy RGB on the [-1, 1] scale, a missing pixel 0. Arguments as there."""
+    if images.shape[0] != draw.masks.shape[1] or images.shape[2:] != draw.masks.shape[3:]:
+        raise ValueError(f"the draw was thrown for {tuple(draw.masks.shape[1:])}, the images are {tuple(images.shape)}")
+    noisy = add_noise(images, draw)
+    copies = noisy.repeat(len(draw.masks), 1, 1, 1) if len(draw.masks) > 1 else noisy
+    twice_seen = torch.empty_like(copies, requires_grad=False).copy_(2 - 2 * draw.masks.flatten(0, 1))  # 2 or 0, exactly
+    return (copies * twice_seen).sub_(twice_seen, alpha=0.5)  # (2 * noisy - 1) * seen in fewer passes over memory
+
+
 def corrupt(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[Tensor, "copies 5 height width"]:
     """t(x): what the purifier is given, one copy of the batch a mask, mask by mask (copies = masks * batch).
 
@@ -165,12 +175,8 @@ def corrupt(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[
 
     Source: Lin et al. 2024, section 3.1; five planes as in Yu et al. 2019.
     """
-    if images.shape[0] != draw.masks.shape[1] or images.shape[2:] != draw.masks.shape[3:]:
-        raise ValueError(f"the draw was thrown for {tuple(draw.masks.shape[1:])}, the images are {tuple(images.shape)}")
-    noisy = add_noise(images, draw) * 2 - 1
-    visible = (noisy * (1 - draw.masks)).flatten(0, 1)
     masks = draw.masks.flatten(0, 1)
-    return torch.cat([visible, torch.ones_like(masks), masks], dim=1)
+    return torch.cat([visible_part(images, draw), torch.ones_like(masks), masks], dim=1)
 
 
 def assemble(outputs: Float[Tensor, "copies 3 height width"], draw: Draw) -> Float[Tensor, "batch 3 height width"]:
@@ -178,5 +184,7 @@ def assemble(outputs: Float[Tensor, "copies 3 height width"], draw: Draw) -> Flo
 
     Range and units are those of ``outputs``. Source: Lin et al. 2024, section 3.1, equation of RT3.
     """
+    if not draw.composite and len(draw.masks) == 1:
+        return outputs
     outputs = outputs.unflatten(0, draw.masks.shape[:2])
     return (outputs * draw.masks).sum(dim=0) if draw.composite else outputs[0]

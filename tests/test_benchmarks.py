@@ -257,3 +257,11 @@ def test_the_explorers_latency_is_measured_until_the_right_picture_is_shown(caps
     for row in rows:
         assert 0 < float(row["fastest ms"]) <= float(row["median ms"]) <= float(row["slowest ms"])
         assert float(row["processor ms"]) > 0
+
+
+def test_the_attack_benchmark_takes_a_pipeline_that_comes_with_the_kit():
+    images = torch.rand(2, 3, 32, 32)
+    plain, fast = (attack_speed.load("pretrained:mnist", CPU, fast=fast) for fast in (False, True))
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-4)

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib.classifiers import (
@@ -13,6 +14,7 @@ from atoplib.classifiers import (
     SmallResNet,
     WideBlock,
     WideResNet,
+    _pooled_relu,
     build_classifier,
     fold_batch_norms,
 )
@@ -188,3 +190,23 @@ def test_folding_leaves_alone_what_is_not_a_convolution_and_its_norm_in_sequence
 def test_a_model_in_train_mode_is_not_folded():
     with pytest.raises(ValueError, match=r"eval mode can be folded; call model\.eval"):
         fold_batch_norms(build("small_resnet", width=4).train())
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_a_relu_behind_the_pooling_is_the_relu_before_it_bit_by_bit_gradients_included(form):
+    values = torch.randint(-2, 3, (4, 3, 8, 8)).float().contiguous(memory_format=form)  # ties, zeros, and squares below zero
+    weight = torch.rand(4, 3, 4, 4)
+    before, after = values.clone().requires_grad_(), values.clone().requires_grad_()
+    expected, result = F.max_pool2d(F.relu(before), 2), _pooled_relu(after)
+    assert torch.equal(result, expected)
+    (expected * weight).sum().backward()
+    (result * weight).sum().backward()
+    assert torch.equal(after.grad, before.grad)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+def test_normalisation_is_the_difference_over_the_deviation_bit_by_bit_in_every_layout(form):
+    images = torch.rand(3, 3, 8, 12).contiguous(memory_format=form)
+    expected = (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    result = Normalize(MEAN, STD)(images)
+    assert torch.equal(result, expected) and result.is_contiguous(memory_format=form)

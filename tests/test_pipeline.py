@@ -6,8 +6,8 @@ from torch import nn
 
 from atoplib.checkpoints import CheckpointError, save_checkpoint
 from atoplib.classifiers import build_classifier
-from atoplib.pipeline import AToPPipeline, load_pipeline, to_unit
-from atoplib.purifiers import GatedUNet
+from atoplib.pipeline import AToPPipeline, AveragedPipeline, for_attacks, load_pipeline, to_unit
+from atoplib.purifiers import FrozenGatedUNet, GatedUNet
 from atoplib.transforms import TransformSettings, add_noise
 
 RANDOM = ["rt1", "rt2", "rt3"]
@@ -284,3 +284,73 @@ def test_a_purifier_that_does_not_say_its_transform_is_refused(tmp_path, header)
     saved_purifier(tmp_path / "purifier.safetensors", **header)
     with pytest.raises(CheckpointError, match="which random transform"):
         load_pipeline(tmp_path / "purifier.safetensors", classifier_of())
+
+
+def small_defence(name="rt2", average=None, **settings):
+    torch.manual_seed(3)
+    classifier = build_classifier("small_resnet", num_classes=10, mean=(0.5,) * 3, std=(0.25, 0.2, 0.3), width=4).train()
+    for _ in range(3):
+        classifier(torch.rand(16, 3, 32, 32))  # statistics unlike those of a fresh model
+    purifier = GatedUNet(width=4, blocks=1, fold=4, pixel_width=3)
+    nn.init.normal_(purifier.to_rgb.weight, std=0.2)
+    transform = TransformSettings(name, noise_std=0.1, **settings)
+    if average:
+        return AveragedPipeline(transform, purifier, classifier, copies=3, average=average, seed=5).eval()
+    return AToPPipeline(transform, purifier, classifier, seed=5).eval()
+
+
+@pytest.mark.parametrize("average", [None, "images", "logits"])
+@pytest.mark.parametrize("name", ["none", *RANDOM])
+def test_prepared_for_attacks_it_throws_the_same_dice_and_has_the_same_logits_and_gradients(name, average):
+    pipeline = small_defence(name, average).double()  # in double precision no rounding hides a difference
+    prepared = for_attacks(pipeline)
+    assert isinstance(prepared.purifier, FrozenGatedUNet) and type(prepared) is type(pipeline) and not prepared.training
+    for _ in range(2):
+        first, second = (images_of(4, 32, torch.float64).requires_grad_() for _ in range(2))
+        expected, result = pipeline(first), prepared(second)
+        torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
+        (gradient,), (found,) = (
+            torch.autograd.grad(logits.square().sum(), x) for logits, x in [(expected, first), (result, second)]
+        )
+        assert gradient.abs().sum() > 0
+        torch.testing.assert_close(found, gradient, atol=1e-10, rtol=1e-8)
+
+
+def test_prepared_for_attacks_is_a_copy_that_trains_nothing():
+    pipeline = small_defence()
+    before = {name: value.clone() for name, value in pipeline.state_dict().items()}
+    prepared = for_attacks(pipeline)
+    assert not any(parameter.requires_grad for parameter in prepared.parameters())
+    assert isinstance(pipeline.purifier, GatedUNet) and all(p.requires_grad for p in pipeline.purifier.parameters())
+    prepared.transform = TransformSettings("none")
+    prepared.reseed(9)
+    prepared(images_of(2, 32))
+    assert pipeline.transform.name == "rt2" and pipeline.seed == 5 and not pipeline._generators
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.state_dict().items())
+
+
+def test_a_purifier_of_any_other_class_is_prepared_as_it_is():
+    class Inverted(GatedUNet):
+        def forward(self, inputs):
+            return -super().forward(inputs)
+
+    for purifier in (smooth_purifier(), Inverted(width=2, blocks=0, fold=2)):
+        pipeline = pipeline_of("rt3", purifier)
+        prepared = for_attacks(pipeline)
+        assert type(prepared.purifier) is type(purifier) and prepared.purifier is not purifier
+        torch.testing.assert_close(prepared(images_of()), pipeline(images_of()))
+
+
+def test_prepared_for_attacks_in_bfloat16_it_is_as_near_to_float32_as_the_pipeline_itself():
+    pipeline, images = small_defence(), images_of(4, 32)
+    prepared = for_attacks(pipeline)
+    with torch.no_grad(), pipeline.fixed_draws(1), prepared.fixed_draws(1):
+        exact = pipeline(images)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            rounded, found = pipeline(images), prepared(images)
+    assert (found - exact).abs().mean() < 2 * (rounded - exact).abs().mean() + 1e-3
+
+
+def test_a_pipeline_in_train_mode_is_not_prepared():
+    with pytest.raises(ValueError, match=r"eval mode can be prepared for attacks; call pipeline\.eval"):
+        for_attacks(small_defence().train())

@@ -6,7 +6,7 @@ import torch
 from atoplib import data
 from atoplib.checkpoints import read_header, save_checkpoint
 from atoplib.classifiers import build_classifier
-from atoplib.pipeline import AToPPipeline
+from atoplib.pipeline import AToPPipeline, for_attacks
 from atoplib.pretrained import FOLDER, available, load_pretrained, save_pretrained
 from atoplib.purifiers import GatedUNet
 from atoplib.verdicts import predict
@@ -90,3 +90,18 @@ def test_the_digits_are_read_as_well_as_the_header_says(defence, tmp_path):
 def test_every_defence_of_cifar_is_whole(defence):
     logits = load_pretrained("cifar10", defence)(torch.rand(2, 3, 32, 32))
     assert logits.shape == (2, 10) and torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    "dataset, defence", [(d, n) for d, names in available().items() for n in names if n in ("ap", "atop")]
+)
+def test_prepared_for_attacks_the_weights_give_the_same_logits_and_gradients(dataset, defence):
+    pipeline = load_pretrained(dataset, defence)
+    prepared, images = for_attacks(pipeline), torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, second = images.clone().requires_grad_(), images.clone().requires_grad_()
+    expected, result = pipeline(first), prepared(second)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=0)
+    (gradient,), (found,) = (
+        torch.autograd.grad(logits.logsumexp(1).sum(), x) for logits, x in [(expected, first), (result, second)]
+    )
+    assert (found - gradient).abs().max() < 1e-5 * gradient.abs().max()

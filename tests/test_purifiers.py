@@ -3,10 +3,12 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib.data import load_dataset, to_float
-from atoplib.purifiers import PURIFIERS, DeepFillV2, GatedUNet, build_purifier, stage_outputs
+from atoplib.purifiers import PURIFIERS, DeepFillV2, FrozenGatedUNet, GatedUNet, build_purifier, stage_outputs
+from atoplib.purifiers.frozen import folded, unfolded
 from atoplib.transforms import TransformSettings, corrupt, sample_draw
 
 
@@ -158,3 +160,55 @@ def test_any_number_of_stages_becomes_a_tuple_with_the_result_last():
     assert stage_outputs(fine) == (fine,)
     first, last = stage_outputs((coarse, fine))
     assert first is coarse and last is fine
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize(
+    "options",
+    [{"fold": 1, "blocks": 0}, {"fold": 2}, {"fold": 4, "pixel_width": 3}, {"fold": 2, "pixel_width": 2, "blocks": 1}],
+    ids=str,
+)
+def test_frozen_it_computes_the_same_and_the_same_gradients_to_the_visible_pixels(options, form):
+    torch.manual_seed(0)
+    model = GatedUNet(width=4, **options).double().eval()  # in double precision no rounding hides a difference
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)  # biases too, and outputs on both sides of the range
+    frozen = FrozenGatedUNet(model)
+    given = given_for((2, 5, 48, 32)).double().contiguous(memory_format=form)
+    given[:, 4, 8:20, 4:16] = 1
+    first, second = given.clone().requires_grad_(), given.clone().requires_grad_()
+    expected, result = model(first), frozen(second)
+    assert (expected.abs() > 1).any() and (expected.abs() < 1).any()
+    torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
+    weight = torch.rand_like(expected)
+    (expected * weight).sum().backward()
+    (result * weight).sum().backward()
+    torch.testing.assert_close(second.grad[:, :3], first.grad[:, :3], atol=1e-10, rtol=1e-10)
+
+
+def test_frozen_it_trains_no_weight_and_shares_none():
+    model = GatedUNet(width=4, pixel_width=2).eval()
+    frozen = FrozenGatedUNet(model)
+    assert all(parameter.requires_grad for parameter in model.parameters()), "the model is left as it is"
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    given = given_for()
+    expected = frozen(given)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(frozen(given), expected)
+
+
+def test_a_purifier_in_train_mode_or_a_size_that_cannot_be_halved_is_not_frozen():
+    with pytest.raises(ValueError, match=r"eval mode can be frozen; call purifier\.eval"):
+        FrozenGatedUNet(GatedUNet(width=4))
+    with pytest.raises(ValueError, match="divisible by 8, got 36 x 32"):
+        FrozenGatedUNet(GatedUNet(width=4).eval())(given_for((1, 5, 36, 32)))
+
+
+@pytest.mark.parametrize("fold, planes", [(1, 3), (2, 3), (4, 1), (2, 5)])
+def test_folding_is_a_pixel_unshuffle_of_another_order_and_unfolding_undoes_it(fold, planes):
+    values = torch.rand(2, planes, 8, 16)
+    known = F.pixel_unshuffle(values, fold).unflatten(1, (planes, fold**2)).transpose(1, 2).flatten(1, 2)
+    assert torch.equal(folded(values, fold), known)
+    assert torch.equal(unfolded(folded(values, fold), fold), values)

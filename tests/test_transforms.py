@@ -5,7 +5,7 @@ from math import floor
 import pytest
 import torch
 
-from atoplib.transforms import TransformSettings, add_noise, assemble, corrupt, patch_size, sample_draw
+from atoplib.transforms import TransformSettings, add_noise, assemble, corrupt, patch_size, sample_draw, visible_part
 
 SHAPE = (3, 3, 32, 32)
 
@@ -264,3 +264,19 @@ def test_gradients_agree_with_finite_differences():
 def test_impossible_settings_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         TransformSettings(**wrong)
+
+
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"])
+@pytest.mark.parametrize("name", ["none", "rt1", "rt2", "rt3"])
+def test_what_is_visible_is_noisy_rgb_from_minus_one_to_one_bit_by_bit_gradients_included(name, form):
+    settings = TransformSettings(name, noise_std=0.5, num_masks=3)
+    draw = sample_draw(settings, (4, 3, 16, 16), generator=torch.Generator().manual_seed(1))
+    first, second = (torch.linspace(0, 1, 4 * 768).view(4, 3, 16, 16).contiguous(memory_format=form) for _ in range(2))
+    first.requires_grad_(), second.requires_grad_()
+    expected = ((add_noise(first, draw) * 2 - 1) * (1 - draw.masks)).flatten(0, 1)
+    result = visible_part(second, draw)
+    assert torch.equal(result, expected)
+    weight = torch.rand_like(expected)
+    (expected * weight).sum().backward()
+    (result * weight).sum().backward()
+    torch.testing.assert_close(second.grad, first.grad, rtol=0, atol=1e-6 if len(draw.masks) > 1 else 0)

@@ -15,6 +15,7 @@ from atoplib.purifiers.deepfill import DeepFillV2, load_deepfill_weights
 from atoplib.purifiers.denoising import DenoisingAutoencoder
 from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
 from atoplib.purifiers.discriminator import PatchDiscriminator
+from atoplib.purifiers.frozen import FrozenGatedUNet
 from atoplib.purifiers.gated_unet import GatedUNet
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "DeepFillV2",
     "DenoisingAutoencoder",
     "DiffusionPurifier",
+    "FrozenGatedUNet",
     "GatedUNet",
     "MissingDiffusers",
     "PatchDiscriminator",

@@ -1,0 +1,128 @@
+"""A trained GatedUNet in the form that attacks call thousands of times: nothing of it is trained, nothing computed twice."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from atoplib.purifiers.gated_unet import GatedUNet
+
+
+class FrozenGatedUNet(nn.Module):
+    """What a ``GatedUNet`` computes, and its gradients to the visible pixels, up to rounding; in less time.
+
+    Its weights are copies without gradients. Squares of pixels are folded in the order in which channels-last images lie in
+    memory, which takes a third of the time of ``pixel_unshuffle``; what the first convolution makes of the plane of ones is
+    computed once, and neither that plane nor the mask gets a gradient, for no attack moves them. Gradients of gradients
+    are refused.
+
+    Args:
+        unet: in eval mode; it is left as it is.
+
+    Raises:
+        ValueError: for a purifier in train mode.
+    """
+
+    def __init__(self, unet: GatedUNet) -> None:
+        super().__init__()
+        if unet.training:
+            raise ValueError("only a purifier in eval mode can be frozen; call purifier.eval()")
+        self.fold = fold = unet.fold
+        first, last = unet.encode1.conv, unet.to_rgb
+        colours, ones, mask = first.weight.detach().split([3 * fold**2, fold**2, fold**2], dim=1)
+        self.from_colours = _convolution(colours[:, _pixel_order(fold)], None)
+        self.from_mask = _convolution(mask, None)
+        self.from_ones = _convolution(ones.sum(dim=1, keepdim=True), first.bias)
+        self.encode1_activation = unet.encode1.activation
+        self.body = nn.ModuleDict({name: _frozen_copy(getattr(unet, name)) for name in BODY})
+        self.to_rgb = _convolution(last.weight[_pixel_order(fold)], last.bias[_pixel_order(fold)])
+        self.pixel = None if unet.pixel is None else _frozen_copy(unet.pixel)
+        self.requires_grad_(False).eval()
+
+    def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """As ``GatedUNet``: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1]; errors as there."""
+        return self.rebuild(inputs[:, :3], inputs[:, 4:].detach())
+
+    def rebuild(
+        self, visible: Float[Tensor, "batch 3 height width"], mask: Float[Tensor, "batch 1 height width"]
+    ) -> Float[Tensor, "batch 3 height width"]:
+        """``forward`` of the planes that differ from call to call: masked RGB in [-1, 1], the mask (1 = missing)."""
+        height, width = visible.shape[2:]
+        if height % (4 * self.fold) or width % (4 * self.fold):
+            raise ValueError(f"this purifier needs height and width divisible by {4 * self.fold}, got {height} x {width}")
+        with torch.no_grad():
+            ones = torch.ones(1, 1, height // self.fold, width // self.fold, dtype=visible.dtype, device=visible.device)
+            constant = self.from_mask(folded(mask, self.fold)) + self.from_ones(ones)
+        features, gate = (self.from_colours(folded(visible, self.fold)) + constant).chunk(2, dim=1)
+        level1 = self.encode1_activation(features) * torch.sigmoid(gate)
+        level2 = self.body["encode2"](level1)
+        level3 = self.body["encode3"](level2)
+        for block in self.body["bottleneck"]:
+            level3 = level3 + block(level3)
+        level2 = self.body["decode2"](torch.cat([F.interpolate(level3, scale_factor=2.0), level2], dim=1))
+        level1 = self.body["decode1"](torch.cat([F.interpolate(level2, scale_factor=2.0), level1], dim=1))
+        correction = unfolded(self.to_rgb(level1), self.fold)
+        if self.pixel is not None:
+            correction = correction + self.pixel(torch.cat([visible, correction], dim=1))
+        return _SoftClip.apply(visible + correction)
+
+
+BODY = ("encode2", "encode3", "bottleneck", "decode2", "decode1")
+
+
+class _SoftClip(torch.autograd.Function):
+    """0.9 * hardtanh(x) + 0.1 * x: the identity within [-1, 1], slope 0.1 outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return F.hardtanh(x).mul_(0.9).add_(x, alpha=0.1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, x, -1.0, 1.0).mul_(0.9).add_(gradient, alpha=0.1)
+
+
+def folded(
+    planes: Float[Tensor, "batch planes height width"], fold: int
+) -> Float[Tensor, "batch folded_planes rows columns"]:
+    """``pixel_unshuffle`` with its channels in another order: row, column, plane; the result is channels-last."""
+    batch, count, height, width = planes.shape
+    rows, columns = height // fold, width // fold
+    squares = planes.permute(0, 2, 3, 1).reshape(batch, rows, fold, columns, fold * count).transpose(2, 3)
+    return squares.reshape(batch, rows, columns, fold * fold * count).permute(0, 3, 1, 2)
+
+
+def unfolded(
+    planes: Float[Tensor, "batch folded_planes rows columns"], fold: int
+) -> Float[Tensor, "batch planes height width"]:
+    """The inverse of ``folded``."""
+    batch, _, rows, columns = planes.shape
+    squares = planes.permute(0, 2, 3, 1).reshape(batch, rows, columns, fold, -1).transpose(2, 3)
+    return squares.reshape(batch, rows * fold, columns * fold, -1).permute(0, 3, 1, 2)
+
+
+def _pixel_order(fold: int) -> Tensor:
+    """Where ``pixel_unshuffle`` puts the channels (row, column, colour) of a folded square."""
+    return torch.arange(3 * fold**2).view(3, fold**2).T.flatten()
+
+
+def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """A 3x3 convolution of stride 1 with copies of these weights."""
+    convolution = nn.Conv2d(
+        weight.shape[1], weight.shape[0], 3, padding=1, bias=bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    convolution.weight.data = weight.detach().clone(memory_format=torch.channels_last)
+    if bias is not None:
+        convolution.bias.data = bias.detach().clone()
+    return convolution
+
+
+def _frozen_copy(module: nn.Module) -> nn.Module:
+    return deepcopy(module).to(memory_format=torch.channels_last)
