@@ -71,14 +71,16 @@ def save_pretrained(source: Path, name: str, defence: str, /, *, folder: Path = 
         source: ``classifier.safetensors`` or ``purifier.safetensors`` of a run.
         name, defence: as ``load_pretrained`` takes them.
         facts: what was measured with it, for its header, in place of or beside what is there. Of the run's parameters the
-            places (folders, device) are left out, and ``dataset`` is the one given. ``classifier`` says of AToP that it
-            stands before ``frozen``; without, it stands before ``undefended``.
+            places (folders, device) and runs are left out, and ``dataset`` is the one given. ``classifier`` says of AToP
+            that it stands before ``frozen``; without, it stands before ``undefended``.
     """
     header: Mapping[str, Any] = read_header(source)
     module, _ = load_checkpoint(source, kind=header["kind"])
     own = ("format", "kind", "architecture", "options", "classifier")
     known = {key: value for key, value in header.items() if key not in own}
-    known["parameters"] = {key: value for key, value in known.get("parameters", {}).items() if key not in PLACES}
+    known["parameters"] = {
+        key: value for key, value in known.get("parameters", {}).items() if key not in PLACES and not key.endswith("_run")
+    }
     if "dataset" in facts and "dataset" in known["parameters"]:
         known["parameters"]["dataset"] = facts["dataset"]
     path = folder / f"{name}-{defence}.safetensors"

@@ -21,7 +21,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 RECIPES = sorted(path.stem for path in (FOLDER / "recipes").glob("*.yaml"))
 STAGES = list(NOTEBOOKS)[:5]  # of every recipe without a grid
 GRIDS = [name for name in RECIPES if read_recipe(FOLDER / "recipes" / f"{name}.yaml").axes]
-COMPARISONS = ("compare", "reproduce")
+COMPARISONS = ("compare", "reproduce", "cifar10")
 EXTRA = pytest.mark.skipif(find_spec("diffusers") is None, reason="diffusers, an optional extra, is not installed")
 NEED_EXTRA = ("baselines",)
 EVERY_RECIPE = [pytest.param(name, marks=EXTRA if name in NEED_EXTRA else ()) for name in RECIPES]
@@ -66,7 +66,17 @@ def test_a_comparison_trains_what_it_compares(name, tmp_path):
     at, plain, tuned = (jobs[name].parameters for name in ("at", "01_train_classifier", "03_finetune_atop"))
     assert at.adversarial and (at.eps, at.norm) == (tuned.eps, tuned.norm) == (asked.eps, "linf")
     normal = replace(at, adversarial=False, attack_steps=plain.attack_steps, epochs=plain.epochs)
-    assert normal == plain, "the same but for the attack and its length"
+    if at.start_run:
+        assert at.start_run == jobs["01_train_classifier"].run_dir.name
+        normal = replace(normal, start_run="", learning_rate=plain.learning_rate)
+    assert normal == plain, "the same but for the attack, its length, and how far the training goes from where it starts"
+
+
+def test_on_cifar_atop_is_tuned_before_a_robust_classifier_of_half_the_cost_of_at(tmp_path):
+    jobs = {job.name: job for job in plan(find_recipe("cifar10", FOLDER), {"workspace": str(tmp_path)})}
+    at, robust, tuned = (jobs[name].parameters for name in ("at", "robust", "03_finetune_atop"))
+    assert replace(robust, epochs=at.epochs) == at and 2 * robust.epochs == at.epochs
+    assert tuned.classifier_run == jobs["robust"].run_dir.name and jobs["robust"].run_dir in jobs["03_finetune_atop"].needs
 
 
 def test_the_recipe_compare_shares_the_runs_of_the_demo(tmp_path):
