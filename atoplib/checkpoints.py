@@ -128,7 +128,20 @@ def read_header(path: Path) -> dict[str, Any]:
 def load_checkpoint(path: Path, *, kind: str, device: torch.device | str = "cpu") -> tuple[nn.Module, dict[str, Any]]:
     """Build the module that a checkpoint holds, in eval mode, with its header.
 
+    Raises FileNotFoundError and CheckpointError as ``load_built`` does.
+    """
+    return load_built(path, BUILDERS[kind], kind=kind, device=device)
+
+
+def load_built(
+    path: Path, builder: Callable[..., nn.Module], *, kind: str, device: torch.device | str = "cpu"
+) -> tuple[nn.Module, dict[str, Any]]:
+    """``load_checkpoint`` with a builder of one kind, so that code which calls it depends on that kind alone.
+
     Nothing as large as the file asks for is allocated before the file was seen to hold it.
+
+    Args:
+        builder: called with the architecture's name and, by name, its options.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -140,7 +153,7 @@ def load_checkpoint(path: Path, *, kind: str, device: torch.device | str = "cpu"
         raise CheckpointError(f"{path} holds a {header.get('kind')}, not a {kind}")
 
     def build() -> nn.Module:
-        return BUILDERS[kind](header["architecture"], **header["options"])
+        return builder(header["architecture"], **header["options"])
 
     try:
         with torch.device("meta"):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from atoplib.checkpoints import load_checkpoint, save_checkpoint, write_json
+from atoplib.checkpoints import load_built, load_checkpoint, save_checkpoint, write_json
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Dataset, channel_statistics, fingerprint
 from atoplib.flops import training_total
@@ -106,7 +106,7 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
         network = classifier
     elif p.start_run:
         inputs["start"] = p.checkpoint(p.start_run, "undefended")
-        network, header = load_checkpoint(inputs["start"], kind="classifier")
+        network, header = load_built(inputs["start"], build_classifier, kind="classifier")
         for name, wanted in {"architecture": p.classifier, **options}.items():
             found = header.get(name, header["options"].get(name))
             if name not in ("mean", "std") and found != wanted:
