@@ -693,7 +693,7 @@ class Compare(Measuring):
             except (FileNotFoundError, ValueError) as error:
                 missing[name] = f"{name} is left out: {error}. The recipe compare makes all of them"
         for name, run in self.others.items():
-            there[name] = find_run(self.experiment_dir, PretrainPurifier.STAGE, run) / "purifier.safetensors"
+            there[name] = self.checkpoint(run, "ap")
         return there, missing
 
 
