@@ -35,10 +35,17 @@ grid: {seed: [0, 1, 2]}
 
 # The stand-in for papermill. Its kernel takes steps that build on each other, writes each one down, and saves at a Ctrl-C.
 PAPERMILL = """
-import pathlib, subprocess, sys
+import pathlib, subprocess, sys, time
 def execute_notebook(notebook, output, values, **options):
     kernel = str(pathlib.Path(__file__).with_name("kernel.py"))
-    subprocess.run([sys.executable, "-IS", kernel, str(pathlib.Path(output).parent), str(values["seed"])], check=True)
+    process = subprocess.Popen([sys.executable, "-IS", kernel, str(pathlib.Path(output).parent), str(values["seed"])])
+    try:
+        while process.poll() is None:
+            time.sleep(0.01)
+    finally:  # at once, as the real one: a kernel that has not begun when the Ctrl-C comes does not hear it
+        process.kill()
+        process.wait()
+    assert process.returncode == 0
 """
 KERNEL = """
 import fcntl, hashlib, json, os, pathlib, signal, sys, time
