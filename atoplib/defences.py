@@ -9,7 +9,7 @@ from torch import nn
 from atoplib.checkpoints import load_checkpoint
 from atoplib.classifiers import fold_batch_norms
 from atoplib.parameters import Attacking
-from atoplib.pipeline import AToPPipeline, load_pipeline
+from atoplib.pipeline import AToPPipeline, for_attacks, load_pipeline
 
 
 def load_classifier(path: Path, *, device: torch.device | str = "cpu") -> nn.Module:
@@ -23,8 +23,8 @@ def load_classifier(path: Path, *, device: torch.device | str = "cpu") -> nn.Mod
 
 
 def load_pipelines(p: Attacking, names: Iterable[str] | None = None) -> dict[str, AToPPipeline]:
-    """The purifiers that a notebook's parameters name, each in front of its classifier (``Attacking.classifier_of``), their
-    dice seeded with ``p.seed``.
+    """The purifiers that a notebook's parameters name, each in front of its classifier (``Attacking.classifier_of``), made
+    ready to be attacked (``pipeline.for_attacks``), their dice seeded with ``p.seed``.
 
     Args:
         names: ``AP``, ``AToP``, or both; None takes those of ``p.purifiers``.
@@ -33,6 +33,6 @@ def load_pipelines(p: Attacking, names: Iterable[str] | None = None) -> dict[str
     """
     pipelines = {}
     for name in p.purifiers if names is None else names:
-        classifier = load_classifier(p.classifier_of(name.lower()), device=p.torch_device)
-        pipelines[name] = load_pipeline(p.weights(name.lower()), classifier, device=p.torch_device, seed=p.seed)
+        classifier, _ = load_checkpoint(p.classifier_of(name.lower()), kind="classifier", device=p.torch_device)
+        pipelines[name] = for_attacks(load_pipeline(p.weights(name.lower()), classifier, device=p.torch_device, seed=p.seed))
     return pipelines

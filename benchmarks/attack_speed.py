@@ -1,7 +1,7 @@
 """How fast PGD + EOT through the pipeline is, against torchattacks' EOTPGD, and whether both find the same errors.
 
     python -m benchmarks.attack_speed runs/mnist --dataset mnist5k --eps 0.3 [--images 64] [--steps 20] [--eot 20]
-    python -m benchmarks.attack_speed pretrained:cifar10 --dataset cifar10 --eps 0.0314 --images 16 --steps 5 --rounds 3
+    python -m benchmarks.attack_speed pretrained:cifar10 --dataset cifar10 --eps 8/255 --images 16 --steps 5 --rounds 3
 
 On the trained AToP pipeline of an experiment (or one that comes with the kit), the same images, budget and number of steps
 and draws: EOTPGD on the pipeline as plain float32 (NCHW, nothing folded), and on the one that ``pipeline.for_attacks`` makes
@@ -29,7 +29,7 @@ from atoplib.pipeline import AToPPipeline, for_attacks, load_pipeline
 from atoplib.pretrained import load_pretrained
 from atoplib.training import compute_dtype
 from atoplib.verdicts import Verdict, judge, reseed, wilson_interval
-from benchmarks.report import find_device, machine_facts, markdown, number, positive, synchronize
+from benchmarks.report import find_device, machine_facts, markdown, number, positive, radius, synchronize
 
 
 class Plan(NamedTuple):
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--dataset", default="mnist5k")
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--eps", type=float, default=0.3)
+    parser.add_argument("--eps", type=radius, default=0.3, help="l_inf, such as 0.3 or 8/255")
     parser.add_argument("--images", type=positive, default=64)
     parser.add_argument("--steps", type=positive, default=20)
     parser.add_argument("--eot", type=positive, default=20)

@@ -62,6 +62,18 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def radius(text: str) -> float:
+    """An argument that must be a number above 0, or two with a slash between them, such as 8/255."""
+    above, _, below = text.partition("/")
+    try:
+        value = float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        value = float("nan")
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 0.3 or 8/255, got {text!r}")
+    return value
+
+
 def find_device(name: str) -> torch.device:
     """``auto`` is CUDA where present; raises ArgumentTypeError for a device that is not there."""
     try:

@@ -27,6 +27,7 @@ from atoplib.attacks import AutoAttackSettings, autoattack
 from atoplib.data import Split, load_dataset, to_float
 from atoplib.pretrained import load_pretrained
 from atoplib.verdicts import judge
+from benchmarks.report import radius
 
 
 class OldName(pyautoattack.AutoAttack):
@@ -68,12 +69,6 @@ def names_in_place(split: Split) -> Iterator[None]:
         mock.patch.object(torchvision.datasets, "CIFAR10", images),
     ):
         yield
-
-
-def radius(text: str) -> float:
-    """A number, or two with a slash between them."""
-    above, _, below = text.partition("/")
-    return float(above) / float(below or 1)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -1,6 +1,7 @@
 """The speed benchmark counts the work that is done, and its tables say what was measured."""
 
 import re
+from argparse import ArgumentTypeError
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib import runs
+from atoplib.attacks import PGDSettings
 from atoplib.checkpoints import save_checkpoint
 from atoplib.classifiers import build_classifier
 from atoplib.purifiers import GatedUNet
-from benchmarks import attack_speed, explorer_latency
+from benchmarks import adaptive_attacks, attack_speed, explorer_latency
 from benchmarks import training_speed as speed
+from benchmarks.report import radius
 
 CPU = torch.device("cpu")
 NCHW, CHANNELS_LAST, BFLOAT16 = speed.FORMATS
@@ -265,3 +268,35 @@ def test_the_attack_benchmark_takes_a_pipeline_that_comes_with_the_kit():
     assert not any(parameter.requires_grad for parameter in fast.parameters())
     with torch.no_grad():
         torch.testing.assert_close(fast(images), plain(images), rtol=1e-4, atol=1e-4)
+
+
+def test_the_adaptive_benchmark_attacks_in_every_way_and_pairs_by_image(experiment, capsys):
+    adaptive_attacks.main(
+        [str(experiment), "--images", "6", "--steps", "2", "--eot", "2", "--draws", "3", "--eps", "8/255", "--device", "cpu"]
+    )
+    printed = capsys.readouterr().out
+    (rows,) = rows_of(printed).values()
+    assert [row["attack"] for row in rows] == list(adaptive_attacks.variants(PGDSettings(0.1)))
+    for row in rows:
+        better, alone = float(row["the better of both %"]), float(row["accuracy %"])
+        assert 0 <= better <= min(alone, float(rows[0]["accuracy %"])) + 0.05
+    assert "linf 0.03137, 2 steps of 0.01046, 2 draws a gradient, 6 images, 3 fresh draws each" in printed
+
+
+def test_an_adaptive_attacks_difference_is_that_of_the_images():
+    share = torch.tensor([1.0, 0.5, 0.0, 0.5])
+    rows = [adaptive_attacks.Row("PGD + EOT", 1.0, share), adaptive_attacks.Row("other", 2.0, share.flip(0))]
+    (_, other) = next(iter(rows_of(adaptive_attacks.table(rows)).values()))
+    half = 1.959964 * 100 * (share.flip(0) - share).std() / 2
+    assert other["against PGD + EOT"] == f"+0.0 ± {half:.1f}" and other["the better of both %"] == "25.0"
+
+
+@pytest.mark.parametrize("text, value", [("0.3", 0.3), ("8/255", 8 / 255), ("2", 2.0)])
+def test_a_radius_is_a_number_or_a_ratio(text, value):
+    assert radius(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "eight", "8/0", "-1/255", "0", "nan", "inf", "1/2/3"])
+def test_another_radius_is_refused(text):
+    with pytest.raises(ArgumentTypeError, match="must be a number above 0, such as 0.3 or 8/255"):
+        radius(text)
