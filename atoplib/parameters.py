@@ -7,7 +7,7 @@ which stops it within a second if a name, a type or a value is wrong. papermill 
 import ast
 import difflib
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args, get_origin
@@ -36,7 +36,8 @@ STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # test images in the o
 SEES = {"pipeline": ("white-box", "defence"), "bpda": ("BPDA", "bpda"), "classifier": ("transfer", "classifier")}
 """What the one attack of notebook 4 sees: its column, and as ``evaluation.PlannedAttack`` names it."""
 OWN = "own"  # of a purifier: the classifier that it was fine-tuned for
-PRETRAINED = "pretrained"  # in place of a run: the weights that come with the kit
+PRETRAINED = "pretrained"  # in place of a run: the weights that come with the kit; pretrained:NAME are those for a data set
+OF_A_DEFENCE = ("purifier", "classifier")
 MADE_BY = {
     "undefended": ("01_train_classifier", "classifier"),
     "at": ("01_train_classifier", "classifier"),
@@ -60,7 +61,9 @@ def from_run(stage: str, default: str = "latest") -> Any:
 
 
 def from_runs() -> Any:
-    """A field that names runs, each by a name of one's own: {NAME: RUN}, a RUN as in ``from_run`` but for ``latest``."""
+    """A field that names runs, each by a name of one's own: {NAME: RUN} or {NAME: {KEY: RUN}}, a RUN as in ``from_run`` but
+    for ``latest``.
+    """
     return field(default_factory=dict, metadata={"runs": True})
 
 
@@ -180,6 +183,13 @@ class Parameters:
         """How many test images are loaded, or which."""
         return self.max_test
 
+    def kit(self, which: str) -> str | None:
+        """The data set whose weights a field of ``from_run`` means, of those that come with the kit: that of ``pretrained``
+        is the notebook's own, another is named ``pretrained:NAME``. None for a run or a file.
+        """
+        word, _, name = which.partition(":")
+        return (name or self.dataset) if word == PRETRAINED else None
+
     def checkpoint(self, which: str, defence: str, **wanted: Any) -> Path:
         """The file that a field of ``from_run`` names: of a run, one that comes with the kit, or a file itself.
 
@@ -192,8 +202,9 @@ class Parameters:
             FileNotFoundError: if there is no such run or file; the message says which notebook to run first.
             ValueError: if no such weights come with the kit.
         """
-        if which == PRETRAINED:
-            return weights_path(self.dataset, defence)
+        kit = self.kit(which)
+        if kit is not None:
+            return weights_path(kit, defence)
         if which.endswith(".safetensors"):
             if not Path(which).is_file():
                 raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")
@@ -427,7 +438,7 @@ class Attacking(Parameters):
         """
         parameter = "classifier_run" if defence == "undefended" else f"{defence}_run"
         # not every notebook says which AT; classifier_run names the one that the purifiers stand before
-        which = getattr(self, parameter, PRETRAINED if self.classifier_run == PRETRAINED else "latest")
+        which = getattr(self, parameter, "latest" if self.kit(self.classifier_run) is None else self.classifier_run)
         wanted = {"undefended": {"adversarial": False}, "at": {"adversarial": True}}.get(defence, {})
         return self.checkpoint(which, defence, **wanted)
 
@@ -446,8 +457,9 @@ class Attacking(Parameters):
         its = read_header(self.weights("atop")).get("classifier")
         if its is None:  # it was fine-tuned for a network of one's own, or before this was noted
             return self.weights("undefended")
-        if self.atop_run == PRETRAINED:
-            return weights_path(self.dataset, its)
+        kit = self.kit(self.atop_run)
+        if kit is not None:
+            return weights_path(kit, its)
         try:
             return self.checkpoint(its, "undefended")
         except FileNotFoundError as error:
@@ -459,9 +471,13 @@ class Attacking(Parameters):
     @property
     def purifiers(self) -> dict[str, Path]:
         """The checkpoints of AP and AToP, as ``weights``; of pretrained ones, those that come with the kit."""
-        runs = {"AP": self.ap_run, "AToP": self.atop_run}
-        there = available().get(COMES_WITH.get(self.dataset, self.dataset), ())
-        return {name: self.weights(name.lower()) for name, run in runs.items() if run != PRETRAINED or name.lower() in there}
+        runs, come = {"AP": self.ap_run, "AToP": self.atop_run}, available()
+
+        def there(name: str, run: str) -> bool:
+            kit = self.kit(run)
+            return kit is None or name.lower() in come.get(COMES_WITH.get(kit, kit), ())
+
+        return {name: self.weights(name.lower()) for name, run in runs.items() if there(name, run)}
 
     def or_pretrained(self) -> Self:
         """These; or, where the experiment has no classifier yet, with the weights that come with the kit, if they do."""
@@ -651,7 +667,8 @@ class Compare(Measuring):
 
     Attributes:
         at_run: the adversarially trained classifier: in a recipe the entry called ``at``.
-        others: further purifiers, of notebook 2 or 3, in front of the undefended classifier: {NAME: RUN}.
+        others: further defences, {NAME: RUN} or {NAME: {"purifier": RUN, "classifier": RUN}}: a purifier of notebook 2 or 3
+            in front of a classifier of notebook 1 (without one, of the undefended one); or a classifier alone.
         eps_flow: radius of StAdv, in units of the sampling grid (the image is 2 wide).
     """
 
@@ -665,14 +682,31 @@ class Compare(Measuring):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(isinstance(text, str) and text for pair in self.others.items() for text in pair):
-            raise ValueError(f"others must name runs by text, {{NAME: RUN}}, got {self.others!r}")
-        taken = sorted(set(self.others) & set(self.DEFENCES))
-        if taken or "latest" in self.others.values():
-            raise ValueError(
-                f"others need names other than {', '.join(self.DEFENCES)} and runs by name or path, not 'latest'; "
-                f"got {self.others}"
-            )
+        for name, given in self.others.items():
+            parts = given if isinstance(given, dict) else {"purifier": given}
+            texts = [name, *parts.values()]
+            if not set(parts) <= set(OF_A_DEFENCE) or not parts or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(
+                    f'others must name runs by text, {{NAME: RUN}} or {{NAME: {{"purifier": RUN, "classifier": RUN}}}}, '
+                    f"got {self.others!r}"
+                )
+            if name in self.DEFENCES or "latest" in parts.values():
+                raise ValueError(
+                    f"others need names other than {', '.join(self.DEFENCES)} and runs by name or path, not 'latest'; "
+                    f"got {self.others}"
+                )
+
+    def other(self, name: str) -> dict[str, str]:
+        """The runs of one of ``others``: of its purifier, of its classifier, or of both."""
+        given = self.others[name]
+        return given if isinstance(given, dict) else {"purifier": given}
+
+    def classifier_of(self, defence: str) -> Path:
+        """As ``Attacking.classifier_of``, also of one of ``others``; of a classifier alone, itself."""
+        if defence in self.others:
+            classifier = self.other(defence).get("classifier")
+            return self.weights("undefended") if classifier is None else self.checkpoint(classifier, "undefended")
+        return self.weights("at") if defence == "at" else super().classifier_of(defence)
 
     @property
     def budget(self) -> Budget:
@@ -692,9 +726,14 @@ class Compare(Measuring):
                 there[name] = self.weights(defence)
             except (FileNotFoundError, ValueError) as error:
                 missing[name] = f"{name} is left out: {error}. The recipe compare makes all of them"
-        for name, run in self.others.items():
-            there[name] = self.checkpoint(run, "ap")
+        for name in self.others:
+            purifier = self.other(name).get("purifier")
+            there[name] = self.classifier_of(name) if purifier is None else self.checkpoint(purifier, "ap")
         return there, missing
+
+    def classifiers(self, names: Iterable[str]) -> dict[str, Path]:
+        """The checkpoint of the classifier in each of these defences, by its name in a table; errors as ``found``."""
+        return {name: self.classifier_of(self.DEFENCES.get(name, name)) for name in names}
 
 
 @dataclass(frozen=True, kw_only=True)

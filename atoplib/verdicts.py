@@ -15,6 +15,9 @@ Model = Callable[[Tensor], Tensor]
 PROBES = 8  # a model of few possible draws often gives one image the same one twice
 
 VERDICTS = ("one_shot", "majority", "mean_softmax", "worst_of_n")
+"""By which accuracies are reported."""
+STANDING = "best_of_n"
+"""By which an attack goes on, whatever is reported: while any draw is right there is something left to break."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,8 @@ class Verdict:
 
     Attributes:
         name: ``one_shot`` (the first draw is right: what a user of the model meets), ``majority`` or ``mean_softmax`` (a
-            vote over the draws is), ``worst_of_n`` (every draw is: an attacker may try again).
+            vote over the draws is), ``worst_of_n`` (every draw is: an attacker may try again), ``best_of_n`` (any draw is;
+            for attacks, which stop too early by any other).
         num_draws: forward passes for one decision, at least 1.
 
     Source: the N-evaluation of DiffHammer (Wang et al. 2024) and DiffBreak (Kassis et al. 2025).
@@ -33,8 +37,8 @@ class Verdict:
     num_draws: int = 1
 
     def __post_init__(self) -> None:
-        if self.name not in VERDICTS:
-            raise ValueError(f"unknown verdict {self.name!r}; allowed: {', '.join(VERDICTS)}")
+        if self.name not in (*VERDICTS, STANDING):
+            raise ValueError(f"unknown verdict {self.name!r}; allowed: {', '.join((*VERDICTS, STANDING))}")
         if self.num_draws < 1:
             raise ValueError(f"num_draws must be at least 1, got {self.num_draws}")
 
@@ -47,8 +51,9 @@ def right_by(
     Raises:
         ValueError: for an unknown name.
     """
-    if name == "worst_of_n":
-        return (logits.argmax(dim=2) == labels).all(dim=0)
+    if name in ("worst_of_n", STANDING):
+        right = logits.argmax(dim=2) == labels
+        return right.any(dim=0) if name == STANDING else right.all(dim=0)
     return winners(logits, name) == labels
 
 
@@ -67,20 +72,30 @@ def winners(logits: Float[Tensor, "draws batch classes"], name: str) -> Int[Tens
 def draw_logits(
     model: Model, images: Float[Tensor, "batch 3 height width"], *, num_draws: int = 1, max_batch: int = 512
 ) -> Float[Tensor, "draws batch classes"]:
-    """Logits of ``num_draws`` forward passes an image, draws and images in one batch, in float32.
+    """Logits of ``num_draws`` forward passes an image, draws and images in one batch, in float32: also where an attack
+    computes in less (autocast), for what rests on them is a verdict.
 
     Args:
         model: any module, images in [0, 1] -> logits, that throws new dice for each image of its batch.
         max_batch: copies of images that are in memory at once.
 
     Raises:
-        ValueError: for num_draws < 1.
+        ValueError: for num_draws < 1, or logits that are not finite: they belong to no class.
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     index = torch.arange(num_draws * len(images), device=images.device) % max(1, len(images))
-    logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
-    return logits.unflatten(0, (num_draws, len(images)))
+    with torch.autocast(images.device.type, enabled=False):
+        logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
+    logits = logits.unflatten(0, (num_draws, len(images)))
+    finite = logits.isfinite().all(dim=2).all(dim=0)
+    if not finite.all():
+        wrong = (~finite).nonzero().squeeze(1).tolist()
+        raise ValueError(
+            f"the model returns logits that are not finite for {len(wrong)} of {len(images)} images (the first is number "
+            f"{wrong[0]} of the batch); such an image has no class"
+        )
+    return logits
 
 
 def predict(

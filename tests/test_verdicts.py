@@ -147,7 +147,10 @@ def test_each_verdict_calls_right_what_its_name_says(name):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"name": "best_of_n"}, "unknown verdict 'best_of_n'; allowed: one_shot, majority, mean_softmax, worst_of_n"),
+        (
+            {"name": "nearly_all"},
+            "unknown verdict .nearly_all.; allowed: one_shot, majority, mean_softmax, worst_of_n, best_of_n",
+        ),
         ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
     ],
     ids=str,

@@ -58,7 +58,7 @@ def random_model_with_votes(model: Model, images: Float[Tensor, "batch 3 height 
     if random and (verdict.num_draws < 2 or verdict.name == "one_shot"):
         raise ValueError(
             f"the model is random, and verdict {verdict.name!r} of {verdict.num_draws} draws rests on a single one, which "
-            "says little of an image; choose several, as in Verdict('majority', 20)"
+            "says little of an image; choose several, as in Verdict('best_of_n', 20)"
         )
     return random
 

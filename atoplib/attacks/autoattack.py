@@ -14,7 +14,7 @@ from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.fab import FABSettings, fab
 from atoplib.attacks.norms import check_ball
 from atoplib.attacks.square import SquareSettings, square
-from atoplib.verdicts import Verdict, draw_logits, is_random
+from atoplib.verdicts import STANDING, Verdict, draw_logits, is_random
 
 PUBLISHED_SCHEDULE = 10_000  # of Square's shares; 5,000 queries run the first half of it
 LEAST_CLASSES = {"standard": 4, "rand": 3}
@@ -45,7 +45,7 @@ class AutoAttackSettings:
     num_targets: int = 9
     queries: int = 5000
     eot_samples: int = 20
-    verdict: Verdict = Verdict("majority", 20)
+    verdict: Verdict = Verdict(STANDING, 20)
 
     def __post_init__(self) -> None:
         check_ball(self.eps, self.norm)

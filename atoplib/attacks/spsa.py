@@ -10,7 +10,7 @@ from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.norms import check_ball, project
 from atoplib.attacks.pgd import StepCallback
 from atoplib.attacks.queries import mean_margin, still_standing
-from atoplib.verdicts import Verdict
+from atoplib.verdicts import STANDING, Verdict
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class SPSASettings:
     delta: float = 0.01
     learning_rate: float = 0.01
     eot_samples: int = 1
-    verdict: Verdict = Verdict("majority", num_draws=10)
+    verdict: Verdict = Verdict(STANDING, num_draws=10)
 
     def __post_init__(self) -> None:
         check_ball(self.eps, self.norm)

@@ -10,7 +10,7 @@ from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.norms import check_ball
 from atoplib.attacks.pgd import StepCallback
 from atoplib.attacks.queries import mean_margin, still_standing
-from atoplib.verdicts import Verdict, is_random
+from atoplib.verdicts import STANDING, Verdict, is_random
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
 """The share of pixels is halved after so many of 10,000 queries (Andriushchenko et al. 2020, supplement B)."""
@@ -28,8 +28,10 @@ class SquareSettings:
         first_share: share p of the pixels that the first squares cover, in (0, 1]; 0.8 as in AutoAttack.
         eot_samples: draws of the model that each value is averaged over, at least 1.
         verdict: by which an image counts as broken and leaves; asked only where the mean margin says so.
-        ask_again: for a random model, the value of the best point so far is measured anew after so many queries: the
-            best of many noisy values is too good, and nothing would ever be accepted again. Not counted; 0: never.
+        ask_again: of a random model, the value of the best point so far is measured anew after so many queries: the
+            best of many noisy values is too good, and nothing would ever be accepted again. Not counted; 0: never. A model
+            whose dice can be held (``fixed_draws``, as an ``AToPPipeline`` has) is asked in every query instead, with the
+            candidate's own draws: the difference of two points is then seen through the noise.
         schedule: queries that the published schedule of shares, made for 10,000, is stretched over; None: ``queries``.
             10,000 is the schedule as published, of which AutoAttack runs the first 5,000 queries.
     """
@@ -39,7 +41,7 @@ class SquareSettings:
     queries: int = 5000
     first_share: float = 0.8
     eot_samples: int = 1
-    verdict: Verdict = Verdict("majority", num_draws=10)
+    verdict: Verdict = Verdict(STANDING, num_draws=10)
     ask_again: int = 20
     schedule: int | None = None
 
@@ -96,12 +98,13 @@ def square(
     def value(points: Tensor, targets: Tensor) -> Tensor:
         return mean_margin(model, points, targets, eot_samples=settings.eot_samples, max_batch=max_batch)
 
+    held = random and hasattr(model, "fixed_draws")
     adversarial = images.detach().clone()
     margins = torch.full((len(images),), -torch.inf, device=images.device)
     active = torch.arange(len(images), device=images.device)
     for query in range(1, settings.queries + 1):
         points, origin, targets = adversarial[active], images[active], labels[active]
-        if random and query % settings.ask_again == 0:
+        if random and not held and query % settings.ask_again == 0:
             margins[active] = value(points, targets)
         if query == 1:
             candidates = origin  # what is misread as it is needs no attack
@@ -110,7 +113,14 @@ def square(
         else:
             share = share_of_pixels(query, settings)
             candidates = propose(points, origin, settings.eps, share, generator)
-        found = value(candidates, targets)
+        if held and query > 2:
+            seed = int(torch.randint(2**31, (), generator=generator, device=images.device))
+            with model.fixed_draws(seed):
+                found = value(candidates, targets)
+            with model.fixed_draws(seed):
+                margins[active] = value(points, targets)
+        else:
+            found = value(candidates, targets)
         better = found > margins[active] if query != 2 else torch.ones_like(targets, dtype=torch.bool)
         points = torch.where(better.view(-1, 1, 1, 1), candidates, points)
         adversarial[active] = points

@@ -118,12 +118,18 @@ def values_of(
         named = values.get(item.name)
         if not item.metadata.get("runs") or not isinstance(named, dict):
             continue
-        late = next((wanted for wanted in named.values() if isinstance(wanted, str) and wanted in later), None)
-        if late is not None:
-            raise RecipeError(f"{entry.name} asks for {item.name} = {late!r}, which comes after it: change their order")
-        entries = {key: wanted for key, wanted in named.items() if isinstance(wanted, str) and wanted in names_of_runs}
-        values[item.name] = {**named, **{key: names_of_runs[wanted] for key, wanted in entries.items()}}
-        needs += entries.values()
+
+        def found(wanted: Any, name: str = item.name) -> Any:
+            if isinstance(wanted, dict):
+                return {key: found(value) for key, value in wanted.items()}
+            if isinstance(wanted, str) and wanted in later:
+                raise RecipeError(f"{entry.name} asks for {name} = {wanted!r}, which comes after it: change their order")
+            if not isinstance(wanted, str) or wanted not in names_of_runs:
+                return wanted
+            needs.append(wanted)
+            return names_of_runs[wanted]
+
+        values[item.name] = found(named)
     return values, needs
 
 

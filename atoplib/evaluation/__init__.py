@@ -16,7 +16,7 @@ from atoplib.evaluation.protocols import (
 from atoplib.evaluation.provenance import attacked_norms, differences, training_attack, training_costs
 from atoplib.evaluation.quality import Quality, purification_quality
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted, worst_case
-from atoplib.evaluation.versus import Comparison, compare, comparison_table
+from atoplib.evaluation.versus import Comparison, Pairing, compare, comparison_table, pair, pairing_table, pairings
 
 __all__ = [
     "CLEAN",
@@ -29,6 +29,7 @@ __all__ = [
     "Cost",
     "Evaluation",
     "Outcomes",
+    "Pairing",
     "PlannedAttack",
     "Protocol",
     "Quality",
@@ -47,6 +48,9 @@ __all__ = [
     "mask_surface",
     "measure_cost",
     "noise_sweep",
+    "pair",
+    "pairing_table",
+    "pairings",
     "purification_quality",
     "score",
     "training_attack",

@@ -181,7 +181,8 @@ def with_worst_unseen(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
     for defence in dict.fromkeys(item.defence for item in outcomes):
         own = [item for item in outcomes if item.defence == defence and not item.attack.startswith(f"{WORST} ")]
         unseen = [item for item in own if item.attack.startswith(f"{UNSEEN}: ")]
-        worst = [worst_case(unseen, f"{UNSEEN}: {WORST}")] if len(unseen) > 1 else []
+        clean = [item for item in own if item.attack == CLEAN]
+        worst = [worst_case([*clean, *unseen], f"{UNSEEN}: {WORST}")] if len(unseen) > 1 else []
         last = len(own) - (own[-1].attack == WORST)
         found += [*own[:last], *worst, *own[last:]]
     return found
@@ -274,15 +275,17 @@ def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, 
                 seconds=sum(piece.seconds for piece in parts),
             )
             yield outcomes
-            if planned is not None:
+            if planned is None:
+                clean = outcomes
+            else:
                 attacked.append(outcomes)
         norms = list(dict.fromkeys(item.norm for item in attacked))
         for norm in norms if len(norms) > 1 else ():
             of_norm = [item for item in attacked if item.norm == norm]
             if len(of_norm) > 1:
-                yield worst_case(of_norm, f"{WORST} {norm}")
+                yield worst_case([clean, *of_norm], f"{WORST} {norm}")
         if len(attacked) > 1:
-            yield worst_case(attacked, WORST)
+            yield worst_case([clean, *attacked], WORST)
 
 
 def _joined(parts: Sequence[_Piece], key: str) -> Tensor:

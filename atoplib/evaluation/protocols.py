@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from atoplib.attacks.suite import ATTACKS
-from atoplib.verdicts import Verdict
+from atoplib.verdicts import STANDING, Verdict
 
 SEES = ("defence", "classifier", "bpda")
 SELECTIONS = ("mixed", "lee-kim")
@@ -97,7 +97,8 @@ class Protocol:
         attacks: the columns, after the clean images.
         num_images: test images attacked.
         num_draws: forward passes of each verdict on a random defence.
-        verdict: when an attack itself takes an image for broken, and stops working on it.
+        verdict: when an attack itself takes an image for broken, and stops working on it: once every draw is wrong. By a
+            majority it would stop while a single draw, which is what tables show, is still right four times in ten.
         selection: which images: ``mixed`` (a fixed choice, all classes mixed) or ``lee-kim`` (the 512 of Lee & Kim 2023
             where the set is CIFAR in its standard order, else as ``mixed``).
     """
@@ -107,7 +108,7 @@ class Protocol:
     attacks: tuple[PlannedAttack, ...]
     num_images: int = 512
     num_draws: int = 10
-    verdict: Verdict = Verdict("majority", 10)
+    verdict: Verdict = Verdict(STANDING, 10)
     selection: str = "mixed"
 
     def __post_init__(self) -> None:
@@ -246,7 +247,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "cpu",
             "half as long as ``strict`` on 128 images; for 2 cores overnight, or in pieces",
-            _white_box(100, auto_steps=50, bpda_steps=25, bpda_draws=15, flow_steps=50, queries=1000),
+            _white_box(100, auto_steps=50, bpda_steps=25, bpda_draws=15, flow_steps=50, queries=2500),
             num_images=128,
         ),
         Protocol(
@@ -254,7 +255,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "PGD-200 + EOT-20 in both norms as Lee & Kim 2023, and transfer, 512 images; minutes on a GPU for small models",
             _STRICT[:3],
             num_draws=20,
-            verdict=Verdict("majority", 20),
+            verdict=Verdict(STANDING, 20),
             selection="lee-kim",
         ),
         Protocol(
@@ -267,7 +268,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "everything at its published length on the 512 images of Lee & Kim; hours on a GPU",
             _STRICT,
             num_draws=20,
-            verdict=Verdict("majority", 20),
+            verdict=Verdict(STANDING, 20),
             selection="lee-kim",
         ),
         Protocol(

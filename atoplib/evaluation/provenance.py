@@ -55,29 +55,33 @@ def differences(headers: Mapping[str, Header], first: str = "undefended") -> lis
     return found
 
 
-def training_costs(headers: Mapping[str, Header]) -> dict[str, tuple[int | None, int | None]]:
+def training_costs(
+    headers: Mapping[str, Header], classifiers: Mapping[str, Header] | None = None
+) -> dict[str, tuple[int | None, int | None]]:
     """FLOPs of each defence's training and, apart, of its purifier's pre-training; None where one was not recorded.
 
     Args:
-        headers: of ``undefended`` and, where they are compared, ``AT``, ``AP``, ``AToP`` and other purifiers.
+        headers: of ``undefended`` and of whatever is compared: classifiers alone, and purifiers.
+        classifiers: by defence, of the classifier that its purifier stands before, where that is not the undefended one
+            and not the one that it was fine-tuned for.
 
     Returns:
         by defence (training, pre-training), as ``Cost`` has them: what stands before a classifier costs its training, too,
         and what was trained from other weights costs theirs.
     """
-    metrics = {name: header.get("metrics") or {} for name, header in headers.items()}
-    own = {name: training_total(found) for name, found in metrics.items()}
-    atop = metrics.get("AToP", {})
-    known = {
-        "undefended": (own["undefended"], 0),
-        "AT": (own.get("AT"), 0),
-        "AP": (own["undefended"], own.get("AP")),
-        # its own classifier's, which need not be the undefended one
-        "AToP": (total(atop.get("classifier_flops", own["undefended"]), own.get("AToP")), atop.get("pretrain_flops")),
-    }
-    further = [name for name, header in headers.items() if name not in known and header.get("kind") == "purifier"]
-    for name in further:  # pre-trained only, or fine-tuned as AToP is
-        tuned = "variant" in _parameters(headers[name])
-        own_training = total(own["undefended"], own[name]), metrics[name].get("pretrain_flops")
-        known[name] = own_training if tuned else (own["undefended"], own[name])
-    return {name: known[name] for name in headers if name in known}
+    undefended = training_total(headers["undefended"].get("metrics") or {})
+
+    def costs(name: str, header: Header) -> tuple[int | None, int | None]:
+        metrics = header.get("metrics") or {}
+        own = training_total(metrics)
+        if header.get("kind") == "classifier":
+            return own, 0
+        before = undefended
+        if classifiers and name in classifiers:
+            before = training_total(classifiers[name].get("metrics") or {})
+        if "variant" not in _parameters(header):  # pre-trained only
+            return before, own
+        tuned_for = metrics.get("classifier_flops", undefended)
+        return total(before if classifiers and name in classifiers else tuned_for, own), metrics.get("pretrain_flops")
+
+    return {name: costs(name, header) for name, header in headers.items()}

@@ -42,7 +42,8 @@ def judge_draws(
 
 
 def worst_case(outcomes: Sequence[Outcomes], attack: str) -> Outcomes:
-    """One defence under several attacks together: an image counts as right if it is under each of them.
+    """One defence under several attacks together: an image counts as right if it is under each of them. The clean images
+    belong to them: an attack may turn a wrong reading into a right one, which is no robustness.
 
     Raises:
         ValueError: for no outcomes, or those of several defences.
@@ -50,7 +51,7 @@ def worst_case(outcomes: Sequence[Outcomes], attack: str) -> Outcomes:
     defences = {item.defence for item in outcomes}
     if len(defences) != 1:
         raise ValueError(f"the worst case is one of a single defence, got {len(defences)}: {', '.join(sorted(defences))}")
-    norms = {item.norm for item in outcomes}
+    norms = {item.norm for item in outcomes if item.norm}
     return Outcomes(
         defence=outcomes[0].defence,
         attack=attack,

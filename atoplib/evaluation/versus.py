@@ -1,11 +1,13 @@
-"""Attack against attack on the same images: does anybody else's find significantly more errors than ours?"""
+"""On the same images: does another attack find significantly more errors than ours, does one defence outlast another?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool
-from scipy.special import bdtrc
+from scipy.special import bdtr, bdtrc
 from torch import Tensor
+
+from atoplib.evaluation.scores import Outcomes
 
 SIGNIFICANCE = 0.05
 
@@ -78,3 +80,67 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     else:
         stamp = "None finds significantly more errors than ours (exact McNemar test, one-sided, 95 %)."
     return "\n".join([*lines, "", stamp])
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Two defences under one attack, image by image.
+
+    Attributes:
+        attack: its label.
+        first, second: the defences' names.
+        images: how many both met.
+        only_first, only_second: images that only the one or the other still reads.
+        p_value: probability of so uneven a split, to either side, if neither were better.
+    """
+
+    attack: str
+    first: str
+    second: str
+    images: int
+    only_first: int
+    only_second: int
+    p_value: float
+
+
+def pair(first: Outcomes, second: Outcomes, verdict: str = "one_shot") -> Pairing:
+    """The exact McNemar test, two-sided: only images on which the defences differ count; of several seeds the first.
+
+    Raises:
+        ValueError: for outcomes of different attacks or numbers of images.
+
+    Source: McNemar 1947.
+    """
+    one, other = first.right[verdict][0], second.right[verdict][0]
+    if first.attack != second.attack or len(one) != len(other):
+        raise ValueError(
+            f"defences are paired under one attack on the same images, got {first.attack!r} on {len(one)} and "
+            f"{second.attack!r} on {len(other)}"
+        )
+    only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
+    differ = only_first + only_second
+    p_value = min(1.0, 2 * float(bdtr(min(only_first, only_second), differ, 0.5))) if differ else 1.0
+    return Pairing(first.attack, first.defence, second.defence, len(one), only_first, only_second, p_value)
+
+
+def pairings(outcomes: Sequence[Outcomes], first: str, verdict: str = "one_shot") -> list[Pairing]:
+    """``first`` against every other defence, under every attack that both met, in the order of the outcomes."""
+    own = {item.attack: item for item in outcomes if item.defence == first}
+    others = [item for item in outcomes if item.defence != first and item.attack in own]
+    return [pair(own[item.attack], item, verdict) for item in others]
+
+
+def pairing_table(found: Sequence[Pairing]) -> str:
+    """Markdown: a line for each attack, a column for each other defence: images that only the first reads, that only the
+    other one does, and p.
+
+    Raises:
+        ValueError: without a pairing, or for pairings of several first defences.
+    """
+    if len({item.first for item in found}) != 1:
+        raise ValueError(f"a table is about one defence and its rivals, got {sorted({item.first for item in found})}")
+    rivals, attacks = (list(dict.fromkeys(names)) for names in zip(*((f.second, f.attack) for f in found), strict=True))
+    cells = {(item.attack, item.second): f"{item.only_first} : {item.only_second} (p {item.p_value:.2g})" for item in found}
+    lines = [f"| only {found[0].first} : only ... | {' | '.join(rivals)} |", "|---|" + "---:|" * len(rivals)]
+    lines += [f"| {attack} | {' | '.join(cells.get((attack, rival), '') for rival in rivals)} |" for attack in attacks]
+    return "\n".join(lines)
