@@ -104,6 +104,9 @@ class NoisyInput(nn.Module):
         self.seed = seed
         self._generator: torch.Generator | None = None
 
+    def extra_repr(self) -> str:
+        return f"noise_std={self.noise_std}"
+
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         if self._generator is None or self._generator.device != images.device:
             self._generator = torch.Generator(images.device).manual_seed(self.seed)
@@ -113,6 +116,9 @@ class NoisyInput(nn.Module):
 
 def input_noise(model: nn.Module) -> float:
     """sigma of the normal noise that a model adds to its input before anything else: an AToPPipeline, a NoisyInput.
+
+    A pipeline that averages k draws in a pass reads k noises, and so k times a perturbation: together it is sqrt(k) times as
+    long, as if a single noise were sigma / sqrt(k), which is returned.
 
     Raises:
         ValueError: for RT1, no transform or sigma 0, which certify nothing; for a module that does not tell its noise.
@@ -130,7 +136,7 @@ def input_noise(model: nn.Module) -> float:
             f"the transform {transform.name!r} with noise_std {transform.noise_std} adds no noise to the image: "
             f"only rt2 and rt3 with noise_std above 0 can be certified"
         )
-    return transform.noise_std
+    return transform.noise_std / getattr(model, "copies", 1) ** 0.5
 
 
 def lower_bound(successes: ArrayLike, trials: int, alpha: float) -> NDArray[np.float64]:

@@ -37,8 +37,8 @@ class OldName(pyautoattack.AutoAttack):
         super().__init__(model, **options)
 
     def run_standard_evaluation(self, x: Tensor, y: Tensor, bs: int = 250, state_path: str | None = None) -> Tensor:
-        """As the original, which calls ``bs`` another name."""
-        return super().run_standard_evaluation(x, y, batch_size=bs, state_path=state_path)
+        """As the original, which calls ``bs`` another name, and now also returns what was predicted."""
+        return super().run_standard_evaluation(x, y, batch_size=bs, state_path=state_path)[0]
 
 
 class LocalImages(torch.utils.data.Dataset):

@@ -10,7 +10,7 @@ from atoplib.attacks import PGDSettings, check_budget, pgd
 from atoplib.attacks.adaptive import AdaptiveSettings, adaptive
 from atoplib.attacks.eot import cross_entropy
 from atoplib.attacks.losses import margin
-from atoplib.pipeline import AToPPipeline
+from atoplib.pipeline import AToPPipeline, AveragedPipeline
 from atoplib.transforms import TransformSettings
 from atoplib.verdicts import draw_logits
 
@@ -187,3 +187,13 @@ def test_a_model_that_is_no_pipeline_is_refused():
 def test_a_pipeline_in_train_mode_is_refused():
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         adaptive(pipeline_of().train(), images_of(), LABELS, AdaptiveSettings(BASE))
+
+
+def test_a_pipeline_that_averages_logits_is_refused_and_one_that_averages_images_is_attacked():
+    plain, images = pipeline_of(), images_of()
+    parts = plain.transform, plain.purifier, plain.classifier
+    with pytest.raises(ValueError, match="this pipeline averages logits; use pgd"):
+        adaptive(AveragedPipeline(*parts, copies=2, average="logits").eval(), images, LABELS, AdaptiveSettings(BASE))
+    check_budget(
+        adaptive(AveragedPipeline(*parts, copies=2).eval(), images, LABELS, AdaptiveSettings(BASE)), images, 0.1, "linf"
+    )

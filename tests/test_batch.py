@@ -110,6 +110,9 @@ def test_other_purifiers_are_named_by_the_entries_that_train_them(tmp_path):
     *_, one, compared = plan(recipe(tmp_path, text), {"workspace": str(tmp_path)})
     assert compared.parameters.others == {"A": one.run_dir.name, "B": "/somewhere/else"}
     assert one.run_dir in compared.needs
+    text = text.replace("A: one, B: /somewhere/else", "A: {purifier: one, classifier: 01_train_classifier}")
+    first, one, compared = plan(recipe(tmp_path, text), {"workspace": str(tmp_path)})
+    assert compared.parameters.others == {"A": {"purifier": one.run_dir.name, "classifier": first.run_dir.name}}
     late = "notebooks: {06_compare: {others: {A: one}}, one: {notebook: 02_pretrain_purifier}}"
     with pytest.raises(RecipeError, match="06_compare asks for others = 'one', which comes after it: change their order"):
         plan(recipe(tmp_path, late), {"workspace": str(tmp_path)})

@@ -18,7 +18,9 @@ from atoplib.attacks.square import _squares as squares
 from atoplib.attacks.square import _stripes as stripes
 from atoplib.attacks.square import _tiles as tiles
 from atoplib.attacks.square import _windows as windows
-from atoplib.verdicts import Verdict
+from atoplib.pipeline import AToPPipeline
+from atoplib.transforms import TransformSettings
+from atoplib.verdicts import Verdict, draw_logits
 
 ONE = Verdict()
 
@@ -391,3 +393,41 @@ def test_a_model_in_train_mode_is_refused(name):
     attack, settings = attack_of(name)
     with pytest.raises(ValueError, match=r"call model\.eval\(\)"):
         attack(smooth_model().train(), images_of(), torch.zeros(6, dtype=torch.int64), settings)
+
+
+def wobbly(noise=0.5):
+    """A pipeline whose noise hides what one small change does."""
+    body = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 3)).eval()
+    purifier = nn.Sequential(nn.Conv2d(5, 3, 1), nn.Hardtanh()).eval()
+    with torch.no_grad():
+        purifier[0].weight.zero_()
+        purifier[0].bias.zero_()
+        purifier[0].weight[range(3), range(3)] = 1.0
+        body[1].weight.copy_(torch.randn(3, 192, generator=seeded(1)) / 3)
+    return AToPPipeline(TransformSettings("rt2", missing_rate=0.1, noise_std=noise, grid_size=4), purifier, body).eval()
+
+
+class Hidden(nn.Module):
+    """A pipeline whose dice cannot be held."""
+
+    def __init__(self, pipeline):
+        super().__init__()
+        self.pipeline = pipeline
+
+    def forward(self, images):
+        return self.pipeline(images)
+
+
+@pytest.mark.parametrize("name, effort", [("square", {"queries": 120}), ("spsa", {"steps": 15, "samples": 8})])
+def test_held_dice_let_a_search_see_through_the_noise(name, effort):
+    pipeline, images = wobbly(), images_of(60, low=0.2, high=0.8)
+    with torch.no_grad():
+        labels = pipeline.classifier(images).argmax(dim=1)
+    attack, settings = attack_of(name, eps=0.1, **effort)
+    share = {}
+    for model in (Hidden(pipeline).eval(), pipeline):
+        pipeline.reseed(1)
+        found = attack(model, images, labels, settings, generator=seeded(2))
+        pipeline.reseed(3)
+        share[type(model)] = float((draw_logits(pipeline, found, num_draws=20).argmax(dim=2) == labels).float().mean())
+    assert share[AToPPipeline] < share[Hidden] - 0.05, share

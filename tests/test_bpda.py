@@ -6,7 +6,7 @@ from torch import nn
 
 from atoplib.attacks import PGDSettings, input_gradient, pgd
 from atoplib.attacks.bpda import BPDA, HILL_PGD, HILL_VERDICT, THROUGH, IdentityBackward, straight_through
-from atoplib.pipeline import AToPPipeline
+from atoplib.pipeline import AToPPipeline, AveragedPipeline
 from atoplib.transforms import TransformSettings
 
 TRANSFORMS = ["none", "rt1", "rt2", "rt3"]
@@ -187,3 +187,9 @@ def test_hills_setting_is_the_published_one():
     assert (HILL_PGD.steps, HILL_PGD.eot_samples, HILL_PGD.start, HILL_PGD.norm) == (50, 15, "random", "linf")
     assert (HILL_PGD.alpha, HILL_PGD.eps) == (2 / 255, 8 / 255)
     assert HILL_VERDICT.num_draws == 150
+
+
+def test_a_pipeline_that_averages_draws_is_refused():
+    averaged = AveragedPipeline(TransformSettings("rt2", noise_std=0.1, grid_size=4), nn.Identity(), nn.Identity(), copies=2)
+    with pytest.raises(ValueError, match="for a pipeline of one draw a pass, but this one averages 2"):
+        BPDA(averaged)

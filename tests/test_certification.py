@@ -19,7 +19,7 @@ from atoplib.certification import (
     input_noise,
     lower_bound,
 )
-from atoplib.pipeline import AToPPipeline
+from atoplib.pipeline import AToPPipeline, AveragedPipeline
 from atoplib.transforms import TransformSettings
 from atoplib.verdicts import reseed, wilson_interval
 
@@ -380,3 +380,11 @@ def test_noise_must_be_above_0():
     assert input_noise(pipeline_of("rt3", noise_std=0.4)) == 0.4
     with pytest.raises(ValueError, match="must be above 0"):
         NoisyInput(Linear(), 0.0)
+
+
+@pytest.mark.parametrize("average", ["images", "logits"])
+def test_a_pipeline_that_averages_k_draws_is_certified_with_a_kth_of_the_noise_s_energy(average):
+    """It reads k noises, so a perturbation counts k times: against the closed form of a linear classifier."""
+    plain = pipeline_of()
+    averaged = AveragedPipeline(plain.transform, plain.purifier, plain.classifier, copies=4, average=average).eval()
+    assert input_noise(averaged) == pytest.approx(input_noise(plain) / 2)

@@ -228,3 +228,9 @@ def test_the_table_of_costs_shows_a_dash_where_nothing_was_recorded():
     assert table[2] == "| AToP | 2.19 | 0.166 | 11 | 0.5 | 10 | 4.25 |"
     assert table[3] == "| AP | – | – | 11 | 0.5 | 10 | 4.25 |"
     assert table[0].count("|") == table[1].count("|") == table[2].count("|")
+
+
+def test_a_defence_before_another_classifier_costs_that_one():
+    headers = {**HEADERS, "AP before AT": HEADERS["AP"], "AT alone": HEADERS["AT"]}
+    found = evaluation.training_costs(headers, {"AP before AT": HEADERS["AT"], "AToP": HEADERS["AT"]})
+    assert found["AP before AT"] == (30, 400) and found["AT alone"] == (30, 0) and found["AToP"] == (5030, 400)

@@ -17,10 +17,12 @@ from atoplib.evaluation import (
     adjusted,
     evaluate,
     judge_draws,
+    masked_gradients,
     score,
     worst_case,
 )
 from atoplib.evaluation import measure as measure_module
+from atoplib.evaluation.store import model_fingerprint
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
 from atoplib.verdicts import VERDICTS, Verdict, judge, reseed, wilson_interval
@@ -449,9 +451,14 @@ def test_bad_input_is_refused(images, labels, settings, message):
 
 def test_the_attack_may_compute_in_bfloat16_but_the_verdict_is_float32():
     classifier, seen = linear(), {True: set(), False: set()}
-    classifier.register_forward_hook(lambda _m, _i, output: seen[torch.is_grad_enabled()].add(output.dtype))
+    def see(_module, _inputs, output):
+        if len(output) > 1:  # of one image only the form of its logits is looked at
+            seen[torch.is_grad_enabled()].add(output.dtype)
+
+    classifier.register_forward_hook(see)
     found = run(defences={"a": classifier}, attack_dtype=torch.bfloat16)
     assert seen[True] == {torch.bfloat16}
+    assert seen[False] == {torch.float32}
     for item in found.outcomes[:4]:
         shown = found.adversarial["a", item.attack, 0]
         assert torch.equal(item.right["one_shot"][0], classifier(shown).argmax(dim=1) == LABELS)
@@ -503,3 +510,79 @@ def test_bpda_is_attacked_and_the_defence_itself_is_judged():
     protocol = replace(PROTOCOL, attacks=attacks)
     found = by_name(evaluate({"rounded": defence}, IMAGES, LABELS, protocol, BUDGET, classifier=classifier))
     assert found["rounded", "bpda"].one_shot < 0.5 < found["rounded", "defence"].one_shot
+
+
+@pytest.mark.parametrize("name", ["apgd", "fab", "square", "autoattack"])
+def test_an_attack_in_bfloat16_believes_in_no_error_that_float32_does_not_make(name):
+    """Most images stand at their boundary afterwards, where half of the digits decide."""
+    torch.manual_seed(3)
+    classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(6 * 36, 5)).eval()
+    images = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        labels = classifier(images).argmax(dim=1)
+    settings = {"queries": 100} if name == "square" else {"steps": 10}
+    protocol = Protocol("one", "of its own", (PlannedAttack("it", name, settings=settings),), num_draws=1)
+    standing = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        found = evaluate({"a": classifier}, images, labels, protocol, Budget(0.02, 1.0), classifier=classifier,
+                         attack_dtype=dtype)  # fmt: skip
+        standing[dtype] = int(found.outcomes[1].right["one_shot"].sum())
+    assert standing[torch.float32] < 90, "there is something to believe"
+    assert standing[torch.bfloat16] <= standing[torch.float32] + 3
+
+
+def test_the_worst_case_holds_the_clean_images():
+    classifier = linear()
+    with torch.no_grad():
+        wrong = (classifier(IMAGES).argmax(dim=1) + 1) % 3
+    found = evaluate({"a": classifier}, IMAGES, wrong, PROTOCOL, Budget(0.9, 9.0), classifier=classifier)
+    clean, *_, worst = found.outcomes
+    assert not clean.right["one_shot"].any() and not worst.right["one_shot"].any()
+
+
+class GlobalDice(nn.Module):
+    """Throws torch's global dice."""
+
+    def __init__(self, body, noise):
+        super().__init__()
+        self.body, self.noise = body, noise
+
+    def forward(self, images):
+        return self.body(images) + self.noise * torch.randn(len(images), 3)
+
+
+def test_global_dice_are_seeded_for_every_piece():
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(run(defences={"a": GlobalDice(linear(), 0.5).eval()}))
+    assert_same(*found)
+
+
+def test_a_model_is_known_by_the_numbers_that_it_keeps_but_for_its_seed():
+    quiet, loud = (GlobalDice(linear(), noise).eval() for noise in (0.1, 0.9))
+    assert model_fingerprint(quiet) != model_fingerprint(loud)
+    pipeline = AToPPipeline(TransformSettings("rt2", noise_std=0.05, grid_size=4), Recolour(), linear()).eval()
+    before = model_fingerprint(pipeline)
+    pipeline.reseed(99)
+    assert model_fingerprint(pipeline) == before
+
+
+def test_an_attack_may_have_a_verdict_of_more_draws_than_the_rest():
+    pipeline = AToPPipeline(TransformSettings("rt2", noise_std=0.3, grid_size=4), Recolour(), linear()).eval()
+    attacks = tuple(replace(item, num_draws=9 if item.norm == "l2" else None) for item in PROTOCOL.attacks)
+    found = run(replace(PROTOCOL, attacks=attacks), {"a": pipeline})
+    assert [item.draws for item in found.outcomes] == [5, 5, 5, 9, 5, 5]
+    bpda = next(item for item in PROTOCOLS["strict"].attacks if item.sees == "bpda")
+    assert bpda.num_draws == 150, "as Hill et al. 2021 judge"
+    assert all(item.num_draws is None for item in adjusted(PROTOCOLS["strict"], num_draws=3).attacks)
+
+
+def test_a_weaker_attack_that_wins_is_told():
+    attacks = (PlannedAttack("PGD", "pgd"), PlannedAttack("Square", "square"), PlannedAttack("StAdv", "stadv", "flow"))
+    protocol = replace(PROTOCOL, attacks=attacks)
+    found = [outcomes_of([[1] * 20], "PGD"), outcomes_of([[0] * 6 + [1] * 14], "Square")]
+    (said,) = masked_gradients([*found, outcomes_of([[0] * 20], "StAdv", "flow")], protocol)
+    assert "a: Square breaks 6 images that the white-box attacks miss, which break 0 that it misses (p 0.016)" in said
+    assert masked_gradients([found[0], outcomes_of([[0] * 4 + [1] * 16], "Square")], protocol) == []
+    assert masked_gradients([outcomes_of([[0] * 20], "PGD"), found[1]], protocol) == []

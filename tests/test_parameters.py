@@ -11,6 +11,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 
 from atoplib.attacks import PGDSettings
+from atoplib.defences import load_defence
 from atoplib.evaluation import PROTOCOLS, Budget
 from atoplib.parameters import (
     NOTEBOOKS,
@@ -508,3 +509,43 @@ def test_more_images_than_there_are_are_refused_when_asked_for_and_taken_as_they
     with pytest.raises(ParameterError, match="max_test is 1001, but mnist5k has 1000 test images; ask for fewer"):
         kind.from_mapping({"max_test": 1001, "data_dir": str(tmp_path)}).load_data()
     assert len(kind.from_mapping({"max_test": 1000, "data_dir": str(tmp_path)}).load_data().test.labels) == 1000
+
+
+def test_a_further_defence_is_a_purifier_before_any_classifier_or_a_classifier_alone(tmp_path):
+    kit = Path(__file__).resolve().parents[1] / "data" / "pretrained"
+    robust = str(kit / "cifar10-frozen.safetensors")
+    asked = Compare(
+        dataset="folder:/somewhere",
+        workspace=str(tmp_path),
+        **dict.fromkeys(("classifier_run", "at_run", "ap_run", "atop_run"), "pretrained:cifar10"),
+        others={
+            "AP before it": {"purifier": str(kit / "cifar10-ap.safetensors"), "classifier": robust},
+            "f of AToP": {"classifier": robust},
+            "AP again": "pretrained:cifar10",
+        },
+    )
+    there, missing = asked.found()
+    assert not missing and {name: path.stem for name, path in there.items()} == {
+        "undefended": "cifar10-undefended",
+        "AT": "cifar10-at",
+        "AP": "cifar10-ap",
+        "AToP": "cifar10-atop",
+        "AP before it": "cifar10-ap",
+        "f of AToP": "cifar10-frozen",
+        "AP again": "cifar10-ap",
+    }
+    assert {name: path.stem.removeprefix("cifar10-") for name, path in asked.classifiers(there).items()} == {
+        "undefended": "undefended",
+        "AT": "at",
+        "AP": "undefended",
+        "AToP": "frozen",
+        "AP before it": "frozen",
+        "f of AToP": "frozen",
+        "AP again": "undefended",
+    }
+    assert set(asked.purifiers) == {"AP", "AToP"}
+    images = torch.rand(2, 3, 32, 32)
+    alone = load_defence(there["f of AToP"], there["f of AToP"])(images)
+    assert torch.equal(alone, load_defence(there["AP before it"], Path(robust)).classifier(images))
+    with pytest.raises(ValueError, match="no weights of 'at' for 'imagenette'"):
+        replace(asked, at_run="pretrained:imagenette").weights("at")

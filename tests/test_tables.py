@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from atoplib.evaluation.tables import (
     escape,
     images_csv,
     latex_table,
+    latex_tables,
     published_table,
     scores_csv,
     verdict_table,
@@ -91,3 +93,13 @@ def test_all_files_are_written_and_say_the_same(tmp_path):
     assert (tmp_path / "images.csv").read_text() == images_csv(OUTCOMES, LABELS)
     assert verdict_table(SCORES) in (tmp_path / "table.md").read_text()
     assert "72.85" in (tmp_path / "table.md").read_text() and "72.85" in (tmp_path / "table.tex").read_text()
+
+
+def test_every_verdict_has_its_interval_and_its_latex_table():
+    (row, *_) = csv.DictReader(io.StringIO(scores_csv(SCORES)))
+    for name in VERDICTS:
+        assert (float(row[f"{name}_low"]), float(row[f"{name}_high"])) == SCORES[0].interval(name)
+    text = latex_tables(SCORES, caption="a test")
+    assert text.count(r"\begin{table}") == len(VERDICTS) and "a test; worst of N, N = 3" in text
+    calm = [replace(item, draws=1) for item in SCORES]
+    assert latex_tables(calm, caption="a test") == latex_table(calm, caption="a test")

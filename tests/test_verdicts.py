@@ -134,6 +134,7 @@ EXPECTED = {
     "majority": [True, True, False, True, False],
     "mean_softmax": [True, False, True, True, False],
     "worst_of_n": [True, False, False, False, False],
+    "best_of_n": [True, True, True, True, False],
 }
 
 
@@ -167,3 +168,18 @@ def test_reseeding_reaches_a_model_that_has_dice_and_leaves_others_alone():
     dice.reseed = seen.append
     reseed(dice, 3)
     assert seen == [3]
+
+
+def test_verdicts_are_float32_whatever_an_attack_computes_in():
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = draw_logits(model, images_of(2))[0]
+        assert model(images_of(2)).dtype == torch.bfloat16
+    assert torch.equal(found, draw_logits(model, images_of(2))[0])
+
+
+def test_logits_that_are_not_finite_are_found_in_every_image():
+    logits = torch.zeros(3, 5, 4)
+    logits[1, 3, 2] = float("nan")
+    with pytest.raises(ValueError, match="not finite for 1 of 5 images .the first is number 3 of the batch"):
+        draw_logits(Planted(logits), images_of(5), num_draws=3)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from atoplib.evaluation import compare, comparison_table
+from atoplib.evaluation import Outcomes, compare, comparison_table, pair, pairing_table, pairings
+from atoplib.verdicts import VERDICTS
 
 
 def standing(broken: range) -> torch.Tensor:
@@ -43,3 +44,32 @@ def test_other_images_and_empty_tables_are_refused(without_shape_checks):
         compare("theirs", standing(range(0))[:3], standing(range(0)))
     with pytest.raises(ValueError, match="no comparisons"):
         comparison_table([])
+
+
+def met(defence, right, attack="pgd"):
+    right = torch.tensor([right], dtype=torch.bool)
+    return Outcomes(defence, attack, "linf", 1, dict.fromkeys(VERDICTS, right), right.float())
+
+
+def test_defences_are_paired_by_the_images_that_only_one_of_them_reads():
+    one, other = met("AToP", [1] * 8 + [0] * 2 + [1] * 90), met("AT", [0] * 8 + [1] * 2 + [1] * 90)
+    found = pair(one, other)
+    assert (found.only_first, found.only_second) == (8, 2)
+    assert found.p_value == pytest.approx(2 * (1 + 10 + 45) / 2**10), "two-sided binomial: 2 or fewer of 10"
+    assert pair(other, one).p_value == found.p_value and pair(one, one).p_value == 1
+    with pytest.raises(ValueError, match="under one attack on the same images"):
+        pair(one, met("AT", [1] * 100, "square"))
+
+
+def test_the_table_of_pairs_has_a_line_for_each_attack_and_a_column_for_each_rival():
+    outcomes = [met("AToP", [1, 1], "a"), met("AToP", [1, 0], "b"), met("AT", [0, 1], "a"), met("AP", [0, 0], "b")]
+    found = pairings(outcomes, "AToP")
+    assert [(item.attack, item.second) for item in found] == [("a", "AT"), ("b", "AP")]
+    assert pairing_table(found).splitlines() == [
+        "| only AToP : only ... | AT | AP |",
+        "|---|---:|---:|",
+        "| a | 1 : 0 (p 1) |  |",
+        "| b |  | 1 : 0 (p 1) |",
+    ]
+    with pytest.raises(ValueError, match="one defence and its rivals"):
+        pairing_table([])

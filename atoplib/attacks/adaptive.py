@@ -78,7 +78,7 @@ def adaptive(
         generator: of the random start and of the seeds of fixed draws.
 
     Raises:
-        ValueError: also for a model without those parts.
+        ValueError: also for a model without those parts, or one that averages logits.
 
     Source: Tramer et al. 2020, "On Adaptive Attacks to Adversarial Example Defenses", section 3 (attack the parts; a loss
     that is consistent with the goal). Draws fixed through an optimisation: common random numbers.
@@ -88,6 +88,8 @@ def adaptive(
         raise ValueError(
             f"the adaptive attack needs an AToPPipeline; {type(model).__name__} has no {', '.join(missing)}: use pgd"
         )
+    if getattr(model, "copies", 1) > 1 and model.average == "logits":
+        raise ValueError("the adaptive attack reads one purified image a pass, but this pipeline averages logits; use pgd")
     check_attack(model, images, labels)
     base = settings.base
     adversarial = _start(model, images, labels, settings, generator, max_batch)

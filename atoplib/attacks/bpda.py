@@ -82,7 +82,8 @@ class BPDA(nn.Module):
 
     Raises:
         ValueError: for an unknown ``through``, or ``purifier`` with RT3, of which every input pixel is dropped: each patch
-            of its result was masked in the copy that it comes from, so the gradient would be zero everywhere.
+            of its result was masked in the copy that it comes from, so the gradient would be zero everywhere. Also for a
+            pipeline that averages several draws.
 
     Source: Athalye et al. 2018, section 4.1.
     """
@@ -96,6 +97,8 @@ class BPDA(nn.Module):
                 "BPDA through the purifier alone has no gradient with rt3, which keeps only what was masked: "
                 "take through='both' or 'transform'"
             )
+        if getattr(pipeline, "copies", 1) > 1:
+            raise ValueError(f"BPDA is for a pipeline of one draw a pass, but this one averages {pipeline.copies}")
         self.pipeline, self.through = pipeline, through
         self.training = pipeline.training
 

@@ -64,11 +64,18 @@ def check_budget(
     norm: str,
     tolerance: float = 1e-6,
 ) -> None:
-    """Raise AssertionError if an attack's result leaves [0, 1] or the eps-ball, or holds NaN: a bug, never a number."""
-    assert norm in NORMS, norm
-    assert torch.isfinite(adversarial).all(), "the attack returned values that are not finite"
+    """Raise AssertionError if an attack's result leaves [0, 1] or the eps-ball, or holds NaN: a bug, never a number.
+
+    Args:
+        tolerance: that is forgiven, in units of the image; for a radius above 1 (l2) in units of the radius.
+    """
+    if norm not in NORMS:
+        raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(NORMS)}")
+    if not torch.isfinite(adversarial).all():
+        raise AssertionError("the attack returned values that are not finite")
     low, high = float(adversarial.min()), float(adversarial.max())
-    assert low >= 0 and high <= 1, f"the attack left [0, 1]: {low} to {high}"
+    if low < 0 or high > 1:
+        raise AssertionError(f"the attack left [0, 1]: {low} to {high}")
     largest = float(perturbation_size(adversarial - images, norm).max())
-    allowed = eps + tolerance * max(1.0, eps)
-    assert largest <= allowed, f"the attack left its budget: {norm} norm {largest} of {eps}"
+    if largest > eps + tolerance * max(1.0, eps):
+        raise AssertionError(f"the attack left its budget: {norm} norm {largest} of {eps}")

@@ -1,5 +1,6 @@
 """SPSA: a gradient estimated from pairs of values, through logits alone."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -112,17 +113,24 @@ def estimate_gradient(
     """The gradient of each image's margin from ``samples`` values, and their mean.
 
     Each pair stands on either side of the image along a direction of random signs v: (m(x + delta v) - m(x - delta v)) /
-    (2 delta) * v, averaged over the pairs. Probes are clipped to [0, 1], where the model is defined.
+    (2 delta) * v, averaged over the pairs. Probes are clipped to [0, 1], where the model is defined. Both of a pair meet the
+    same dice where a model's can be held (``fixed_draws``): else the noise would drown the difference.
     """
     pairs = settings.samples // 2
+    held = hasattr(model, "fixed_draws")
     gradient = torch.zeros_like(images)
     total = torch.zeros(len(images), device=images.device)
     index = torch.arange(pairs * len(images), device=images.device) % len(images)
-    for part in index.split(max(1, max_batch // 2)):
+    for part in index.split(max_batch):
         signs = torch.randint(2, (len(part), *images.shape[1:]), generator=generator, device=images.device) * 2.0 - 1
-        probes = torch.cat([images[part] + settings.delta * signs, images[part] - settings.delta * signs]).clamp(0, 1)
-        margins = mean_margin(model, probes, labels[part.repeat(2)], eot_samples=settings.eot_samples, max_batch=max_batch)
-        above, below = margins.unflatten(0, (2, len(part)))
+        seed = int(torch.randint(2**31, (), generator=generator, device=images.device)) if held else 0
+
+        def side(sign: int, part: Tensor = part, signs: Tensor = signs, seed: int = seed) -> Tensor:
+            probes = (images[part] + sign * settings.delta * signs).clamp(0, 1)
+            with model.fixed_draws(seed) if held else nullcontext():
+                return mean_margin(model, probes, labels[part], eot_samples=settings.eot_samples, max_batch=max_batch)
+
+        above, below = side(1), side(-1)
         slope = (above - below) / (2 * settings.delta)
         gradient.index_add_(0, part, slope.view(-1, 1, 1, 1) * signs)
         total.index_add_(0, part, (above + below) / 2)

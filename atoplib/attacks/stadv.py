@@ -114,13 +114,17 @@ def check_flow(
     tolerance: float = 1e-6,
 ) -> None:
     """Raise AssertionError unless ``adversarial`` is in [0, 1] and is the image warped by a flow within its bound."""
-    assert torch.isfinite(adversarial).all() and torch.isfinite(flow).all(), "StAdv returned values that are not finite"
+    if not (torch.isfinite(adversarial).all() and torch.isfinite(flow).all()):
+        raise AssertionError("StAdv returned values that are not finite")
     low, high = float(adversarial.min()), float(adversarial.max())
-    assert low >= 0 and high <= 1, f"StAdv left [0, 1]: {low} to {high}"
+    if low < 0 or high > 1:
+        raise AssertionError(f"StAdv left [0, 1]: {low} to {high}")
     largest = float(flow.abs().max())
-    assert largest <= bound + tolerance, f"StAdv left its budget: a displacement of {largest}, allowed {bound}"
+    if largest > bound + tolerance:
+        raise AssertionError(f"StAdv left its budget: a displacement of {largest}, allowed {bound}")
     off = float((adversarial - warp(images, flow)).abs().max())
-    assert off <= tolerance, f"the result is not the warped image: it is off by {off}"
+    if off > tolerance:
+        raise AssertionError(f"the result is not the warped image: it is off by {off}")
 
 
 def find_flow(

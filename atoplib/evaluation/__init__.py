@@ -16,7 +16,16 @@ from atoplib.evaluation.protocols import (
 from atoplib.evaluation.provenance import attacked_norms, differences, training_attack, training_costs
 from atoplib.evaluation.quality import Quality, purification_quality
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted, worst_case
-from atoplib.evaluation.versus import Comparison, Pairing, compare, comparison_table, pair, pairing_table, pairings
+from atoplib.evaluation.versus import (
+    Comparison,
+    Pairing,
+    compare,
+    comparison_table,
+    masked_gradients,
+    pair,
+    pairing_table,
+    pairings,
+)
 
 __all__ = [
     "CLEAN",
@@ -46,6 +55,7 @@ __all__ = [
     "judge_draws",
     "lee_kim_indices",
     "mask_surface",
+    "masked_gradients",
     "measure_cost",
     "noise_sweep",
     "pair",

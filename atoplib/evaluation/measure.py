@@ -1,7 +1,9 @@
 """Measure defences by a protocol: attack, judge, count; in pieces that survive an interruption."""
 
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from atoplib import __version__
 from atoplib.attacks import BPDA, check_attack
 from atoplib.attacks.suite import ATTACKS
 from atoplib.evaluation.protocols import UNSEEN, Budget, PlannedAttack, Protocol
@@ -91,8 +94,8 @@ def evaluate(
 
     Only attacks that see the whole defence say something about robustness; one that sees the classifier alone is made
     once and shown to every defence, but to a pipeline with another classifier the one that is made on its own; BPDA is for
-    pipelines that purify. Each piece (attack, target, seed, batch) has random
-    numbers of its own, so its result depends neither on the other pieces nor on an interruption.
+    pipelines that purify. Each piece (attack, target, seed, batch) has random numbers of its own, torch's global ones
+    included, so its result depends neither on the other pieces nor on an interruption.
 
     Args:
         defences: by name; any module in eval mode, images in [0, 1] -> logits. One with a method ``reseed(seed)``, as
@@ -141,6 +144,7 @@ def evaluate(
         "max_batch": max_batch,
         "attack_dtype": str(attack_dtype),
         "images_kept": keep_images,
+        "computed by": _computed_by(images.device),
     }
     store = Store(directory, identity)
     units = list(_units(protocol, tuple(defences), purifying, tuple(others), seeds, len(images), batch_size))
@@ -161,7 +165,7 @@ def evaluate(
                     model, chosen = targets[unit.target], settings[unit.label, unit.target]
                     model = BPDA(model) if unit.planned.sees == "bpda" else model
                     shown = _attack(unit, model, shown, truth, chosen, max_batch, report)
-            tensors = _verdicts(unit, shown, truth, defences, random, protocol.num_draws, max_batch)
+            tensors = _verdicts(unit, shown, truth, defences, random, _draws(unit.planned, protocol), max_batch)
             if keep_images:
                 tensors["adversarial"] = shown
             piece = tensors, time.monotonic() - started
@@ -188,6 +192,20 @@ def with_worst_unseen(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
     return found
 
 
+def _computed_by(device: torch.device) -> dict[str, str | int]:
+    """What rounds otherwise, or attacks otherwise, when it changes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {"atoplib": __version__, "torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block torch's global dice start from ``seed``: those of modules that have none of their own."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def _attack(
     unit: _Unit, model: nn.Module, images: Tensor, labels: Tensor, settings: Any, max_batch: int, report: Callable
 ) -> Tensor:
@@ -196,7 +214,13 @@ def _attack(
     reseed(model, seed)
     generator = torch.Generator(images.device).manual_seed(seed)
     function = ATTACKS[unit.planned.attack].function
-    return function(model, images, labels, settings, generator=generator, max_batch=max_batch, callback=report)
+    with _seeded(seed, images.device):
+        return function(model, images, labels, settings, generator=generator, max_batch=max_batch, callback=report)
+
+
+def _draws(planned: PlannedAttack | None, protocol: Protocol) -> int:
+    """Forward passes of each verdict after this attack on a random defence."""
+    return protocol.num_draws if planned is None or planned.num_draws is None else planned.num_draws
 
 
 def _alone(name: str) -> str:
@@ -247,11 +271,13 @@ def _verdicts(
     max_batch: int,
 ) -> dict[str, Tensor]:
     """Every defence's verdicts on the images shown, with dice that the attack has not seen."""
-    tensors = {}
+    tensors, seed = {}, verdict_seed(unit.seed, unit.batch)
     for name in unit.shown_to:
-        reseed(defences[name], verdict_seed(unit.seed, unit.batch))
+        reseed(defences[name], seed)
         draws = num_draws if random[name] else 1
-        right, average = judge_draws(draw_logits(defences[name], shown, num_draws=draws, max_batch=max_batch), labels)
+        with _seeded(seed, shown.device):
+            logits = draw_logits(defences[name], shown, num_draws=draws, max_batch=max_batch)
+        right, average = judge_draws(logits, labels)
         tensors |= {f"{name}/{verdict}": value for verdict, value in right.items()}
         tensors[f"{name}/average"] = average
     return tensors
@@ -269,7 +295,7 @@ def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, 
                 defence=name,
                 attack=CLEAN if planned is None else planned.label,
                 norm="" if planned is None else planned.norm,
-                draws=protocol.num_draws if random[name] else 1,
+                draws=_draws(planned, protocol) if random[name] else 1,
                 right={verdict: _joined(parts, f"{name}/{verdict}") for verdict in VERDICTS},
                 average=_joined(parts, f"{name}/average"),
                 seconds=sum(piece.seconds for piece in parts),

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from atoplib.attacks.bpda import HILL_VERDICT
 from atoplib.attacks.suite import ATTACKS
 from atoplib.verdicts import STANDING, Verdict
 
@@ -47,6 +48,7 @@ class PlannedAttack:
             transform and purifier), or ``classifier`` (made against the classifier alone, then shown to the defence).
         relative_step: the step size in units of eps; None leaves it to the attack.
         settings: the attack's other settings.
+        num_draws: forward passes of each verdict after it, in place of the protocol's; None: the protocol's.
     """
 
     label: str
@@ -55,8 +57,11 @@ class PlannedAttack:
     sees: str = "defence"
     relative_step: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    num_draws: int | None = None
 
     def __post_init__(self) -> None:
+        if self.num_draws is not None and self.num_draws < 1:
+            raise ValueError(f"num_draws must be at least 1 (or None: the protocol's), got {self.num_draws}")
         if self.attack not in ATTACKS:
             raise ValueError(f"unknown attack {self.attack!r}; allowed: {', '.join(ATTACKS)}")
         if self.norm not in ATTACKS[self.attack].norms:
@@ -163,7 +168,11 @@ def adjusted(
     numbers = {"steps": steps, "eot_samples": eot_samples, "queries": queries}
     wanted = {name: value for name, value in numbers.items() if value is not None}
     attacks = tuple(
-        replace(item, settings={**item.settings, **{name: wanted[name] for name in wanted if name in item.settings}})
+        replace(
+            item,
+            settings={**item.settings, **{name: wanted[name] for name in wanted if name in item.settings}},
+            num_draws=item.num_draws if num_draws is None else None,
+        )
         for item in protocol.attacks
     )
     changes = wanted | ({} if num_draws is None else {"num_draws": num_draws})
@@ -179,7 +188,14 @@ _HILL_STEP = 2 / 8  # Hill et al. 2021: 2/255 at eps 8/255
 
 
 def _white_box(
-    steps: int, *, auto_steps: int, bpda_steps: int, bpda_draws: int, flow_steps: int, queries: int
+    steps: int,
+    *,
+    auto_steps: int,
+    bpda_steps: int,
+    bpda_draws: int,
+    flow_steps: int,
+    queries: int,
+    bpda_verdict: int | None = None,
 ) -> tuple[PlannedAttack, ...]:
     """The attacks of ``strict``, as long as asked for; EOT 20 throughout, as published, but for BPDA."""
     from_the_image = {"steps": steps, "eot_samples": 20, "start": "clean", "stop_after": 5}
@@ -196,13 +212,16 @@ def _white_box(
             sees="bpda",
             relative_step=_HILL_STEP,
             settings={"steps": bpda_steps, "eot_samples": bpda_draws, "stop_after": 5},
+            num_draws=bpda_verdict,
         ),
         PlannedAttack("StAdv", "stadv", "flow", settings={"steps": flow_steps, "eot_samples": 20}),
         PlannedAttack("Square linf", "square", settings={"queries": queries, "eot_samples": 1}),
     )
 
 
-_STRICT = _white_box(200, auto_steps=100, bpda_steps=50, bpda_draws=15, flow_steps=100, queries=5000)
+_STRICT = _white_box(
+    200, auto_steps=100, bpda_steps=50, bpda_draws=15, flow_steps=100, queries=5000, bpda_verdict=HILL_VERDICT.num_draws
+)
 
 PROTOCOLS: dict[str, Protocol] = {
     item.name: item
@@ -246,7 +265,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "cpu",
-            "half as long as ``strict`` (Square a fifth) on 128 images; for 2 cores: about an hour for small models, in pieces",
+            "half as long as ``strict`` (Square a fifth), 128 images; for 2 cores, an hour for small models, in pieces",
             _white_box(100, auto_steps=50, bpda_steps=25, bpda_draws=15, flow_steps=50, queries=1000),
             num_images=128,
         ),

@@ -1,7 +1,7 @@
 """From the verdict on each image to the numbers of a table."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -107,6 +107,11 @@ class Score:
     def interval(self, verdict: str) -> tuple[float, float]:
         """The 95 % interval of any verdict."""
         return wilson_interval(getattr(self, verdict) * self.images, self.images)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields, and the interval of every verdict as ``VERDICT_low`` and ``VERDICT_high``."""
+        ends = {name: self.interval(name) for name in VERDICTS}
+        return asdict(self) | {f"{name}_{end}": ends[name][i] for name in VERDICTS for i, end in enumerate(("low", "high"))}
 
 
 def score(outcomes: Outcomes) -> Score:

@@ -13,6 +13,7 @@ from atoplib.checkpoints import write_atomically, write_json
 from atoplib.runs import read_json
 
 IDENTITY = "evaluation.json"
+PLAIN = (bool, int, float, str)
 
 
 class Store:
@@ -74,8 +75,14 @@ def tensor_fingerprint(tensor: Tensor) -> str:
 
 
 def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits of the SHA-256 of a module's structure (its printed form) and weights."""
+    """16 hex digits of the SHA-256 of a module's structure (its printed form), its weights, and the public numbers and texts
+    that its parts keep as attributes; but for the seed of its dice, which an evaluation sets.
+    """
     digest = hashlib.sha256(f"{type(model).__qualname__} {model!r}".encode())
+    for name, part in model.named_modules():
+        public = {key: value for key, value in vars(part).items() if not key.startswith("_") and key != "seed"}
+        own = sorted((key, value) for key, value in public.items() if isinstance(value, PLAIN))
+        digest.update(f"{name} {own!r}".encode())
     for name, tensor in model.state_dict().items():
         if isinstance(tensor, Tensor):
             digest.update(f"{name} {tensor_fingerprint(tensor)}".encode())

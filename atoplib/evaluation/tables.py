@@ -3,7 +3,7 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +63,10 @@ def verdict_table(scores: Sequence[Score]) -> str:
     return f"{table}\n\nAccuracy in %, one-shot with its 95 % Wilson interval; N = {draws} draws for a random defence."
 
 
-def latex_table(scores: Sequence[Score], *, caption: str, published: Sequence[Published] = ()) -> str:
-    """A LaTeX ``table``: rows defences, columns attacks, one-shot accuracy in % with its interval; published rows below."""
+def latex_table(
+    scores: Sequence[Score], *, caption: str, published: Sequence[Published] = (), verdict: str = "one_shot"
+) -> str:
+    """A LaTeX ``table``: rows defences, columns attacks, accuracy by ``verdict`` in % with its interval; published below."""
     attacks = list(dict.fromkeys(item.attack for item in scores))
     cells = {(item.defence, item.attack): item for item in scores}
     lines = [
@@ -80,7 +82,11 @@ def latex_table(scores: Sequence[Score], *, caption: str, published: Sequence[Pu
         row = [escape(defence)]
         for attack in attacks:
             item = cells.get((defence, attack))
-            row.append("--" if item is None else f"{100 * item.one_shot:.1f} [{100 * item.low:.1f}, {100 * item.high:.1f}]")
+            if item is None:
+                row.append("--")
+                continue
+            low, high = item.interval(verdict)
+            row.append(f"{100 * getattr(item, verdict):.1f} [{100 * low:.1f}, {100 * high:.1f}]")
         lines.append(" & ".join(row) + r" \\")
     lines += [r"\hline", r"\end{tabular}"]
     if published:
@@ -90,6 +96,15 @@ def latex_table(scores: Sequence[Score], *, caption: str, published: Sequence[Pu
             lines.append(f"{escape(item.defence)} & {clean} & {item.robust:.2f} & {escape(item.protocol)} " + r"\\")
         lines += [r"\hline", r"\end{tabular}"]
     return "\n".join([*lines, r"\end{table}"]) + "\n"
+
+
+def latex_tables(scores: Sequence[Score], *, caption: str, published: Sequence[Published] = ()) -> str:
+    """``latex_table`` one-shot; where a defence is random, one more for each other verdict."""
+    draws = max((item.draws for item in scores), default=1)
+    others = [name for name in VERDICTS if name != "one_shot"] if draws > 1 else []
+    first = latex_table(scores, caption=f"{caption}; one draw" if others else caption, published=published)
+    more = [latex_table(scores, caption=f"{caption}; {HEADINGS[name]}, N = {draws}", verdict=name) for name in others]
+    return "\n".join([first, *more])
 
 
 def published_table(published: Sequence[Published] = PUBLISHED) -> str:
@@ -109,7 +124,8 @@ def escape(text: str) -> str:
 
 def scores_csv(scores: Sequence[Score]) -> str:
     """A line for each defence and attack, shares in [0, 1]."""
-    return _csv([item.name for item in fields(Score)], (asdict(item).values() for item in scores))
+    rows = [item.as_dict() for item in scores]
+    return _csv(list(rows[0]) if rows else [], (row.values() for row in rows))
 
 
 def images_csv(outcomes: Sequence[Outcomes], labels: Tensor, indices: Tensor | None = None) -> str:
@@ -148,7 +164,7 @@ def write_results(
     """
     content = {
         "caption": caption,
-        "scores": [asdict(item) for item in scores],
+        "scores": [item.as_dict() for item in scores],
         "indices": None if indices is None else indices.tolist(),
         "published": [asdict(item) for item in published],
         **(facts or {}),
@@ -160,7 +176,7 @@ def write_results(
         "scores.csv": scores_csv(scores),
         "images.csv": images_csv(outcomes, labels, indices),
         "table.md": "\n".join(markdown) + "\n",
-        "table.tex": latex_table(scores, caption=caption, published=published),
+        "table.tex": latex_tables(scores, caption=caption, published=published),
     }
     for name, text in texts.items():
         write_atomically(directory / name, lambda part, text=text: part.write_text(text, newline=""))

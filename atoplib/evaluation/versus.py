@@ -7,7 +7,8 @@ from jaxtyping import Bool
 from scipy.special import bdtr, bdtrc
 from torch import Tensor
 
-from atoplib.evaluation.scores import Outcomes
+from atoplib.evaluation.protocols import PlannedAttack, Protocol
+from atoplib.evaluation.scores import Outcomes, worst_case
 
 SIGNIFICANCE = 0.05
 
@@ -144,3 +145,39 @@ def pairing_table(found: Sequence[Pairing]) -> str:
     lines = [f"| only {found[0].first} : only ... | {' | '.join(rivals)} |", "|---|" + "---:|" * len(rivals)]
     lines += [f"| {attack} | {' | '.join(cells.get((attack, rival), '') for rival in rivals)} |" for attack in attacks]
     return "\n".join(lines)
+
+
+GRADIENT_FREE = ("square", "spsa")
+
+
+def masked_gradients(outcomes: Sequence[Outcomes], protocol: Protocol) -> list[str]:
+    """A sentence for each attack that should be weaker and finds significantly more errors: one that sees the classifier
+    alone, takes the identity for a gradient (BPDA), or sees no gradient at all, against the attacks of the same norm that
+    differentiate through the whole defence, together, by a majority of the draws. None: no sign of masked gradients here,
+    which is less than ``masking.masking_checklist`` asks.
+
+    Args:
+        outcomes: of ``evaluate`` by this ``protocol``.
+
+    Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019.
+    """
+    planned = {item.label: item for item in protocol.attacks}
+
+    def weaker(item: PlannedAttack) -> bool:
+        return item.sees != "defence" or item.attack in GRADIENT_FREE
+
+    sentences = []
+    for defence in dict.fromkeys(item.defence for item in outcomes):
+        met = [item for item in outcomes if item.defence == defence and item.attack in planned]
+        for challenger in (item for item in met if weaker(planned[item.attack])):
+            white_box = [i for i in met if not weaker(planned[i.attack]) and i.norm == challenger.norm]
+            if not white_box:
+                continue
+            ours, theirs = worst_case(white_box, "white-box").right["majority"], challenger.right["majority"]
+            found = compare(challenger.attack, theirs[0], ours[0])
+            if found.beaten:
+                sentences.append(
+                    f"{defence}: {challenger.attack} breaks {found.only_challenger} images that the white-box attacks miss, "
+                    f"which break {found.only_incumbent} that it misses (p {found.p_value:.2g}): gradients may be masked"
+                )
+    return sentences
