@@ -182,7 +182,7 @@ def test_a_further_purifier_costs_what_its_kind_of_training_costs():
     "name, before, small",
     [
         ("compare", "01_train_classifier", {"batch_size": 4}),
-        ("reproduce", "01_train_classifier", {"batch_size": 4}),
+        ("reproduce", "robust", {"batch_size": 4}),
         ("cifar10", "robust", {}),  # whose fine-tuning ends after a number of steps, so that their size matters
     ],
 )

@@ -451,6 +451,7 @@ def test_bad_input_is_refused(images, labels, settings, message):
 
 def test_the_attack_may_compute_in_bfloat16_but_the_verdict_is_float32():
     classifier, seen = linear(), {True: set(), False: set()}
+
     def see(_module, _inputs, output):
         if len(output) > 1:  # of one image only the form of its logits is looked at
             seen[torch.is_grad_enabled()].add(output.dtype)

@@ -1,8 +1,12 @@
 """The weights that come with the kit are what their headers say."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
+import atoplib
 from atoplib import data
 from atoplib.checkpoints import read_header, save_checkpoint
 from atoplib.classifiers import build_classifier
@@ -111,3 +115,10 @@ def test_prepared_for_attacks_the_weights_give_the_same_logits_and_gradients(dat
         torch.autograd.grad(logits.logsumexp(1).sum(), x) for logits, x in [(expected, first), (result, second)]
     )
     assert (found - gradient).abs().max() < 1e-9 * gradient.abs().max()
+
+
+def test_one_line_gives_a_working_pipeline_and_the_package_alone_imports_no_torch():
+    line = "import atoplib, sys; assert 'torch' not in sys.modules; print(atoplib.load_pretrained('mnist', 'atop').training)"
+    assert subprocess.run([sys.executable, "-c", line], check=True, capture_output=True, text=True).stdout == "False\n"
+    with pytest.raises(AttributeError, match="module 'atoplib' has no attribute 'load_all'"):
+        getattr(atoplib, "load_all")  # noqa: B009
