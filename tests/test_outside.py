@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from atoplib import data
 from atoplib.attacks import PGDSettings, check_budget, pgd
 from atoplib.attacks.foreign import ForeignSettings, MeanLogits, torchattacks_attack
-from atoplib.evaluation import compare
+from atoplib.evaluation import PROTOCOLS, Budget, adjusted, compare, evaluate
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
 from atoplib.verdicts import Verdict, judge, reseed
@@ -145,3 +145,63 @@ def test_no_outsider_beats_pgd_at_an_equal_budget(library, norm, kind, models, o
     found = compare(library, standing, ours[kind, norm])
     assert not found.beaten, found
     assert abs(int(standing.sum()) - int(ours[kind, norm].sum())) < 0.15 * IMAGES, "the budgets are not equal"
+
+
+@pytest.fixture(scope="module")
+def printed(models, digits):
+    """The standing images behind the number that notebook 4 prints by default: protocol ``demo`` with its own step size."""
+    protocol = adjusted(PROTOCOLS["demo"], steps=2 * STEPS, eot_samples=DRAWS, num_draws=VOTE.num_draws)
+    pipeline, _ = models["random"]
+    eps, _ = BUDGETS["linf"]
+    found = evaluate({"it": pipeline}, *digits[2:], protocol, Budget(eps, 1.0), classifier=pipeline.classifier)
+    (white_box,) = (item for item in found.outcomes if item.attack == "white-box")
+    return white_box.right["majority"][0]
+
+
+def by_original_autoattack(model, images, labels, eps):
+    pyautoattack = pytest.importorskip("pyautoattack")
+    original = pyautoattack.AutoAttack(model, eps=eps, norm="Linf", seed=0, version="rand", device="cpu")
+    original.apgd.n_iter, original.apgd.eot_iter = STEPS, DRAWS
+    return original.run_standard_evaluation(images, labels, batch_size=IMAGES)[0]
+
+
+def by_foreign(name, **options):
+    def attack(model, images, labels, eps):
+        settings = ForeignSettings(name, eps, "linf", DRAWS, options)
+        return torchattacks_attack(model, images, labels, settings, generator=torch.Generator().manual_seed(2))
+
+    return attack
+
+
+CHALLENGERS = {
+    "the original AutoAttack, rand": by_original_autoattack,
+    "PGD, small steps": by_foreign("PGD", steps=2 * STEPS, alpha=0.015),
+    "PGD, steps of eps": by_foreign("PGD", steps=2 * STEPS, alpha=0.15),
+    "momentum": by_foreign("MIFGSM", steps=2 * STEPS, alpha=0.05),
+    "Square": by_foreign("Square", n_queries=100),
+}
+
+
+@pytest.mark.parametrize("name", CHALLENGERS)
+def test_no_outsider_finds_significantly_more_errors_than_the_number_that_is_printed(name, models, digits, printed):
+    pipeline, _ = models["random"]
+    images, labels = digits[2:]
+    eps, _ = BUDGETS["linf"]
+    reseed(pipeline, 0)
+    torch.manual_seed(0)
+    result = CHALLENGERS[name](pipeline, images, labels, eps).detach()
+    check_budget(result, images, eps, "linf", tolerance=1e-5)
+    reseed(pipeline, 2)
+    standing = judge(pipeline, result, labels, VOTE)
+    assert 0.02 < printed.float().mean() < 0.8, "a test with nothing to win or lose"
+    assert not compare(name, standing, printed).beaten, (int(standing.sum()), int(printed.sum()))
+
+
+def test_an_attack_with_the_small_steps_of_old_would_lose(models, digits, printed):
+    """The mistake that this kit has made once: the test above must be able to see one like it."""
+    pipeline, _ = models["random"]
+    images, labels = digits[2:]
+    reseed(pipeline, 0)
+    weak = pgd(pipeline, images, labels, PGDSettings(BUDGETS["linf"][0], steps=5, alpha=0.01, eot_samples=1))
+    reseed(pipeline, 2)
+    assert compare("ours", printed, judge(pipeline, weak, labels, VOTE)).beaten

@@ -1,14 +1,7 @@
 """An attack that knows AToP from within: its draws, its purifier's output, its bare classifier.
 
-Measured on the defence of the recipe ``mnist``: 100 digits, l_inf 0.3, 40 steps with 10 draws, mean accuracy over 20 fresh
-draws. Plain PGD + EOT leaves 26.4 %. The turns differ from it, in points, with 95 % intervals over the paired images, by
-
-    draws fixed for 5 steps -1.2 +- 1.3, for the whole attack -0.2 +- 1.5
-    margin +2.2 +- 3.4, cross-entropy and margin +2.0 +- 3.3
-    cross-entropy and 10 x distance +1.9 +- 1.9, distance alone +62.9 +- 8.0
-    40 warm steps on the classifier, then half the steps +6.1 +- 3.8
-
-None beats it beyond chance there. Another defence may be weaker to one of them, which is why they are a choice.
+On the defence of the recipe ``mnist`` none of its turns beats PGD + EOT beyond chance (``benchmarks/adaptive_attacks.py``;
+the table stands in docs/experiments.md): they are a choice because another defence may be weaker to one of them.
 """
 
 from contextlib import nullcontext
