@@ -1,7 +1,10 @@
 """The weights that come with the kit are what their headers say."""
 
+import json
 import subprocess
 import sys
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -122,3 +125,18 @@ def test_one_line_gives_a_working_pipeline_and_the_package_alone_imports_no_torc
     assert subprocess.run([sys.executable, "-c", line], check=True, capture_output=True, text=True).stdout == "False\n"
     with pytest.raises(AttributeError, match="module 'atoplib' has no attribute 'load_all'"):
         getattr(atoplib, "load_all")  # noqa: B009
+
+
+def waves():
+    """Two pictures that need no data set and no dice."""
+    angles = torch.arange(2 * 3 * 32 * 32, dtype=torch.float64) * 0.37
+    return (0.5 + 0.5 * torch.sin(angles)).float().view(2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("dataset, defence", [(name, defence) for name, found in available().items() for defence in found])
+def test_the_weights_are_those_that_were_measured(dataset, defence):
+    """What each makes of two pictures, noted when its header's numbers were: data sets are not at hand everywhere."""
+    noted = json.loads((Path(__file__).parent / "data" / "pretrained_logits.json").read_text())[f"{dataset}-{defence}"]
+    model = load_pretrained(dataset, defence)
+    with torch.no_grad(), model.fixed_draws(0) if hasattr(model, "fixed_draws") else nullcontext():
+        torch.testing.assert_close(model(waves()), torch.tensor(noted), rtol=1e-2, atol=1e-2)
