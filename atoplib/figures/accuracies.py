@@ -83,7 +83,7 @@ def accuracy_bars(table: Iterable[Any], *, chance: float | None = None, title: s
                     ha="center",
                     va="bottom",
                     **words(),
-                    path_effects=[withStroke(linewidth=2.5, foreground="white")],  # the line of chance may pass behind it
+                    path_effects=[withStroke(linewidth=5, foreground="white")],  # the line of chance may pass behind it
                 )
         if chance is not None:
             handles[f"chance, {100 * chance:.3g} %"] = axes.axhline(
