@@ -171,7 +171,7 @@ def test_reseeding_reaches_a_model_that_has_dice_and_leaves_others_alone():
 
 
 def test_verdicts_are_float32_whatever_an_attack_computes_in():
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         found = draw_logits(model, images_of(2))[0]
         assert model(images_of(2)).dtype == torch.bfloat16
