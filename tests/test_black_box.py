@@ -431,3 +431,12 @@ def test_held_dice_let_a_search_see_through_the_noise(name, effort):
         pipeline.reseed(3)
         share[type(model)] = float((draw_logits(pipeline, found, num_draws=20).argmax(dim=2) == labels).float().mean())
     assert share[AToPPipeline] < share[Hidden] - 0.05, share
+
+
+def test_held_draws_are_the_same_for_two_calls_and_others_in_every_part():
+    pipeline, drawn = wobbly(), []
+    pipeline.register_forward_hook(lambda _module, _inputs, logits: drawn.append(logits.clone()))
+    images, labels = images_of(1).expand(6, -1, -1, -1), torch.zeros(6, dtype=torch.int64)
+    first, again = (mean_margin(pipeline, images, labels, eot_samples=2, max_batch=6, seed=5) for _ in range(2))
+    assert torch.equal(first, again) and len(drawn) == 4
+    assert len(torch.cat(drawn[:2]).unique(dim=0)) == 12, "one image, six times, in two parts: every draw another"

@@ -384,7 +384,7 @@ def test_noise_must_be_above_0():
 
 @pytest.mark.parametrize("average", ["images", "logits"])
 def test_a_pipeline_that_averages_k_draws_is_certified_with_a_kth_of_the_noise_s_energy(average):
-    """It reads k noises, so a perturbation counts k times: against the closed form of a linear classifier."""
+    """It reads k noises, and so k times a perturbation, which together is sqrt(k) times as long."""
     plain = pipeline_of()
     averaged = AveragedPipeline(plain.transform, plain.purifier, plain.classifier, copies=4, average=average).eval()
     assert input_noise(averaged) == pytest.approx(input_noise(plain) / 2)

@@ -1,6 +1,5 @@
 """SPSA: a gradient estimated from pairs of values, through logits alone."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.norms import check_ball, project
 from atoplib.attacks.pgd import StepCallback
-from atoplib.attacks.queries import mean_margin, still_standing
+from atoplib.attacks.queries import can_hold, mean_margin, new_seed, still_standing
 from atoplib.verdicts import STANDING, Verdict
 
 
@@ -117,20 +116,17 @@ def estimate_gradient(
     same dice where a model's can be held (``fixed_draws``): else the noise would drown the difference.
     """
     pairs = settings.samples // 2
-    held = hasattr(model, "fixed_draws")
     gradient = torch.zeros_like(images)
     total = torch.zeros(len(images), device=images.device)
     index = torch.arange(pairs * len(images), device=images.device) % len(images)
     for part in index.split(max_batch):
         signs = torch.randint(2, (len(part), *images.shape[1:]), generator=generator, device=images.device) * 2.0 - 1
-        seed = int(torch.randint(2**31, (), generator=generator, device=images.device)) if held else 0
-
-        def side(sign: int, part: Tensor = part, signs: Tensor = signs, seed: int = seed) -> Tensor:
-            probes = (images[part] + sign * settings.delta * signs).clamp(0, 1)
-            with model.fixed_draws(seed) if held else nullcontext():
-                return mean_margin(model, probes, labels[part], eot_samples=settings.eot_samples, max_batch=max_batch)
-
-        above, below = side(1), side(-1)
+        seed = new_seed(generator, images.device) if can_hold(model) else None
+        how = {"eot_samples": settings.eot_samples, "max_batch": max_batch, "seed": seed}
+        above, below = (
+            mean_margin(model, (images[part] + step * signs).clamp(0, 1), labels[part], **how)
+            for step in (settings.delta, -settings.delta)
+        )
         slope = (above - below) / (2 * settings.delta)
         gradient.index_add_(0, part, slope.view(-1, 1, 1, 1) * signs)
         total.index_add_(0, part, (above + below) / 2)

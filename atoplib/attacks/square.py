@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.norms import check_ball
 from atoplib.attacks.pgd import StepCallback
-from atoplib.attacks.queries import mean_margin, still_standing
+from atoplib.attacks.queries import can_hold, mean_margin, new_seed, still_standing
 from atoplib.verdicts import STANDING, Verdict, is_random
 
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -92,19 +92,20 @@ def square(
     Source: Andriushchenko et al. 2020, algorithms 1 to 3.
     """
     check_attack(model, images, labels)
-    random = settings.ask_again > 0 and is_random(model, images, max_batch=max_batch)
+    random = (settings.ask_again > 0 or can_hold(model)) and is_random(model, images, max_batch=max_batch)
+    held = random and can_hold(model)
     first, propose = (_stripes, _squares) if settings.norm == "linf" else (_tiles, _pairs)
 
-    def value(points: Tensor, targets: Tensor) -> Tensor:
-        return mean_margin(model, points, targets, eot_samples=settings.eot_samples, max_batch=max_batch)
+    def value(points: Tensor, targets: Tensor, seed: int | None = None) -> Tensor:
+        how = {"eot_samples": settings.eot_samples, "max_batch": max_batch, "seed": seed}
+        return mean_margin(model, points, targets, **how)
 
-    held = random and hasattr(model, "fixed_draws")
     adversarial = images.detach().clone()
     margins = torch.full((len(images),), -torch.inf, device=images.device)
     active = torch.arange(len(images), device=images.device)
     for query in range(1, settings.queries + 1):
         points, origin, targets = adversarial[active], images[active], labels[active]
-        if random and not held and query % settings.ask_again == 0:
+        if random and not held and settings.ask_again and query % settings.ask_again == 0:
             margins[active] = value(points, targets)
         if query == 1:
             candidates = origin  # what is misread as it is needs no attack
@@ -114,11 +115,8 @@ def square(
             share = share_of_pixels(query, settings)
             candidates = propose(points, origin, settings.eps, share, generator)
         if held and query > 2:
-            seed = int(torch.randint(2**31, (), generator=generator, device=images.device))
-            with model.fixed_draws(seed):
-                found = value(candidates, targets)
-            with model.fixed_draws(seed):
-                margins[active] = value(points, targets)
+            seed = new_seed(generator, images.device)
+            found, margins[active] = value(candidates, targets, seed), value(points, targets, seed)
         else:
             found = value(candidates, targets)
         better = found > margins[active] if query != 2 else torch.ones_like(targets, dtype=torch.bool)

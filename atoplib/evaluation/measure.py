@@ -1,6 +1,5 @@
 """Measure defences by a protocol: attack, judge, count; in pieces that survive an interruption."""
 
-import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -144,7 +143,7 @@ def evaluate(
         "max_batch": max_batch,
         "attack_dtype": str(attack_dtype),
         "images_kept": keep_images,
-        "computed by": _computed_by(images.device),
+        "versions": {"atoplib": __version__, "torch": torch.__version__},  # another device only rounds otherwise
     }
     store = Store(directory, identity)
     units = list(_units(protocol, tuple(defences), purifying, tuple(others), seeds, len(images), batch_size))
@@ -190,12 +189,6 @@ def with_worst_unseen(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
         last = len(own) - (own[-1].attack == WORST)
         found += [*own[:last], *worst, *own[last:]]
     return found
-
-
-def _computed_by(device: torch.device) -> dict[str, str | int]:
-    """What rounds otherwise, or attacks otherwise, when it changes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    return {"atoplib": __version__, "torch": torch.__version__, "device": name, "threads": torch.get_num_threads()}
 
 
 @contextmanager
