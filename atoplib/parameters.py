@@ -45,6 +45,8 @@ MADE_BY = {
     "atop": ("03_finetune_atop", "purifier"),
 }
 """The notebook that makes a defence, and the name of the checkpoint in its run."""
+LATEST = {"undefended": {"adversarial": False, "purifier_run": ""}, "at": {"adversarial": True, "purifier_run": ""}}
+"""What of a run of notebook 1 is meant by ``latest``: it reads images as they are."""
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -274,6 +276,8 @@ class TrainClassifier(Training):
     Attributes:
         start_run: the classifier whose weights the training starts from: a run of this experiment by name, a path, or
             ``pretrained``; "" starts from fresh ones.
+        purifier_run: the pre-trained purifier, named likewise, through which the classifier reads every image, attacked
+            ones, too; "" has it read images as they are.
     """
 
     STAGE = "01_train_classifier"
@@ -281,6 +285,7 @@ class TrainClassifier(Training):
     classifier: str = "small_resnet"
     classifier_options: dict = field(default_factory=lambda: {"width": 8, "stem_stride": 2})
     start_run: str = from_run(STAGE, default="")
+    purifier_run: str = from_run("02_pretrain_purifier", default="")
     label_smoothing: float = 0.1
     adversarial: bool = False
     eps: float = 0.3
@@ -439,8 +444,7 @@ class Attacking(Parameters):
         parameter = "classifier_run" if defence == "undefended" else f"{defence}_run"
         # not every notebook says which AT; classifier_run names the one that the purifiers stand before
         which = getattr(self, parameter, "latest" if self.kit(self.classifier_run) is None else self.classifier_run)
-        wanted = {"undefended": {"adversarial": False}, "at": {"adversarial": True}}.get(defence, {})
-        return self.checkpoint(which, defence, **wanted)
+        return self.checkpoint(which, defence, **LATEST.get(defence, {}))
 
     def classifier_of(self, defence: str) -> Path:
         """The checkpoint of the classifier that a defence stands before: AP's is the undefended one, AToP's the one that

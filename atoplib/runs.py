@@ -286,9 +286,10 @@ def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: 
         raise FileNotFoundError(f"there is no run {which!r} in {experiment_dir}, nor at that path; give 'latest' or a name")
     for path in reversed(finished_runs(experiment_dir, stage)):
         parameters = read_json(path / "parameters.json") or {}
-        if all(parameters.get(name) == value for name, value in wanted.items()):
+        # what an older run did not know yet it did not do: False, or ""
+        if all(parameters.get(name, type(value)()) == value for name, value in wanted.items()):
             return path
-    conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items())
+    conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items() if value != "")
     raise FileNotFoundError(
         f"{experiment_dir} holds no complete run of {stage}{conditions}: run the notebook {stage}.ipynb first, with the "
         f"same experiment and smoke"

@@ -17,7 +17,8 @@ from atoplib.checkpoints import load_built, load_checkpoint, save_checkpoint, wr
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Dataset, channel_statistics, fingerprint
 from atoplib.flops import training_total
-from atoplib.parameters import FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier, Training
+from atoplib.front import load_front
+from atoplib.parameters import LATEST, FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier, Training
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import ProgressLine
 from atoplib.purifiers import PatchDiscriminator, build_purifier, load_deepfill_weights
@@ -54,6 +55,7 @@ class Stage:
         warmup_epochs: until every term of the loss applies.
         validate: whether test images are read after every epoch.
         own: whether a network was given that the parameters do not describe.
+        front: what the result reads images through, if it does.
     """
 
     title: str
@@ -68,6 +70,7 @@ class Stage:
     warmup_epochs: float = 0.0
     validate: bool = False
     own: bool = False
+    front: nn.Module | None = None
 
     @property
     def result(self) -> nn.Module:
@@ -92,7 +95,8 @@ class Trained(NamedTuple):
 
 
 def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Module | None = None) -> Stage:
-    """Notebook 1: the classifier, from the weights of ``start_run`` or fresh ones by the seed, unless one is given.
+    """Notebook 1: the classifier, from the weights of ``start_run`` or fresh ones by the seed, unless one is given; it reads
+    images as they are, or what the purifier of ``purifier_run`` makes of them.
 
     Raises:
         ValueError: if the classifier of ``start_run`` is not of the architecture and classes that are asked for.
@@ -118,18 +122,24 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
     else:
         network = build_classifier(p.classifier, **options)
     network = network.to(p.torch_device, memory_format=torch.channels_last)
+    front, facts = None, {"classes": dataset.classes}
+    if p.purifier_run:
+        inputs["purifier"] = p.checkpoint(p.purifier_run, "ap")
+        front = load_front(inputs["purifier"], device=p.torch_device, seed=p.seed)
+        facts["reads_through"] = inputs["purifier"].parent.name if p.purifier_run == "latest" else p.purifier_run
     return Stage(
         "training the classifier",
         {"classifier": network},
-        classifier_step(network, label_smoothing=p.label_smoothing, attack=p.attack),
-        network,
+        classifier_step(network, label_smoothing=p.label_smoothing, attack=p.attack, front=front),
+        network if front is None else nn.Sequential(front, network),
         p.classifier,
         options,
-        {"classes": dataset.classes},
+        facts,
         inputs,
         before,
         validate=True,
         own=classifier is not None,
+        front=front,
     )
 
 
@@ -137,7 +147,7 @@ def frozen_classifier(p: PurifierTraining) -> tuple[nn.Module, Mapping[str, Any]
     """The classifier that a purifier is trained for, the header of its checkpoint, and its path; FileNotFoundError says what
     to run first.
     """
-    path = p.checkpoint(p.classifier_run, "undefended", adversarial=False)
+    path = p.checkpoint(p.classifier_run, "undefended", **LATEST["undefended"])
     return *load_checkpoint(path, kind="classifier", device=p.torch_device), path
 
 
@@ -305,7 +315,8 @@ def fit_stage(p: Training, stage: Stage, dataset: Dataset, run: Run, share: Shar
     """Train a stage's networks, going on from the state in the run's directory; returns the history."""
 
     def validate(model: nn.Module) -> dict[str, float]:
-        return {"test_accuracy": accuracy(model, dataset.test)}
+        reader = model if stage.front is None else nn.Sequential(stage.front, model)
+        return {"test_accuracy": accuracy(reader, dataset.test)}
 
     def keep(model: nn.Module, epoch: int) -> None:
         if epoch % p.keep_every == 0:

@@ -6,7 +6,7 @@ from math import sqrt
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 Model = Callable[[Tensor], Tensor]
@@ -141,9 +141,10 @@ def is_random(model: Model, images: Float[Tensor, "batch 3 height width"], *, ma
 
 
 def reseed(model: Model, seed: int) -> None:
-    """Start the dice of a random model anew, where it has any of its own (a method ``reseed``, as ``AToPPipeline``)."""
-    if hasattr(model, "reseed"):
-        model.reseed(seed)
+    """Start the dice of a random model anew, where it or a part of it has any (a method ``reseed``, as ``AToPPipeline``)."""
+    for part in model.modules() if isinstance(model, nn.Module) else (model,):
+        if hasattr(part, "reseed"):
+            part.reseed(seed)
 
 
 def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:

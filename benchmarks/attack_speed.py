@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from atoplib import data, runs
 from atoplib.attacks import PGDSettings, pgd
 from atoplib.checkpoints import load_checkpoint
+from atoplib.parameters import LATEST
 from atoplib.pipeline import AToPPipeline, for_attacks, load_pipeline
 from atoplib.pretrained import load_pretrained
 from atoplib.training import compute_dtype
@@ -63,7 +64,7 @@ def load(experiment: Path | str, device: torch.device, *, fast: bool) -> AToPPip
     if known != str(experiment):
         pipeline = load_pretrained(known, "atop", device=device)
     else:
-        trained = runs.find_run(Path(experiment), "01_train_classifier", adversarial=False)
+        trained = runs.find_run(Path(experiment), "01_train_classifier", **LATEST["undefended"])
         tuned = runs.find_run(Path(experiment), "03_finetune_atop")
         classifier, _ = load_checkpoint(trained / "classifier.safetensors", kind="classifier", device=device)
         pipeline = load_pipeline(tuned / "purifier.safetensors", classifier, device=device)

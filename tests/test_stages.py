@@ -16,7 +16,10 @@ from atoplib.defences import load_classifier, load_pipelines
 from atoplib.evaluation import training_costs
 from atoplib.flops import training_total
 from atoplib.parameters import Attack, FinetuneAtop, PretrainPurifier, TrainClassifier
+from atoplib.pipeline import load_pipeline
 from atoplib.runs import run_name
+from atoplib.training import accuracy
+from atoplib.verdicts import reseed
 
 SMALL = {
     "max_train": 64,
@@ -98,6 +101,28 @@ def test_atop_stands_before_the_classifier_that_it_was_tuned_for(tmp_path):
     shutil.rmtree(robust.run.path)
     with pytest.raises(FileNotFoundError, match="does not hold any more; name another by atop_classifier_run"):
         asked.classifier_of("atop")
+
+
+def test_a_classifier_learns_to_read_what_the_purifier_of_another_run_makes_of_images(tmp_path):
+    plain = train(parameters(tmp_path))
+    shared = {"workspace": str(tmp_path), "max_train": 32, "max_test": 8, "batch_size": 16, "max_steps": 1}
+    dataset = load_dataset("mnist5k", data_dir=tmp_path, max_train=32, max_test=8)
+    p = PretrainPurifier(purifier_options={"width": 4, "blocks": 0}, **shared)
+    purifier = stages.train(p, stages.pretraining_stage(p, dataset), dataset).run.path
+    asked = {"start_run": plain.run.path.name, "purifier_run": "latest", "learning_rate": 1e-12}
+    seeing = train(parameters(tmp_path, **asked))
+    path = seeing.run.path / "classifier.safetensors"
+    classifier, header = load_checkpoint(path, kind="classifier")
+    assert header["reads_through"] == purifier.name
+    assert seeing.train_flops > plain.train_flops, "the purifier's passes count"
+    manifest = json.loads((seeing.run.path / "manifest.json").read_text())
+    assert manifest["inputs"]["purifier"]["file"] == f"{purifier.name}/purifier.safetensors"
+    pipeline = load_pipeline(purifier / "purifier.safetensors", classifier)
+    test = load_dataset("mnist5k", data_dir=tmp_path, max_train=64, max_test=20).test
+    reseed(pipeline, 0)
+    assert seeing.test_accuracy == seeing.history[-1]["test_accuracy"] == accuracy(pipeline, test)
+    notebook = Attack(workspace=str(tmp_path))
+    assert notebook.weights("undefended").parent == plain.run.path, "latest is a classifier that reads images as they are"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from atoplib.checkpoints import CheckpointError, load_state
 from atoplib.classifiers import build_classifier
 from atoplib.data import Split, fingerprint, to_float
 from atoplib.flops import count_flops
+from atoplib.front import Front
 from atoplib.losses import Objective
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import PatchDiscriminator, build_purifier
@@ -632,6 +633,30 @@ def test_label_smoothing_is_the_one_asked_for(split):
         by_hand = -((1 - smoothing) * right + smoothing * logs.mean())
         assert losses[smoothing] == pytest.approx(by_hand.item(), rel=1e-4)
     assert losses[0.0] != losses[0.2]
+
+
+@pytest.mark.parametrize("attack", [None, PGDSettings(0.1, steps=2)], ids=["clean", "attacked"])
+def test_a_classifier_behind_a_front_is_attacked_and_trained_on_one_draw_of_it(split, attack):
+    front, classifier, seen = Front(tiny_pipeline()), Recorder().train(), []
+    purify = front.pipeline.purify
+    front.pipeline.purify = lambda images, draw: seen.append((images.detach().clone(), draw)) or purify(images, draw)
+    before = [weight.clone() for weight in front.parameters()]
+    step = classifier_step(classifier, attack=attack, front=front)
+    for batch in (batch_of(split), batch_of(split)._replace(generator=torch.Generator().manual_seed(6))):
+        step(batch, Updater({"classifier": classifier}, SETTINGS))
+    half = len(seen) // 2
+    assert half == (3 if attack else 1) and all(draw is seen[0][1] for _, draw in seen[:half])
+    assert not torch.equal(seen[0][1].noise, seen[half][1].noise), "another step throws other dice"
+    moved = float((seen[half - 1][0] - batch.images).abs().max())
+    assert moved == 0 if attack is None else 0.01 < moved <= 0.1 + 1e-6
+    for (images, draw), (_, read) in zip(seen, classifier.calls, strict=True):
+        assert torch.equal(purify(images, draw), read)
+    assert all(torch.equal(a, b) for a, b in zip(before, front.parameters(), strict=True))
+
+
+def test_a_front_and_an_attack_over_several_draws_are_refused():
+    with pytest.raises(ValueError, match="eot_samples must be 1, got 2"):
+        classifier_step(tiny_classifier(), attack=PGDSettings(0.1, eot_samples=2), front=Front(tiny_pipeline()))
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])

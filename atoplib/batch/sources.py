@@ -1,7 +1,7 @@
 """What code a notebook's numbers depend on, as a hash: its own cells, and every definition that they reach in atoplib.
 
 Definitions are followed one by one, so that a new attack, or a new parameter of another notebook, repeats no training.
-Comments, docstrings and layout do not count, nor do the modules that only show or keep results.
+Comments, docstrings and layout do not count, nor do the modules that only show or keep results, or use another run's.
 """
 
 import ast
@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parent.parent
 ONLY_SHOWN = ("batch", "drawing", "figures", "heatmaps", "progress", "runs")
+ANOTHER_RUNS = ("front",)  # uses what another run has trained, in whose name its code counts already
 BLOCKS = ("body", "orelse", "finalbody")
 PARSING = Lock()  # runs are noted by threads, and early releases of Python 3.11 cannot parse in two at once
 
@@ -67,7 +68,8 @@ def notebook_code(notebook: Path) -> ast.Module:
 def definition(target: Target) -> tuple[str, frozenset[Target]]:
     """A target's own code, and what that refers to."""
     module, name = target
-    top = None if module.split(".")[1:2] and module.split(".")[1] in ONLY_SHOWN else read_module(module)
+    passed_over = module.split(".")[1:2] and module.split(".")[1] in ONLY_SHOWN + ANOTHER_RUNS
+    top = None if passed_over else read_module(module)
     if top is None:
         return "", frozenset()
     if name is None:

@@ -1,4 +1,6 @@
-"""Stage 1: the classifier, trained normally, and its rival: adversarial training (AT)."""
+"""Stage 1: the classifier, trained normally or on purified images, and its rival: adversarial training (AT)."""
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -10,24 +12,46 @@ from atoplib.data import Split, to_float
 from atoplib.training.loop import Batch, Step, Updater
 
 
-def classifier_step(classifier: nn.Module, *, label_smoothing: float = 0.0, attack: PGDSettings | None = None) -> Step:
+def classifier_step(
+    classifier: nn.Module,
+    *,
+    label_smoothing: float = 0.0,
+    attack: PGDSettings | None = None,
+    front: nn.Module | None = None,
+) -> Step:
     """The training step of a classifier: cross-entropy on clean images, or on adversarial ones (Madry et al. 2018).
 
     Args:
         classifier: images in [0, 1] -> logits.
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
         attack: made against the classifier in eval mode at every step; None trains normally.
+        front: purifies every image before the classifier reads it (a ``front.Front``), by a new draw for each; it is not
+            trained. The attack goes through it and hits the very draw that the loss uses.
+
+    Raises:
+        ValueError: for a label_smoothing outside [0, 1), or an attack that averages over draws where there is a front.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
+    if front is not None and attack is not None and attack.eot_samples != 1:
+        raise ValueError(f"the attack hits one draw of the front: eot_samples must be 1, got {attack.eot_samples}")
+
+    def reader(batch: Batch) -> Callable[[Tensor], Tensor]:
+        """What reads this batch: the classifier, behind one draw of the purifier if there is one."""
+        if front is None:
+            return classifier
+        seed = torch.randint(2**62, (), generator=batch.generator, device=batch.generator.device)
+        front.pipeline.reseed(int(seed), batch.share)
+        draw = front.pipeline.draw(batch.images)
+        return lambda images: classifier(front(images, draw))
 
     def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
-        images = batch.images
+        images, read = batch.images, reader(batch)
         if attack is not None:
             classifier.eval()
-            images = ascend(classifier, images, batch.labels, attack, generator=batch.generator, share=batch.share)
+            images = ascend(read, images, batch.labels, attack, generator=batch.generator, share=batch.share)
             classifier.train()
-        logits = classifier(images).float()
+        logits = read(images).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
         updater.update("classifier", loss)
         return {"loss": loss, "accuracy": (logits.argmax(dim=1) == batch.labels).float().mean()}
