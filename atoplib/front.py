@@ -11,7 +11,7 @@ from atoplib.transforms import Draw
 
 
 class Front(nn.Module):
-    """g(t(x)): images (B, 3, H, W) in [0, 1] -> purified images; ``pipeline`` throws the dice, its classifier is not asked."""
+    """g(t(x)): images (B, 3, H, W) in [0, 1] -> purified; ``pipeline`` throws the dice, its classifier is not asked."""
 
     def __init__(self, pipeline: AToPPipeline) -> None:
         super().__init__()

@@ -132,7 +132,7 @@ def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_b
 def test_a_ctrl_c_reaches_the_processes_that_torchrun_started_below_a_notebook_and_they_go_on_bit_by_bit(start):
     two = ("-p", "processes", "2", "-p", "epochs", "5")
     batch = start("struck", *two).training()
-    assert sum("atoplib.training" in process.cmdline() for process in batch.below) == 3, "torchrun and its two"
+    assert sum("atoplib.stages" in process.cmdline() for process in batch.below) == 3, "torchrun and its two"
     told = time.monotonic()
     batch.process.send_signal(signal.SIGINT)
     assert batch.end() == 130 and time.monotonic() - told < 10

@@ -83,7 +83,7 @@ def changed(hashes: dict[Path, str]) -> str:
         ("training/classifier.py", "loss = F.cross_entropy(", "loss = 2 * F.cross_entropy(", "1"),
         ("training/purifier.py", 'SEES = ("classifier", "pipeline")', 'SEES = ("classifier", "pipeline", "x")', "2345"),
         ("verdicts.py", "spread = successes / trials, z * z / trials", "spread = successes / trials, 2 * z / trials", "45"),
-        ("parameters.py", '    show: str = "atop"', '    show: str = "ap"', "5"),
+        ("parameters/looking.py", '    show: str = "atop"', '    show: str = "ap"', "5"),
         ("purifiers/gated_unet.py", "return 0.9 * F.hardtanh", "return 0.8 * F.hardtanh", "2345"),
         ("training/loop.py", '"""The learning rate of step', '"""It is the learning rate of step', ""),
         ("training/loop.py", "  # steps between two looks at the loss", "  # a comment of another kind", ""),

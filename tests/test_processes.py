@@ -19,8 +19,8 @@ from atoplib.losses import Objective
 from atoplib.parameters import PretrainPurifier, TrainClassifier
 from atoplib.runs import locked, read_json, run_name
 from atoplib.shares import WHOLE, Share
+from atoplib.stages.__main__ import main
 from atoplib.training import FineTuningAttack, classifier_step, fit, purifier_step
-from atoplib.training.__main__ import main
 from atoplib.training.processes import begin_together, joined, share_of
 from atoplib.transforms import TransformSettings, sample_draw
 
@@ -179,7 +179,7 @@ def test_a_notebook_starts_its_processes_and_reads_back_what_one_would_train(tmp
     run_dir = p.experiment_dir / run_name(p.STAGE, p.as_dict())
     assert together.run.path == run_dir and read_json(run_dir / "manifest.json")["status"] == "complete"
     stage.model.reseed(p.seed)
-    assert not stage.model.training and stages.accuracy(stage.model, dataset.test) == together.test_accuracy
+    assert not stage.model.training and stages.run.accuracy(stage.model, dataset.test) == together.test_accuracy
     weights = {name: weight.clone() for name, weight in stage.result.state_dict().items()}
     run_dir.rename(tmp_path / "together")
     p = replace(p, processes=1)
@@ -207,14 +207,14 @@ def test_a_ctrl_c_is_passed_on_to_the_processes_and_their_end_waited_for(tmp_pat
         return ""
 
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    monkeypatch.setattr(stages, "latest_line", press)
+    monkeypatch.setattr(stages.launch, "latest_line", press)
     with pytest.raises(KeyboardInterrupt):
         stages.train(p, stage, dataset)
     assert ended.exists()
 
 
 def test_why_the_processes_failed_is_told_in_a_sentence(tmp_path, monkeypatch):
-    (tmp_path / "python").write_text("#!/bin/sh\necho starting; echo 'atoplib.training: no luck'; echo gone; exit 1\n")
+    (tmp_path / "python").write_text("#!/bin/sh\necho starting; echo 'atoplib.stages: no luck'; echo gone; exit 1\n")
     (tmp_path / "python").chmod(0o755)
     p = parameters(tmp_path, processes=2)
     stage = stages.classifier_stage(p, dataset := p.load_data())
@@ -234,11 +234,11 @@ def test_the_command_trains_alone_as_a_notebook_does_and_complains_in_a_sentence
     assert f"run directory: {run_dir}" in capsys.readouterr().out and (run_dir / "classifier.safetensors").is_file()
     with locked(run_dir / "run.lock"), pytest.raises(SystemExit, match="1"):
         main([p.STAGE, str(tmp_path / "p.yaml")])
-    assert "atoplib.training: " in (said := capsys.readouterr().err) and "is in use by process" in said
+    assert "atoplib.stages: " in (said := capsys.readouterr().err) and "is in use by process" in said
     (tmp_path / "p.yaml").write_text("epochz: 3")
     with pytest.raises(SystemExit, match="1"):
         main([p.STAGE, str(tmp_path / "p.yaml")])
-    assert "atoplib.training: 01_train_classifier has no parameter 'epochz'" in capsys.readouterr().err
+    assert "atoplib.stages: 01_train_classifier has no parameter 'epochz'" in capsys.readouterr().err
 
 
 def test_every_nth_epoch_keeps_a_checkpoint_of_its_own_and_the_last_one_is_the_result(tmp_path):
@@ -250,6 +250,6 @@ def test_every_nth_epoch_keeps_a_checkpoint_of_its_own_and_the_last_one_is_the_r
     assert sorted(path.name for path in run.path.glob("*.safetensors")) == names
     for name, entry in zip(names, (history[1], history[3], history[4]), strict=True):
         kept, header = load_checkpoint(run.path / name, kind="classifier")
-        assert stages.accuracy(kept, dataset.test) == entry["test_accuracy"] and header.get("epoch", 5) == entry["epoch"]
+        assert stages.run.accuracy(kept, dataset.test) == entry["test_accuracy"] and header.get("epoch", 5) == entry["epoch"]
     with pytest.raises(ValueError, match="keep_every must be 0 .* or more, got -1"):
         parameters(tmp_path, keep_every=-1)

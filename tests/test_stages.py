@@ -41,7 +41,7 @@ def train(p, notify=None):
 
 def test_the_flops_of_a_training_are_counted_once(tmp_path, monkeypatch):
     first = train(parameters(tmp_path))
-    monkeypatch.setattr(stages, "training_flops", lambda *_, **__: pytest.fail("counted again"))
+    monkeypatch.setattr(stages.run, "training_flops", lambda *_, **__: pytest.fail("counted again"))
     again = train(parameters(tmp_path))
     assert again.train_flops == first.train_flops > 0 and again.history == first.history
 

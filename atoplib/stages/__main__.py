@@ -1,6 +1,6 @@
 """Train one stage into its run's directory, as its notebook does: alone, or with others under torchrun.
 
-torchrun --standalone --nproc-per-node 4 -m atoplib.training 03_finetune_atop PARAMETERS.yaml
+torchrun --standalone --nproc-per-node 4 -m atoplib.stages 03_finetune_atop PARAMETERS.yaml
 """
 
 import argparse
@@ -40,7 +40,7 @@ def read_parameters(stage: str, path: Path, processes: int, local_rank: int) -> 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command."""
-    parser = argparse.ArgumentParser(prog="python -m atoplib.training", description="Train one stage; see docs/cluster.md.")
+    parser = argparse.ArgumentParser(prog="python -m atoplib.stages", description="Train one stage; see docs/cluster.md.")
     parser.add_argument("stage", choices=BUILDERS, help="the notebook whose training this is")
     parser.add_argument("parameters", type=Path, help="YAML or JSON file of that notebook's parameters")
     parser.add_argument("--follow-parent", action="store_true", help="save and end when standard input ends")
