@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from atoplib.attacks.checks import require_eval_mode
 from atoplib.progress import Report
 from atoplib.transforms import TransformSettings
-from atoplib.verdicts import Model, wilson_interval
+from atoplib.verdicts import Model, full_float32, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,8 @@ def count_votes(
     index = torch.arange(num_draws * len(images), device=images.device) % len(images)
     votes, finite = None, torch.ones((), dtype=torch.bool, device=images.device)
     for part in index.split(max_batch):
-        logits = model(images[part])
+        with full_float32(images.device):
+            logits = model(images[part])
         finite &= torch.isfinite(logits).all()
         if votes is None:
             votes = torch.zeros(len(images), logits.shape[1], dtype=torch.int64, device=images.device)

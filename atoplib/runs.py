@@ -8,6 +8,7 @@
         pictures/*.png    likewise, images of the data set
         *.safetensors     what it trained; *-epoch0003.safetensors: after so many epochs
         state.pt          where an unfinished training goes on
+        other-inputs-1/   what stood here of a training from other weights
 
 The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own. A run
 that is going on holds ``run.lock``, which the system frees when its process ends, however it ends.
@@ -159,6 +160,25 @@ class Run:
                 digest = hashlib.file_digest(file, "sha256").hexdigest()
             self.manifest["inputs"][name] = {"file": f"{path.parent.name}/{path.name}", "sha256": digest}
         write_json(self.path / "manifest.json", self.manifest)
+
+    def made_from(self, **files: Path) -> list[str]:
+        """Note the files that a training starts from, as ``input``; returns the names of those that are others than when an
+        earlier call began it. What that call left is then moved into a folder of its own: ``latest`` names another run, or
+        the run it names was made anew.
+        """
+        self.input(**files)
+        now = {name: entry["sha256"] for name, entry in self.manifest["inputs"].items()}
+        before = self.metrics.get("made_from", now)
+        changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+        if changed:
+            made = [path for pattern in ("state.pt*", "*.safetensors", "metrics.json") for path in self.path.glob(pattern)]
+            number = 1 + sum(1 for _ in self.path.glob("other-inputs-*"))
+            (folder := self.path / f"other-inputs-{number}").mkdir()
+            for path in made:
+                os.rename(path, folder / path.name)
+            self.metrics.clear()
+        self.record(made_from=now)
+        return changed
 
     def progress(self, line: str) -> None:
         """Leave a line where someone who watches the run can read it; on a full disk the run goes on without."""

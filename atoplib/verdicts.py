@@ -1,6 +1,7 @@
 """The decisions of a random model: several draws of it, the vote over them, and when an image counts as read correctly."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 
@@ -68,12 +69,32 @@ def winners(logits: Float[Tensor, "draws batch classes"], name: str) -> Int[Tens
     raise ValueError(f"unknown vote {name!r}; allowed: one_shot, majority, mean_softmax")
 
 
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Within the block float32 is computed as float32: no autocast, and on CUDA no TF32, whose 10 bits of mantissa may flip
+    a decision that hangs by a hair.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        before = [setting.fp32_precision for setting in settings]
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
+
+
 @torch.no_grad()
 def draw_logits(
     model: Model, images: Float[Tensor, "batch 3 height width"], *, num_draws: int = 1, max_batch: int = 512
 ) -> Float[Tensor, "draws batch classes"]:
-    """Logits of ``num_draws`` forward passes an image, draws and images in one batch, in float32: also where an attack
-    computes in less (autocast), for what rests on them is a verdict.
+    """Logits of ``num_draws`` forward passes an image, draws and images in one batch, in ``full_float32``: also where an
+    attack computes in less (autocast), for what rests on them is a verdict.
 
     Args:
         model: any module, images in [0, 1] -> logits, that throws new dice for each image of its batch.
@@ -85,7 +106,7 @@ def draw_logits(
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     index = torch.arange(num_draws * len(images), device=images.device) % max(1, len(images))
-    with torch.autocast(images.device.type, enabled=False):
+    with full_float32(images.device):
         logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
     logits = logits.unflatten(0, (num_draws, len(images)))
     finite = logits.isfinite().all(dim=2).all(dim=0)

@@ -1,5 +1,6 @@
 """Scores are the known ones; an evaluation can be repeated, interrupted and resumed to the last digit."""
 
+import json
 import shutil
 from dataclasses import replace
 
@@ -59,6 +60,29 @@ def test_the_draws_of_each_image_are_judged_by_every_verdict():
         "worst_of_n": [False, True],
     }
     assert average.tolist() == pytest.approx([2 / 3, 1])
+
+
+def test_the_worst_of_the_draws_can_be_that_of_the_first_ones():
+    logits = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
+    (few, _), (whole, average) = (judge_draws(logits, torch.tensor([0]), worst_of=count) for count in (2, None))
+    assert few["worst_of_n"].item() and not whole["worst_of_n"].item() and average.item() == pytest.approx(2 / 3)
+
+
+def test_an_attack_that_is_judged_by_more_draws_breaks_no_more_images_by_the_worst_of_them():
+    class Fickle(nn.Module):
+        def forward(self, images):
+            right = (torch.rand(len(images)) < 0.9).float() + 0 * images.mean(dim=(1, 2, 3))
+            return torch.stack([right, 1 - right], dim=1)
+
+    nothing = PlannedAttack("as usual", "fgsm")
+    protocol = Protocol("a test", "", (nothing, replace(nothing, label="by more draws", num_draws=200)), num_draws=5)
+    labels = torch.zeros(40, dtype=torch.int64)
+    fickle = Fickle().eval()
+    found = evaluate({"a": fickle}, IMAGES, labels, protocol, BUDGET, classifier=fickle)
+    by = {item.attack: item for item in found.scores}
+    assert by["by more draws"].draws == 200 and by["as usual"].draws == by["worst case"].draws == 5
+    for attack in ("clean", "as usual", "by more draws"):
+        assert 0.35 < by[attack].worst_of_n < 0.85, "0.9 ** 5 = 0.59, and 0.9 ** 200 would be nothing"
 
 
 def test_a_score_is_the_mean_over_seeds_with_its_interval_and_spread():
@@ -380,6 +404,19 @@ def test_results_of_another_evaluation_are_refused_and_stay(result, directory, c
     with pytest.raises(ValueError, match=f"another evaluation.*different: {named}.*another directory"):
         run(directory=directory, **change)
     assert before == {path: path.read_bytes() for path in directory.iterdir()}
+
+
+def test_results_of_another_kind_of_device_are_refused_because_its_dice_are_others(directory):
+    path = directory / "evaluation.json"
+    identity = json.loads(path.read_text())
+    path.write_text(json.dumps({**identity, "device": "cuda"}))
+    with pytest.raises(ValueError, match="different: device"):
+        run(directory=directory)
+
+
+def test_lee_and_kims_steps_are_theirs_in_each_norm():
+    steps = {item.norm: item.relative_step for item in PROTOCOLS["lee-kim"].attacks if item.sees == "defence"}
+    assert steps == {"linf": pytest.approx(0.007 / (8 / 255)), "l2": pytest.approx(0.005 / 0.5)}
 
 
 def test_results_of_another_model_or_of_other_images_are_refused(directory):

@@ -9,6 +9,7 @@ from scipy.ndimage import map_coordinates
 from torch import nn
 from torch.nn import functional as F
 
+from atoplib.attacks.losses import margin
 from atoplib.attacks.stadv import StAdvSettings, check_flow, find_flow, flow_loss, stadv, warp
 
 QUICK = StAdvSettings(steps=20, eot_samples=1)
@@ -147,6 +148,17 @@ def test_the_margin_that_is_returned_is_the_best_of_the_way():
     torch.testing.assert_close(found, expected)
 
 
+def test_the_last_step_counts_too():
+    model, images = small_model(), images_of(6)
+    labels = model(images).argmax(dim=1)
+    seen = []
+    found = stadv(model, images, labels, replace(QUICK, steps=1), callback=lambda *given: seen.append(given))
+    ((step, steps, warped, margins),) = seen
+    assert (step, steps) == (1, 1) and not torch.equal(found, images)
+    torch.testing.assert_close(found, warped)
+    torch.testing.assert_close(margins, margin(model(warped), labels))
+
+
 def test_smoothness_makes_flows_smoother():
     model, images = small_model(), images_of(6)
     labels = model(images).argmax(dim=1)
@@ -169,7 +181,7 @@ def test_confidence_lets_a_broken_draw_pull_no_further():
 def test_draws_and_images_share_batches_of_at_most_max_batch(max_batch):
     model, images = Ramp().eval(), images_of(3)
     stadv(model, images, torch.tensor([0, 1, 0]), StAdvSettings(steps=2, eot_samples=4), max_batch=max_batch)
-    assert max(model.calls) <= max_batch and sum(model.calls) == 1 + 2 * 3 * 4
+    assert max(model.calls) <= max_batch and sum(model.calls) == 1 + (2 + 1) * 3 * 4
 
 
 def test_an_attack_of_parts_is_the_attack_of_the_whole_and_changes_nothing_else():

@@ -103,6 +103,25 @@ def test_atop_stands_before_the_classifier_that_it_was_tuned_for(tmp_path):
         asked.classifier_of("atop")
 
 
+def test_a_training_whose_start_is_another_one_by_now_starts_anew_and_keeps_what_was_there(tmp_path):
+    said = []
+    one, two = (train(parameters(tmp_path, seed=seed)).run.path / "classifier.safetensors" for seed in (1, 2))
+    asked = {"start_run": two.parent.name, "learning_rate": 1e-12, "attack_steps": 1, "adversarial": True}
+    first = train(parameters(tmp_path, **asked), said.append)
+    kept = (first.run.path / "classifier.safetensors").read_bytes()
+    assert train(parameters(tmp_path, **asked), said.append).history == first.history, "it is only loaded"
+    assert not any("has changed" in sentence for sentence in said)
+    shutil.copy(one, two)  # as if that run had been made anew
+    second = train(parameters(tmp_path, **asked), said.append)
+    assert second.run.path == first.run.path and "has changed since it was begun (start): it starts anew" in "".join(said)
+    assert (first.run.path / "other-inputs-1" / "classifier.safetensors").read_bytes() == kept
+    (trained, _), (start, _) = (
+        load_checkpoint(path, kind="classifier") for path in (second.run.path / "classifier.safetensors", one)
+    )
+    moved = [float((a - b).detach().abs().max()) for a, b in zip(trained.parameters(), start.parameters(), strict=True)]
+    assert max(moved) < 1e-6, "at no learning rate it stays what it starts from now"
+
+
 def test_a_classifier_learns_to_read_what_the_purifier_of_another_run_makes_of_images(tmp_path):
     plain = train(parameters(tmp_path))
     shared = {"workspace": str(tmp_path), "max_train": 32, "max_test": 8, "batch_size": 16, "max_steps": 1}

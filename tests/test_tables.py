@@ -36,9 +36,12 @@ LABELS = torch.tensor([3, 1, 4, 1])
 def test_the_markdown_has_a_line_for_each_cell_with_every_verdict():
     lines = verdict_table(SCORES).splitlines()
     assert len({line.count("|") for line in lines[:5]}) == 1
-    assert lines[2].startswith("| AP & more | clean | 62.5 [21.9, 90.8] | 62.5 | 62.5 | 62.5 | 62.5 | 17.7 | 2.0 | 4 |")
+    assert lines[2].startswith("| AP & more | clean | 62.5 [21.9, 90.8] | 62.5 | 62.5 | 62.5 | 62.5 | 3 | 17.7 | 2.0 | 4 |")
     assert "| – | 0.0 | – |" in lines[4], "one seed has no deviation, no time no speed"
-    assert "N = 3 draws" in lines[-1]
+    assert lines[-1].endswith("N: draws of a vote; 1 for a defence that throws no dice.")
+    longer = [*SCORES, replace(SCORES[0], attack="BPDA", draws=150)]
+    assert "N: draws of a vote, of 3 draws for worst-of-N," in verdict_table(longer).splitlines()[-1]
+    assert "worst of N, N = 3" in (text := latex_tables(longer, caption="a test")) and "majority, N = 3 or 150" in text
 
 
 def test_the_latex_table_escapes_names_and_marks_what_is_missing():

@@ -655,8 +655,17 @@ def test_a_classifier_behind_a_front_is_attacked_and_trained_on_one_draw_of_it(s
 
 
 def test_a_front_and_an_attack_over_several_draws_are_refused():
-    with pytest.raises(ValueError, match="eot_samples must be 1, got 2"):
-        classifier_step(tiny_classifier(), attack=PGDSettings(0.1, eot_samples=2), front=Front(tiny_pipeline()))
+    for settings, got in ((PGDSettings(0.1, eot_samples=2), "2 and 0"), (PGDSettings(0.1, stop_after=1), "1 and 1")):
+        with pytest.raises(ValueError, match=f"eot_samples must be 1 and stop_after 0, got {got}"):
+            classifier_step(tiny_classifier(), attack=settings, front=Front(tiny_pipeline()))
+
+
+def test_a_front_meets_batches_of_any_size(split):
+    images = torch.rand(520, 3, 16, 16)
+    batch = Batch(images, torch.zeros(520, dtype=torch.int64), torch.Generator().manual_seed(5), 0.0)
+    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
+    step = classifier_step(classifier, attack=PGDSettings(0.1, steps=1), front=Front(tiny_pipeline()))
+    assert step(batch, Updater({"classifier": classifier}, SETTINGS))["loss"].isfinite()
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, math.nan])
@@ -766,7 +775,14 @@ def test_the_ramp_is_used_by_the_step(split):
         assert eps / 2 < (images - batch_of(split).images).abs().max() <= eps + 1e-6
 
 
-@pytest.mark.parametrize("values, message", [({"sees": "all"}, "unknown sees 'all'"), ({"ramp_epochs": -1}, "ramp_epochs")])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"sees": "all"}, "unknown sees 'all'"),
+        ({"ramp_epochs": -1}, "ramp_epochs"),
+        ({"attack": PGDSettings(0.1, stop_after=1)}, "stop_after must be 0, got 1"),
+    ],
+)
 def test_an_impossible_attack_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
         FineTuningAttack(PGDSettings(0.1), **values)

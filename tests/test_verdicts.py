@@ -4,11 +4,22 @@ import pytest
 import torch
 from torch import nn
 
-from atoplib.verdicts import Verdict, draw_logits, is_random, judge, predict, reseed, right_by, wilson_interval
+from atoplib.verdicts import Verdict, draw_logits, full_float32, is_random, judge, predict, reseed, right_by, wilson_interval
 
 
 def images_of(count):
     return torch.rand(count, 3, 4, 4, generator=torch.Generator().manual_seed(count))
+
+
+def test_float32_is_float32_within_the_block_and_as_before_after_it():
+    settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [setting.fp32_precision for setting in settings]
+    with torch.autocast("cpu", dtype=torch.bfloat16), full_float32(torch.device("cpu")):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+    with pytest.raises(KeyError), full_float32(torch.device("cuda")):  # settings alone: no GPU is asked
+        assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+        raise KeyError
+    assert [setting.fp32_precision for setting in settings] == before
 
 
 def calm(images):

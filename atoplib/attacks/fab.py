@@ -11,7 +11,7 @@ from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import input_gradient
 from atoplib.attacks.losses import likely_targets, target_margin
 from atoplib.attacks.norms import check_ball, perturbation_size, project
-from atoplib.verdicts import Model, Verdict, draw_logits, is_random
+from atoplib.verdicts import Model, Verdict, draw_logits, full_float32, is_random
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def fab(
         def run(positions: Tensor, report: StepCallback | None) -> Tensor:
             chosen = (images[positions], labels[positions], column[positions])
             # at the boundary itself half of the digits say nothing: in float32 whatever other attacks compute in
-            with torch.autocast(images.device.type, enabled=False):
+            with full_float32(images.device):
                 return _approach(model, *chosen, settings, max_batch=max_batch, callback=report)
 
         return Attempt(settings.steps, run)

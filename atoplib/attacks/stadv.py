@@ -149,23 +149,26 @@ def find_flow(
     def loss(logits: Tensor, targets: Tensor) -> Tensor:
         return margin(logits, targets).clamp_max(torch.inf if settings.confidence is None else settings.confidence)
 
-    for step in range(1, settings.steps + 1):
+    for step in range(1, settings.steps + 2):
+        last = step > settings.steps  # looks at what the last step has found
         with torch.enable_grad():
             flow.requires_grad_()
             warped = warp(images, flow)
             found = input_gradient(model, warped, labels, loss=loss, eot_samples=settings.eot_samples, max_batch=max_batch)
             goal = (warped * found.gradient).sum() - settings.flow_weight * flow_loss(flow).sum()
-            (gradient,) = torch.autograd.grad(goal, flow)
+            gradient = None if last else torch.autograd.grad(goal, flow)[0]
         flow = flow.detach()
         better = found.loss > best_margin
         best_margin = torch.where(better, found.loss, best_margin)
         best = torch.where(better.view(-1, 1, 1, 1), flow, best)
+        if callback is not None and step > 1:
+            callback(step - 1, settings.steps, warped.detach(), found.loss)
+        if last:
+            break
         first = 0.9 * first + 0.1 * gradient
         second = 0.999 * second + 0.001 * gradient.square()
         ascent = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
         flow = (flow + settings.learning_rate * ascent).clamp(-settings.bound, settings.bound)
-        if callback is not None:
-            callback(step, settings.steps, warped.detach(), found.loss)
     return best
 
 

@@ -131,7 +131,8 @@ def evaluate(
         for planned in protocol.attacks
         for name in targets
     }
-    purifying = [name for name, model in defences.items() if isinstance(model, AToPPipeline)]
+    # of a mean over several draws BPDA has no image to put the identity for
+    purifying = [n for n, model in defences.items() if isinstance(model, AToPPipeline) and getattr(model, "copies", 1) == 1]
     identity = {
         "protocol": _plain(asdict(protocol)),
         "budget": asdict(budget),
@@ -143,7 +144,8 @@ def evaluate(
         "max_batch": max_batch,
         "attack_dtype": str(attack_dtype),
         "images_kept": keep_images,
-        "versions": {"atoplib": __version__, "torch": torch.__version__},  # another device only rounds otherwise
+        "versions": {"atoplib": __version__, "torch": torch.__version__},
+        "device": images.device.type,  # another kind throws other dice from the same seed; one of the same kind only rounds
     }
     store = Store(directory, identity)
     units = list(_units(protocol, tuple(defences), purifying, tuple(others), seeds, len(images), batch_size))
@@ -164,7 +166,7 @@ def evaluate(
                     model, chosen = targets[unit.target], settings[unit.label, unit.target]
                     model = BPDA(model) if unit.planned.sees == "bpda" else model
                     shown = _attack(unit, model, shown, truth, chosen, max_batch, report)
-            tensors = _verdicts(unit, shown, truth, defences, random, _draws(unit.planned, protocol), max_batch)
+            tensors = _verdicts(unit, shown, truth, defences, random, protocol, max_batch)
             if keep_images:
                 tensors["adversarial"] = shown
             piece = tensors, time.monotonic() - started
@@ -260,17 +262,19 @@ def _verdicts(
     labels: Tensor,
     defences: Mapping[str, nn.Module],
     random: Mapping[str, bool],
-    num_draws: int,
+    protocol: Protocol,
     max_batch: int,
 ) -> dict[str, Tensor]:
-    """Every defence's verdicts on the images shown, with dice that the attack has not seen."""
+    """Every defence's verdicts on the images shown, with dice that the attack has not seen. The worst of N draws is one
+    of as many after every attack: else the attack that is judged by more would seem to break more.
+    """
     tensors, seed = {}, verdict_seed(unit.seed, unit.batch)
     for name in unit.shown_to:
         reseed(defences[name], seed)
-        draws = num_draws if random[name] else 1
+        draws = _draws(unit.planned, protocol) if random[name] else 1
         with _seeded(seed, shown.device):
             logits = draw_logits(defences[name], shown, num_draws=draws, max_batch=max_batch)
-        right, average = judge_draws(logits, labels)
+        right, average = judge_draws(logits, labels, worst_of=protocol.num_draws)
         tensors |= {f"{name}/{verdict}": value for verdict, value in right.items()}
         tensors[f"{name}/average"] = average
     return tensors
@@ -316,11 +320,11 @@ def _joined(parts: Sequence[_Piece], key: str) -> Tensor:
 
 
 def _images_kept(pieces: Sequence[_Piece]) -> dict[tuple[str, str, int], Tensor]:
-    """Adversarial images by defence, attack and seed."""
+    """Adversarial images by defence, attack and seed, on the CPU: pieces of an earlier call were read from files."""
     kept: dict[tuple[str, str, int], list[Tensor]] = {}
     for piece in pieces:
         for name in piece.unit.shown_to:
-            kept.setdefault((name, piece.unit.label, piece.unit.seed), []).append(piece.tensors["adversarial"])
+            kept.setdefault((name, piece.unit.label, piece.unit.seed), []).append(piece.tensors["adversarial"].cpu())
     return {key: torch.cat(parts) for key, parts in kept.items()}
 
 

@@ -184,6 +184,7 @@ def adjusted(
 
 _DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3}
 _STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
+_LEE_KIM_L2_STEP = 0.005 / 0.5  # likewise at l2 eps 0.5, 200 of which cross the ball twice; _STEP orbits in it
 _HILL_STEP = 2 / 8  # Hill et al. 2021: 2/255 at eps 8/255
 
 
@@ -272,7 +273,7 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "lee-kim",
             "PGD-200 + EOT-20 in both norms as Lee & Kim 2023, and transfer, 512 images; minutes on a GPU for small models",
-            _STRICT[:3],
+            (*_STRICT[:2], replace(_STRICT[2], relative_step=_LEE_KIM_L2_STEP)),
             num_draws=20,
             verdict=Verdict(STANDING, 20),
             selection="lee-kim",

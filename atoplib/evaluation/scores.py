@@ -18,7 +18,7 @@ class Outcomes:
     Attributes:
         defence, attack: names of the row and the column.
         norm: the attack's; "" for clean images.
-        draws: forward passes of each verdict.
+        draws: forward passes of each verdict; ``worst_of_n`` has the protocol's number at most (``judge_draws``).
         right: by verdict (``verdicts.VERDICTS``), which images were read correctly, (seeds, images) bool.
         average: the share of the draws that were right, (seeds, images).
         seconds: attack and verdicts, all seeds.
@@ -34,10 +34,16 @@ class Outcomes:
 
 
 def judge_draws(
-    logits: Float[Tensor, "draws batch classes"], labels: Int[Tensor, " batch"]
+    logits: Float[Tensor, "draws batch classes"], labels: Int[Tensor, " batch"], *, worst_of: int | None = None
 ) -> tuple[dict[str, Bool[Tensor, " batch"]], Float[Tensor, " batch"]]:
-    """Every verdict on each image, and the share of its draws that are right (PROTOCOLS: N-evaluation)."""
+    """Every verdict on each image, and the share of its draws that are right (N-evaluation: DiffHammer, DiffBreak).
+
+    Args:
+        worst_of: ``worst_of_n`` rests on so many of the draws, the first ones; None: on all. More draws find more errors
+            whatever the attack, so it is comparable only where it rests on as many everywhere.
+    """
     right = {name: right_by(logits, labels, name) for name in VERDICTS}
+    right["worst_of_n"] = right_by(logits[:worst_of], labels, "worst_of_n")
     return right, (logits.argmax(dim=2) == labels).float().mean(dim=0)
 
 

@@ -50,17 +50,26 @@ PUBLISHED: tuple[Published, ...] = (
 
 def verdict_table(scores: Sequence[Score]) -> str:
     """Markdown: a line for each defence and attack, every verdict in % (one-shot with its interval), seconds, images/s."""
-    draws = max((item.draws for item in scores), default=1)
-    head = ["defence", "attack", *(HEADINGS[name] for name in HEADINGS), "s.d. over seeds", "seconds", "images/s"]
+    head = ["defence", "attack", *(HEADINGS[name] for name in HEADINGS), "N", "s.d. over seeds", "seconds", "images/s"]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)]]
     for item in scores:
         values = [f"{100 * getattr(item, name):.1f}" for name in HEADINGS]
         values[0] += f" [{100 * item.low:.1f}, {100 * item.high:.1f}]"
         spread = "–" if item.spread is None else f"{100 * item.spread:.1f}"
         speed = f"{item.images_per_second:.3g}" if item.seconds else "–"
-        lines.append([item.defence, item.attack, *values, spread, f"{item.seconds:.1f}", speed])
+        lines.append([item.defence, item.attack, *values, str(item.draws), spread, f"{item.seconds:.1f}", speed])
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{table}\n\nAccuracy in %, one-shot with its 95 % Wilson interval; N = {draws} draws for a random defence."
+    return f"{table}\n\nAccuracy in %, one-shot with its 95 % Wilson interval. {said_of_draws(scores)}"
+
+
+def said_of_draws(scores: Sequence[Score]) -> str:
+    """How many draws the verdicts rest on, in words."""
+    counts = sorted({item.draws for item in scores})
+    few = next((count for count in counts if count > 1), 1)
+    more = (
+        f", of {few} draws for worst-of-N, which more draws would worsen whatever the attack" if counts[-1:] > [few] else ""
+    )
+    return f"N: draws of a vote{more}; 1 for a defence that throws no dice."
 
 
 def latex_table(
@@ -100,10 +109,12 @@ def latex_table(
 
 def latex_tables(scores: Sequence[Score], *, caption: str, published: Sequence[Published] = ()) -> str:
     """``latex_table`` one-shot; where a defence is random, one more for each other verdict."""
-    draws = max((item.draws for item in scores), default=1)
-    others = [name for name in VERDICTS if name != "one_shot"] if draws > 1 else []
+    counts = sorted({item.draws for item in scores if item.draws > 1})
+    others = [name for name in VERDICTS if name != "one_shot"] if counts else []
+    votes = " or ".join(map(str, counts))
     first = latex_table(scores, caption=f"{caption}; one draw" if others else caption, published=published)
-    more = [latex_table(scores, caption=f"{caption}; {HEADINGS[name]}, N = {draws}", verdict=name) for name in others]
+    drawn = {name: counts[0] if name == "worst_of_n" else votes for name in others}
+    more = [latex_table(scores, caption=f"{caption}; {HEADINGS[name]}, N = {drawn[name]}", verdict=name) for name in others]
     return "\n".join([first, *more])
 
 

@@ -22,7 +22,7 @@ from atoplib.masking.verdicts import (
     p_text,
     paired_p_value,
 )
-from atoplib.verdicts import Model, draw_logits, reseed
+from atoplib.verdicts import Model, draw_logits, full_float32, reseed
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def measure_agreement(bench: Bench) -> Check:
 
     @torch.no_grad()
     def value(images: Tensor) -> Tensor:
-        with fixed(bench.model, bench.seed):
+        with fixed(bench.model, bench.seed), full_float32(images.device):
             parts = zip(images.split(bench.max_batch), bench.labels.split(bench.max_batch), strict=True)
             return torch.cat([smooth_margin(bench.model(part), labels) for part, labels in parts])
 

@@ -38,13 +38,20 @@ def train_here(
     share: Share = WHOLE,
     notify: Callable[[str], None] | None = None,
 ) -> Trained:
-    """Train a stage in this process, or this process's share of it; the first process alone writes the run's directory."""
+    """Train a stage in this process, or this process's share of it; the first process alone writes the run's directory.
+
+    A training from other weights than an earlier call began it from starts anew; what that call left is moved aside.
+    """
     if share.rank:
         run = Run(p.experiment_dir / run_name(p.STAGE, p.as_dict()), {})
         return Trained(run, fit_stage(p, stage, dataset, run, share), 0.0, 0)
     with open_run(p.experiment_dir, p.STAGE, p.as_dict(), device=p.torch_device) as run:
-        if stage.inputs:
-            run.input(**stage.inputs)
+        changed = run.made_from(**stage.inputs)
+        if changed and notify:
+            notify(
+                f"What this training starts from has changed since it was begun ({', '.join(changed)}): it starts anew. "
+                f"What was made of the earlier weights is kept in {run.path / 'other-inputs-*'}"
+            )
         train_flops = run.metrics.get("train_flops")  # counted by the call that began this run: it costs a step or two
         if train_flops is None:
             # before fit, which has batch normalisations wait for the other processes
@@ -106,6 +113,7 @@ def fit_stage(p: Training, stage: Stage, dataset: Dataset, run: Run, share: Shar
 
     def validate(model: nn.Module) -> dict[str, float]:
         reader = model if stage.front is None else nn.Sequential(stage.front, model)
+        reseed(reader, p.seed)  # the same draws after every epoch, whatever was thrown before
         return {"test_accuracy": accuracy(reader, dataset.test)}
 
     def keep(model: nn.Module, epoch: int) -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from atoplib.attacks import PGDSettings, ascend
 from atoplib.data import Split, to_float
 from atoplib.training.loop import Batch, Step, Updater
+from atoplib.verdicts import full_float32
 
 
 def classifier_step(
@@ -29,12 +30,16 @@ def classifier_step(
             trained. The attack goes through it and hits the very draw that the loss uses.
 
     Raises:
-        ValueError: for a label_smoothing outside [0, 1), or an attack that averages over draws where there is a front.
+        ValueError: for a label_smoothing outside [0, 1), or where there is a front for an attack over several draws or one
+            that images leave.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1), got {label_smoothing}")
-    if front is not None and attack is not None and attack.eot_samples != 1:
-        raise ValueError(f"the attack hits one draw of the front: eot_samples must be 1, got {attack.eot_samples}")
+    if front is not None and attack is not None and (attack.eot_samples != 1 or attack.stop_after):
+        raise ValueError(
+            f"the attack hits one draw of the front for all images: eot_samples must be 1 and stop_after 0, got "
+            f"{attack.eot_samples} and {attack.stop_after}"
+        )
 
     def reader(batch: Batch) -> Callable[[Tensor], Tensor]:
         """What reads this batch: the classifier, behind one draw of the purifier if there is one."""
@@ -49,7 +54,15 @@ def classifier_step(
         images, read = batch.images, reader(batch)
         if attack is not None:
             classifier.eval()
-            images = ascend(read, images, batch.labels, attack, generator=batch.generator, share=batch.share)
+            images = ascend(
+                read,
+                images,
+                batch.labels,
+                attack,
+                generator=batch.generator,
+                max_batch=len(images),  # one draw for all of them
+                share=batch.share,
+            )
             classifier.train()
         logits = read(images).float()
         loss = F.cross_entropy(logits, batch.labels, label_smoothing=label_smoothing)
@@ -65,6 +78,7 @@ def accuracy(model: nn.Module, split: Split, *, max_batch: int = 500) -> float:
     device = next(model.parameters()).device
     correct: Float[Tensor, ""] = torch.zeros((), device=device)
     for images, labels in zip(split.images.split(max_batch), split.labels.split(max_batch), strict=True):
-        logits = model(to_float(images.to(device)).contiguous(memory_format=torch.channels_last))
+        with full_float32(device):
+            logits = model(to_float(images.to(device)).contiguous(memory_format=torch.channels_last))
         correct += (logits.argmax(dim=1) == labels.to(device)).sum()
     return float(correct) / len(split.labels)

@@ -38,6 +38,8 @@ class FineTuningAttack:
             raise ValueError(f"unknown sees {self.sees!r}; allowed: {', '.join(SEES)}")
         if not 0 <= self.ramp_epochs < float("inf"):
             raise ValueError(f"ramp_epochs must be 0 or more, got {self.ramp_epochs}")
+        if self.attack.stop_after:  # the draw that it hits is one for the whole batch
+            raise ValueError(f"no image leaves the attack of a training: stop_after must be 0, got {self.attack.stop_after}")
 
     def at(self, epoch: float) -> PGDSettings:
         """The attack after so many epochs: its eps and step size so far along the ramp."""
