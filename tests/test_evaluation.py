@@ -72,7 +72,7 @@ def test_an_attack_that_is_judged_by_more_draws_breaks_no_more_images_by_the_wor
     class Fickle(nn.Module):
         def forward(self, images):
             right = (torch.rand(len(images)) < 0.9).float() + 0 * images.mean(dim=(1, 2, 3))
-            return torch.stack([right, 1 - right], dim=1)
+            return torch.stack([right, 0.5 * torch.ones_like(right)], dim=1)
 
     nothing = PlannedAttack("as usual", "fgsm")
     protocol = Protocol("a test", "", (nothing, replace(nothing, label="by more draws", num_draws=200)), num_draws=5)

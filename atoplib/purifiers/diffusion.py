@@ -42,7 +42,7 @@ def import_diffusers() -> tuple[type, type]:
     except (ImportError, RuntimeError) as error:
         raise MissingDiffusers(
             f"the purifier 'diffusion' needs the library diffusers, an optional extra, which cannot be imported ({error}): "
-            f"install it with pip install 'atoplib[diffusion]', in a clone with pip install -e '.[diffusion]'"
+            f"install it with pip install 'diffusers>=0.30'"
         ) from error
     return UNet2DModel, DDPMScheduler
 
