@@ -13,7 +13,8 @@ from atoplib.batch import find_recipe, make_plan, read_recipe
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Split
 from atoplib.evaluation import PROTOCOLS, Budget, Cost, Outcomes, PlannedAttack, Protocol
-from atoplib.pipeline import AToPPipeline
+from atoplib.front import Front
+from atoplib.pipeline import AToPPipeline, for_attacks
 from atoplib.purifiers import build_purifier
 from atoplib.training import classifier_step, purifier_step, training_flops
 from atoplib.transforms import TransformSettings
@@ -196,12 +197,15 @@ def test_in_the_recipe_at_is_trained_for_as_many_flops_as_classifier_and_fine_tu
         options = {"num_classes": 10, "mean": (0.1,) * 3, "std": (0.3,) * 3, **p["at"].classifier_options}
         return build_classifier(p["at"].classifier, **options).eval()
 
+    tuning, purifier = p["03_finetune_atop"], build_purifier("gated_unet", **p["02_pretrain_purifier"].purifier_options)
+
     def cost(name: str) -> int:
-        network = classifier()
-        step = classifier_step(network, attack=p[name].attack)
+        network, front = classifier(), None
+        if p[name].purifier_run:
+            front = Front(for_attacks(AToPPipeline(tuning.transform_settings, purifier.eval(), nn.Identity()).eval()))
+        step = classifier_step(network, attack=p[name].attack, front=front)
         return training_flops(step, {"classifier": network}, digits, p[name].training)
 
-    tuning, purifier = p["03_finetune_atop"], build_purifier("gated_unet", **p["02_pretrain_purifier"].purifier_options)
     pipeline = AToPPipeline(tuning.transform_settings, purifier, fold_batch_norms(classifier()))
     step = purifier_step(pipeline, tuning.objective, attack=tuning.attack)
     finetuned = training_flops(step, {"purifier": purifier}, digits, tuning.training)

@@ -785,7 +785,7 @@ def test_the_ramp_is_used_by_the_step(split):
 )
 def test_an_impossible_attack_is_refused(values, message):
     with pytest.raises(ValueError, match=message):
-        FineTuningAttack(PGDSettings(0.1), **values)
+        FineTuningAttack(**{"attack": PGDSettings(0.1), **values})
 
 
 def test_what_an_objective_needs_must_be_given():
