@@ -8,6 +8,7 @@
         pictures/*.png    likewise, images of the data set
         *.safetensors     what it trained; *-epoch0003.safetensors: after so many epochs
         state.pt          where an unfinished training goes on
+        made_from.json    hashes of the weights that a training was begun from
         other-inputs-1/   what stood here of a training from other weights
 
 The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own. A run
@@ -23,7 +24,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -161,14 +162,14 @@ class Run:
             self.manifest["inputs"][name] = {"file": f"{path.parent.name}/{path.name}", "sha256": digest}
         write_json(self.path / "manifest.json", self.manifest)
 
-    def made_from(self, **files: Path) -> list[str]:
-        """Note the files that a training starts from, as ``input``; returns the names of those that are others than when an
-        earlier call began it. What that call left is then moved into a folder of its own: ``latest`` names another run, or
-        the run it names was made anew.
+    def made_from(self, names: Iterable[str]) -> list[str]:
+        """Of the files noted by ``input``, those that a training starts from; returns the names of those that are others than
+        when an earlier call began it. What that call left is then moved into a folder of its own: ``latest`` names another
+        run, or the run it names was made anew.
         """
-        self.input(**files)
-        now = {name: entry["sha256"] for name, entry in self.manifest["inputs"].items()}
-        before = self.metrics.get("made_from", now)
+        now = {name: self.manifest["inputs"][name]["sha256"] for name in names}
+        noted = self.path / "made_from.json"
+        before = read_json(noted) or now
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
         if changed:
             made = [path for pattern in ("state.pt*", "*.safetensors", "metrics.json") for path in self.path.glob(pattern)]
@@ -177,7 +178,8 @@ class Run:
             for path in made:
                 os.rename(path, folder / path.name)
             self.metrics.clear()
-        self.record(made_from=now)
+        if now != before or (now and not noted.exists()):
+            write_json(noted, now)
         return changed
 
     def progress(self, line: str) -> None:

@@ -122,6 +122,16 @@ def test_a_training_whose_start_is_another_one_by_now_starts_anew_and_keeps_what
     assert max(moved) < 1e-6, "at no learning rate it stays what it starts from now"
 
 
+def test_a_purifier_that_never_sees_the_classifier_is_not_trained_anew_for_another(tmp_path):
+    said, histories = [], []
+    p = PretrainPurifier(workspace=str(tmp_path), max_train=32, max_test=8, batch_size=16, purifier_options={"width": 4})
+    for seed in (1, 2):
+        train(parameters(tmp_path, seed=seed))
+        dataset = load_dataset("mnist5k", data_dir=tmp_path, max_train=32, max_test=8)
+        histories.append(stages.train(p, stages.pretraining_stage(p, dataset), dataset, notify=said.append).history)
+    assert histories[0] == histories[1] and not any("starts anew" in sentence for sentence in said)
+
+
 def test_a_classifier_learns_to_read_what_the_purifier_of_another_run_makes_of_images(tmp_path):
     plain = train(parameters(tmp_path))
     shared = {"workspace": str(tmp_path), "max_train": 32, "max_test": 8, "batch_size": 16, "max_steps": 1}

@@ -37,6 +37,7 @@ class Stage:
         validate: whether test images are read after every epoch.
         own: whether a network was given that the parameters do not describe.
         front: what the result reads images through, if it does.
+        only_measures: inputs that the training does not see, its accuracy alone is measured with them.
     """
 
     title: str
@@ -52,6 +53,7 @@ class Stage:
     validate: bool = False
     own: bool = False
     front: nn.Module | None = None
+    only_measures: tuple[str, ...] = ()
 
     @property
     def result(self) -> nn.Module:
@@ -140,6 +142,7 @@ def pretraining_stage(p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Mod
         p.purifier_options,
         {"transform": asdict(p.transform_settings)},
         {"classifier": classifier_path},
+        only_measures=("classifier",),
         own=purifier is not None,
     )
 

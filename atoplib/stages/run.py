@@ -46,7 +46,9 @@ def train_here(
         run = Run(p.experiment_dir / run_name(p.STAGE, p.as_dict()), {})
         return Trained(run, fit_stage(p, stage, dataset, run, share), 0.0, 0)
     with open_run(p.experiment_dir, p.STAGE, p.as_dict(), device=p.torch_device) as run:
-        changed = run.made_from(**stage.inputs)
+        if stage.inputs:
+            run.input(**stage.inputs)
+        changed = run.made_from(name for name in stage.inputs if name not in stage.only_measures)
         if changed and notify:
             notify(
                 f"What this training starts from has changed since it was begun ({', '.join(changed)}): it starts anew. "
