@@ -163,9 +163,8 @@ class Run:
         write_json(self.path / "manifest.json", self.manifest)
 
     def made_from(self, names: Iterable[str]) -> list[str]:
-        """Which of these inputs (noted by ``input``), that a training starts from, are others than when an earlier call began
-        it: ``latest`` names another run, or the run it names was made anew. What that call left is then moved into a folder
-        of its own.
+        """Which inputs of a training (noted by ``input``) are others than when an earlier call began it: ``latest`` names
+        another run, or the run it names was made anew. What that call left is then moved into a folder of its own.
         """
         now = {name: self.manifest["inputs"][name]["sha256"] for name in names}
         noted = self.path / "made_from.json"
