@@ -66,17 +66,20 @@ def test_a_comparison_trains_what_it_compares(name, tmp_path):
     assert named == tuple(jobs[name].run_dir.name for name in ("01_train_classifier", "at", *STAGES[1:3]))
     at, plain, tuned = (jobs[name].parameters for name in ("at", "01_train_classifier", "03_finetune_atop"))
     assert at.adversarial and (at.eps, at.norm) == (tuned.eps, tuned.norm) == (asked.eps, "linf")
-    normal = replace(at, adversarial=False, attack_steps=plain.attack_steps, epochs=plain.epochs)
+    normal = replace(at, adversarial=False, attack_steps=plain.attack_steps, epochs=plain.epochs, max_steps=plain.max_steps)
     if at.start_run:
         assert at.start_run == jobs["01_train_classifier"].run_dir.name
         normal = replace(normal, start_run="", learning_rate=plain.learning_rate)
     assert normal == plain, "the same but for the attack, its length, and how far the training goes from where it starts"
 
 
-def test_on_cifar_atop_is_tuned_before_a_robust_classifier_of_half_the_cost_of_at(tmp_path):
+def test_on_cifar_atop_is_tuned_before_a_robust_classifier_that_reads_purified_images(tmp_path):
     jobs = {job.name: job for job in plan(find_recipe("cifar10", FOLDER), {"workspace": str(tmp_path)})}
     at, robust, tuned = (jobs[name].parameters for name in ("at", "robust", "03_finetune_atop"))
-    assert replace(robust, epochs=at.epochs) == at and 2 * robust.epochs == at.epochs
+    alike = replace(robust, epochs=at.epochs, max_steps=at.max_steps, purifier_run="")
+    assert alike == at, "the same but for what it reads and how long"
+    assert robust.purifier_run == jobs["02_pretrain_purifier"].run_dir.name == tuned.purifier_run
+    assert jobs["02_pretrain_purifier"].run_dir in jobs["robust"].needs
     assert tuned.classifier_run == jobs["robust"].run_dir.name and jobs["robust"].run_dir in jobs["03_finetune_atop"].needs
 
 
