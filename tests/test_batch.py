@@ -59,7 +59,7 @@ def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_
 def test_a_comparison_trains_what_it_compares(name, tmp_path):
     jobs = {job.name: job for job in plan(find_recipe(name, FOLDER), {"workspace": str(tmp_path)})}
     compared = jobs["06_compare"]
-    trained = ("01_train_classifier", "at", *STAGES[1:3], *(("robust",) if "robust" in jobs else ()))
+    trained = ("01_train_classifier", "at", *STAGES[1:3], *(name for name in ("robust", "at-pgd2") if name in jobs))
     assert set(compared.needs) == {jobs[name].run_dir for name in trained}
     asked = compared.parameters
     named = (asked.classifier_run, asked.at_run, asked.ap_run, asked.atop_run)
@@ -73,13 +73,11 @@ def test_a_comparison_trains_what_it_compares(name, tmp_path):
     assert normal == plain, "the same but for the attack, its length, and how far the training goes from where it starts"
 
 
-def test_on_cifar_atop_is_tuned_before_a_robust_classifier_that_reads_purified_images(tmp_path):
+def test_on_cifar_atop_is_tuned_before_a_robust_classifier_of_half_the_cost_of_the_at_of_its_kind(tmp_path):
     jobs = {job.name: job for job in plan(find_recipe("cifar10", FOLDER), {"workspace": str(tmp_path)})}
-    at, robust, tuned = (jobs[name].parameters for name in ("at", "robust", "03_finetune_atop"))
-    alike = replace(robust, epochs=at.epochs, max_steps=at.max_steps, purifier_run="")
-    assert alike == at, "the same but for what it reads and how long"
-    assert robust.purifier_run == jobs["02_pretrain_purifier"].run_dir.name == tuned.purifier_run
-    assert jobs["02_pretrain_purifier"].run_dir in jobs["robust"].needs
+    at, same, robust, tuned = (jobs[name].parameters for name in ("at", "at-pgd2", "robust", "03_finetune_atop"))
+    assert replace(robust, epochs=same.epochs) == same and 2 * robust.epochs == same.epochs
+    assert replace(at, epochs=same.epochs, max_steps=None, attack_steps=same.attack_steps) == same
     assert tuned.classifier_run == jobs["robust"].run_dir.name and jobs["robust"].run_dir in jobs["03_finetune_atop"].needs
 
 
