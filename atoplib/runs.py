@@ -177,7 +177,7 @@ class Run:
             for path in made:
                 os.rename(path, folder / path.name)
             self.metrics.clear()
-        if now != before or (now and not noted.exists()):
+        if now:
             write_json(noted, now)
         return changed
 
