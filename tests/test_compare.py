@@ -40,7 +40,7 @@ class Identity(nn.Module):
 
 
 def labels(protocol: Protocol, norms: list[str]) -> list[str]:
-    return [item.label.partition(":")[0] for item in evaluation.with_seen(protocol, norms).attacks]
+    return [item.heading.partition(":")[0] for item in evaluation.with_seen(protocol, norms).attacks]
 
 
 def test_the_columns_of_the_protocol_compare_say_what_was_seen_in_training():
@@ -48,8 +48,8 @@ def test_the_columns_of_the_protocol_compare_say_what_was_seen_in_training():
     assert labels(PROTOCOLS["compare"], ["l2"]) == ["blind", "unseen", "known", "unseen", "unseen"]
     assert labels(PROTOCOLS["compare"], []) == ["blind", *["unseen"] * 4]
     named = evaluation.with_seen(PROTOCOLS["compare"], ["linf"])
-    assert named.attacks[1].label == "known: PGD-40 + EOT-10 linf" and named.name == "compare"
-    assert replace(named.attacks[1], label="PGD-40 + EOT-10 linf") == PROTOCOLS["compare"].attacks[1]
+    assert named.attacks[1].heading == "known: PGD-40 + EOT-10 linf" and named.name == "compare"
+    assert replace(named.attacks[1], label=PROTOCOLS["compare"].attacks[1].label) == PROTOCOLS["compare"].attacks[1]
 
 
 def test_a_short_cut_around_the_purifier_is_not_the_attack_of_the_training():

@@ -20,6 +20,7 @@ from atoplib.evaluation import (
     judge_draws,
     masked_gradients,
     score,
+    with_seen,
     worst_case,
 )
 from atoplib.evaluation import measure as measure_module
@@ -512,15 +513,34 @@ def test_every_protocol_runs_and_its_attacks_stay_within_their_budgets(name):
     labels = classifier(images).argmax(dim=1)
     defences = {"undefended": classifier, "pipeline": purifying}
     found = evaluate(defences, images, labels, protocol, BUDGET, classifier=classifier, keep_images=True)
-    columns = {planned.label for planned in protocol.attacks}
-    blind = {planned.label for planned in protocol.attacks if planned.sees == "bpda"}
+    columns = {planned.heading for planned in protocol.attacks}
+    blind = {planned.heading for planned in protocol.attacks if planned.sees == "bpda"}
     assert columns <= {s.attack for s in found.scores if s.defence == "pipeline"}
     assert columns - blind <= {s.attack for s in found.scores if s.defence == "undefended"}
     assert not blind & {s.attack for s in found.scores if s.defence == "undefended"}, "nothing purifies there"
     for planned in protocol.attacks:
         if planned.norm != "flow":
-            shown = found.adversarial["pipeline", planned.label, 0]
+            shown = found.adversarial["pipeline", planned.heading, 0]
             check_budget(shown, images, getattr(BUDGET, planned.norm), planned.norm)
+
+
+def test_the_columns_of_a_changed_protocol_say_what_was_run():
+    changed = with_seen(adjusted(PROTOCOLS["compare"], steps=2, eot_samples=3), ["linf"])
+    assert [planned.heading for planned in changed.attacks] == [
+        "blind: transfer",
+        "known: PGD-2 + EOT-3 linf",
+        "unseen: PGD-2 + EOT-3 l2",
+        "unseen: StAdv + EOT-3",
+        "unseen: Square linf",
+    ]
+    for protocol in PROTOCOLS.values():
+        assert not any("{" in planned.heading for planned in protocol.attacks)
+
+
+@pytest.mark.parametrize("label", ["PGD-{steps}", "{queries}, and {steps}", "half a { brace", "{}"])
+def test_a_label_names_only_settings_that_the_attack_has(label):
+    with pytest.raises(ValueError, match=r"may name the settings \{queries\} in braces, not "):
+        PlannedAttack(label, "square", settings={"queries": 3})
 
 
 def test_an_attack_is_not_planned_with_settings_that_it_does_not_take():

@@ -368,7 +368,7 @@ def test_every_attack_of_the_suite_is_shown_as_the_attack_notebook_measures_it(n
     assert parameters.attack_dtype == torch.float32
     defence, test = make_pipeline(), make_dataset().test
     defence.transform = replace(defence.transform, **parameters.transform_changes)
-    (column,) = (planned.label for planned in parameters.plan.attacks)
+    (column,) = (planned.heading for planned in parameters.plan.attacks)
     measured = evaluate(
         {"it": defence},
         to_float(test.images[image : image + 1]),

@@ -129,8 +129,8 @@ def measured(attack: Measuring, images: int) -> Iterator[str]:
         f"Accuracy in % with its 95 % interval, one draw an image, {images} test images of {attack.data_name}; "
         f"protocol {attack.plan.name}, {', '.join(f'{budget[norm]} {getattr(attack.budget, norm):.4g}' for norm in used)}."
     )
-    blind = [planned.label for planned in attack.plan.attacks if planned.sees == "classifier"]
-    seeing = [planned.label for planned in attack.plan.attacks if planned.sees != "classifier"]
+    blind = [planned.heading for planned in attack.plan.attacks if planned.sees == "classifier"]
+    seeing = [planned.heading for planned in attack.plan.attacks if planned.sees != "classifier"]
     if blind:
         rest = "; the others meet the whole pipeline" if seeing else ""
         rest = f"; {seeing[0]}: it sees the whole pipeline" if len(seeing) == 1 else rest

@@ -56,7 +56,7 @@ class _Unit(NamedTuple):
 
     @property
     def label(self) -> str:
-        return CLEAN if self.planned is None else self.planned.label
+        return CLEAN if self.planned is None else self.planned.heading
 
     @property
     def name(self) -> str:
@@ -127,7 +127,7 @@ def evaluate(
     targets: dict[str, nn.Module] = {"": classifier, **defences, **alone}
     random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
     settings = {
-        (planned.label, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
+        (planned.heading, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
         for planned in protocol.attacks
         for name in targets
     }
@@ -290,7 +290,7 @@ def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, 
                 continue
             outcomes = Outcomes(
                 defence=name,
-                attack=CLEAN if planned is None else planned.label,
+                attack=CLEAN if planned is None else planned.heading,
                 norm="" if planned is None else planned.norm,
                 draws=_draws(planned, protocol) if random[name] else 1,
                 right={verdict: _joined(parts, f"{name}/{verdict}") for verdict in VERDICTS},

@@ -41,7 +41,7 @@ class PlannedAttack:
     """One column of a table.
 
     Attributes:
-        label: its heading.
+        label: its heading; ``{steps}``, ``{eot_samples}`` or ``{queries}`` in it stand for those of ``settings``.
         attack: a name of ``attacks.ATTACKS``.
         norm: ``linf``, ``l2`` or ``flow``: which part of the budget it uses.
         sees: ``defence`` (differentiates through all of it), ``bpda`` (the same with the identity as the backward pass of
@@ -68,6 +68,16 @@ class PlannedAttack:
             raise ValueError(f"{self.attack} knows the norms {', '.join(ATTACKS[self.attack].norms)}, not {self.norm!r}")
         if self.sees not in SEES:
             raise ValueError(f"unknown sees {self.sees!r}; allowed: {', '.join(SEES)}")
+        try:
+            _ = self.heading
+        except (KeyError, IndexError, ValueError) as error:
+            named = ", ".join(f"{{{name}}}" for name in self.settings) or "nothing"
+            raise ValueError(f"the label {self.label!r} may name the settings {named} in braces, not {error}") from error
+
+    @property
+    def heading(self) -> str:
+        """The label, with the numbers that it names."""
+        return self.label.format(**self.settings)
 
     def build(self, budget: Budget, *, random: bool, verdict: Verdict) -> Any:
         """The attack's settings within ``budget``; one draw is enough against a model that is not ``random``.
@@ -120,7 +130,7 @@ class Protocol:
         for planned in self.attacks:  # a wrong setting is found where it is written, not when it is used
             for random in (False, True):
                 planned.build(Budget(0.1, 0.1), random=random, verdict=self.verdict)
-        labels = [planned.label for planned in self.attacks]
+        labels = [planned.heading for planned in self.attacks]
         doubled = next((label for label in labels if labels.count(label) > 1), None)
         if doubled is not None:
             raise ValueError(f"two attacks of {self.name} have the label {doubled!r}")
@@ -201,9 +211,9 @@ def _white_box(
     """The attacks of ``strict``, as long as asked for; EOT 20 throughout, as published, but for BPDA."""
     from_the_image = {"steps": steps, "eot_samples": 20, "start": "clean", "stop_after": 5}
     return (
-        PlannedAttack(f"transfer PGD-{steps}", "pgd", sees="classifier", relative_step=_STEP, settings={"steps": steps}),
-        PlannedAttack(f"PGD-{steps} + EOT-20 linf", "pgd", relative_step=_STEP, settings=from_the_image),
-        PlannedAttack(f"PGD-{steps} + EOT-20 l2", "pgd", "l2", relative_step=_STEP, settings=from_the_image),
+        PlannedAttack("transfer PGD-{steps}", "pgd", sees="classifier", relative_step=_STEP, settings={"steps": steps}),
+        PlannedAttack("PGD-{steps} + EOT-{eot_samples} linf", "pgd", relative_step=_STEP, settings=from_the_image),
+        PlannedAttack("PGD-{steps} + EOT-{eot_samples} l2", "pgd", "l2", relative_step=_STEP, settings=from_the_image),
         PlannedAttack(
             "AutoAttack linf", "autoattack", settings={"steps": auto_steps, "eot_samples": 20, "queries": queries}
         ),
@@ -240,9 +250,9 @@ PROTOCOLS: dict[str, Protocol] = {
             "quick",
             "a look at every kind of attack, each too short to be believed alone; minutes on 2 cores",
             (
-                PlannedAttack("transfer PGD-40", "pgd", sees="classifier", settings={"steps": 40}),
-                PlannedAttack("PGD-40 + EOT-10 linf", "pgd", settings=_DEMO),
-                PlannedAttack("PGD-40 + EOT-10 l2", "pgd", "l2", settings=_DEMO),
+                PlannedAttack("transfer PGD-{steps}", "pgd", sees="classifier", settings={"steps": 40}),
+                PlannedAttack("PGD-{steps} + EOT-{eot_samples} linf", "pgd", settings=_DEMO),
+                PlannedAttack("PGD-{steps} + EOT-{eot_samples} l2", "pgd", "l2", settings=_DEMO),
                 PlannedAttack("APGD-DLR linf", "apgd", settings={"steps": 30, "eot_samples": 10, "loss": "dlr"}),
                 PlannedAttack(
                     "BPDA + EOT linf", "pgd", sees="bpda", relative_step=_HILL_STEP, settings=_DEMO | {"steps": 20}
@@ -257,9 +267,9 @@ PROTOCOLS: dict[str, Protocol] = {
             "the attack that AT and AToP were trained on, and others that they never saw, 200 images; minutes on 2 cores",
             (
                 PlannedAttack("transfer", "pgd", sees="classifier", settings=_DEMO),
-                PlannedAttack("PGD-40 + EOT-10 linf", "pgd", settings=_DEMO),
-                PlannedAttack("PGD-40 + EOT-10 l2", "pgd", "l2", settings=_DEMO),
-                PlannedAttack("StAdv + EOT-10", "stadv", "flow", settings={"steps": 30, "eot_samples": 10}),
+                PlannedAttack("PGD-{steps} + EOT-{eot_samples} linf", "pgd", settings=_DEMO),
+                PlannedAttack("PGD-{steps} + EOT-{eot_samples} l2", "pgd", "l2", settings=_DEMO),
+                PlannedAttack("StAdv + EOT-{eot_samples}", "stadv", "flow", settings={"steps": 30, "eot_samples": 10}),
                 PlannedAttack("Square linf", "square", settings={"queries": 500}),
             ),
             num_images=200,
@@ -296,7 +306,7 @@ PROTOCOLS: dict[str, Protocol] = {
             "what the log of the published code measures: attacks on the classifier alone, shown to the defence once",
             (
                 PlannedAttack("FGSM on f", "fgsm", sees="classifier"),
-                PlannedAttack("PGD-20 on f", "pgd", sees="classifier", settings={"steps": 20}),
+                PlannedAttack("PGD-{steps} on f", "pgd", sees="classifier", settings={"steps": 20}),
                 PlannedAttack("AutoAttack on f", "autoattack", sees="classifier"),
             ),
             num_draws=1,

@@ -161,7 +161,7 @@ def masked_gradients(outcomes: Sequence[Outcomes], protocol: Protocol) -> list[s
 
     Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019.
     """
-    planned = {item.label: item for item in protocol.attacks}
+    planned = {item.heading: item for item in protocol.attacks}
 
     def weaker(item: PlannedAttack) -> bool:
         return item.sees != "defence" or item.attack in GRADIENT_FREE
