@@ -13,7 +13,7 @@ from atoplib.runs import PLACES
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 DEFENCES = ("undefended", "ap", "atop", "at")
-FROZEN = "frozen"  # the classifier that AToP stands before, where it is not the undefended one
+MORE = ("frozen", "at_pgd2")  # the classifier that AToP stands before, if not the undefended one; AT of another making
 COMES_WITH = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar10_jpeg": "cifar10"}
 """Which weights fit a data set of ``data.load_dataset``, at its own 32 px."""
 
@@ -23,9 +23,9 @@ def available(folder: Path = FOLDER) -> dict[str, tuple[str, ...]]:
     found: dict[str, list[str]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         dataset, _, defence = path.stem.rpartition("-")
-        if defence in (*DEFENCES, FROZEN):
+        if defence in (*DEFENCES, *MORE):
             found.setdefault(dataset, []).append(defence)
-    return {dataset: tuple(sorted(names, key=(*DEFENCES, FROZEN).index)) for dataset, names in found.items()}
+    return {dataset: tuple(sorted(names, key=(*DEFENCES, *MORE).index)) for dataset, names in found.items()}
 
 
 def weights_path(dataset: str, defence: str, *, folder: Path = FOLDER) -> Path:
@@ -50,7 +50,7 @@ def load_pretrained(dataset: str, defence: str, *, device: torch.device | str = 
             ``COMES_WITH``.
         defence: ``undefended`` (the classifier alone), ``ap``, ``atop`` (pipelines in front of it), ``at`` (a classifier
             that was trained adversarially), ``frozen`` (the classifier that AToP stands before, where it is not the
-            undefended one); ``available()`` tells which there are.
+            undefended one), ``at_pgd2`` (AT by PGD-2, where ``at`` is by FGSM); ``available()`` tells which there are.
 
     Raises:
         ValueError: for weights that do not come with the kit; the message says which do.

@@ -80,7 +80,7 @@ def test_weights_that_are_not_there_are_named_with_those_that_are(folder, datase
 
 def test_the_kit_comes_with_weights_and_they_are_not_too_many():
     assert {"undefended", "ap", "atop", "at"} <= set(available()["mnist"])
-    assert {"undefended", "ap", "atop", "at", "frozen"} <= set(available()["cifar10"])
+    assert {"undefended", "ap", "atop", "at", "frozen", "at_pgd2"} == set(available()["cifar10"])
     assert not any("/tmp" in str(read_header(path)) or "/home" in str(read_header(path)) for path in FOLDER.iterdir())
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 30e6
 
@@ -140,3 +140,24 @@ def test_the_weights_are_those_that_were_measured(dataset, defence):
     model = load_pretrained(dataset, defence)
     with torch.no_grad(), model.fixed_draws(0) if hasattr(model, "fixed_draws") else nullcontext():
         torch.testing.assert_close(model(waves()), torch.tensor(noted), rtol=1e-2, atol=1e-2)
+
+
+ROWS = {
+    "undefended": "undefended",
+    "at": "AT (FGSM, 5.6 epochs)",
+    "at_pgd2": "AT by PGD-2 (4 epochs)",
+    "ap": "AP",
+    "atop": "AToP",
+    "frozen": "*f of AToP*, alone",
+}
+
+
+@pytest.mark.parametrize("defence", available().get("cifar10", ()))
+def test_the_published_table_says_what_the_headers_say(defence):
+    section = (FOLDER.parents[1] / "docs" / "results.md").read_text().partition("## CIFAR-10 (JPEG)")[2]
+    table = section[section.index("| % [95 % interval] | clean") :].partition("\n\n")[0]
+    heads, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines())
+    cells = dict(zip(heads, next(row for row in rows if row[0] == ROWS[defence]), strict=True))
+    metrics = read_header(FOLDER / f"cifar10-{defence}.safetensors")["metrics"]
+    image = 100 / 128  # the header's draws are another throw
+    assert float(cells["known: l_inf PGD"].split()[0]) == pytest.approx(100 * metrics["white_box"], abs=image + 0.05)
