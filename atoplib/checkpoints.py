@@ -22,6 +22,7 @@ from atoplib.purifiers import build_purifier
 
 FORMAT = "atoplib-checkpoint-1"
 MOST_HEADER_BYTES = 10_000_000  # of names, shapes and facts; ours take some ten thousand
+OF_ONES_OWN = "own: "  # begins the architecture of a network that none of our builders makes; its class follows
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"classifier": build_classifier, "purifier": build_purifier}
 
 
@@ -159,6 +160,12 @@ def load_built(
         with torch.device("meta"):
             expected = build().state_dict()
     except (KeyError, TypeError, ValueError, RuntimeError, ArithmeticError) as error:
+        if str(header.get("architecture")).startswith(OF_ONES_OWN):
+            raise CheckpointError(
+                f"{path} holds a {kind} of one's own ({header['architecture'].removeprefix(OF_ONES_OWN)}), which only its "
+                f"author can build: load it by checkpoints.load_own(path, make, kind={kind!r}) and give it to the stage or "
+                f"to the defences"
+            ) from error
         raise CheckpointError(f"{path} names an architecture that cannot be built: {error}") from error
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -174,6 +181,31 @@ def load_built(
     module = build()
     load_weights(module, tensors, path)
     return module.to(device).eval(), header
+
+
+def load_own(path: Path, make: Callable[[], nn.Module], *, kind: str, device: torch.device | str = "cpu") -> nn.Module:
+    """A network of one's own, trained by a notebook, in eval mode.
+
+    Args:
+        make: builds it; called twice, the first time for shapes alone.
+
+    Raises FileNotFoundError and CheckpointError as ``load_built`` does.
+    """
+    return load_built(path, lambda name, **options: make(), kind=kind, device=device)[0]
+
+
+def holds(path: Path, module: nn.Module) -> bool:
+    """Whether a file is an undamaged checkpoint of the very weights that a module has."""
+    try:
+        header, tensors = read_header(path), safetensors.torch.load_file(path)
+    except (OSError, CheckpointError, safetensors.SafetensorError):
+        return False
+    own = module.state_dict()
+    return (
+        header.get("sha256") == digest(header, tensors)
+        and own.keys() == tensors.keys()
+        and all(torch.equal(own[name].cpu(), tensor) for name, tensor in tensors.items())
+    )
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

@@ -8,7 +8,7 @@
         pictures/*.png    likewise, images of the data set
         *.safetensors     what it trained; *-epoch0003.safetensors: after so many epochs
         state.pt          where an unfinished training goes on
-        made_from.json    hashes of the weights that a training was begun from
+        made_from.json    hashes of the weights, and of one's own networks, that a training was begun from
         other-inputs-1/   what stood here of a training from other weights
 
 The hash is one of the parameters, so that two settings never share a directory and one setting always finds its own. A run
@@ -162,24 +162,29 @@ class Run:
             self.manifest["inputs"][name] = {"file": f"{path.parent.name}/{path.name}", "sha256": digest}
         write_json(self.path / "manifest.json", self.manifest)
 
-    def made_from(self, names: Iterable[str]) -> list[str]:
+    def made_from(self, names: Iterable[str], given: Mapping[str, str]) -> list[str]:
         """Which inputs of a training (noted by ``input``) are others than when an earlier call began it: ``latest`` names
-        another run, or the run it names was made anew. What that call left is then moved into a folder of its own.
+        another run, the run it names was made anew, or another network of one's own was given. What that call left is then
+        moved into a folder of its own.
+
+        Args:
+            given: fingerprints of networks of one's own, by what they are.
         """
-        now = {name: self.manifest["inputs"][name]["sha256"] for name in names}
+        files = {name: self.manifest["inputs"][name]["sha256"] for name in names}
+        now = files | {f"your own {name}": fingerprint for name, fingerprint in given.items()}
         noted = self.path / "made_from.json"
-        before = read_json(noted) or now
+        before = read_json(noted)
+        before = files if before is None else before
         changed = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
-        if changed:
-            made = [path for pattern in ("state.pt*", "*.safetensors", "metrics.json") for path in self.path.glob(pattern)]
+        made = [path for pattern in ("state.pt*", "*.safetensors", "metrics.json") for path in self.path.glob(pattern)]
+        if changed and made:
             number = 1 + sum(1 for _ in self.path.glob("other-inputs-*"))
             (folder := self.path / f"other-inputs-{number}").mkdir()
             for path in made:
                 os.rename(path, folder / path.name)
             self.metrics.clear()
-        if now:
-            write_json(noted, now)
-        return changed
+        write_json(noted, now)
+        return changed if made else []
 
     def progress(self, line: str) -> None:
         """Leave a line where someone who watches the run can read it; on a full disk the run goes on without."""
@@ -301,7 +306,7 @@ def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: 
         FileNotFoundError: if there is none; the message says which notebook to run first.
     """
     if which != "latest":
-        for path in (experiment_dir / which, Path(which)):
+        for path in (experiment_dir / which, Path(which).expanduser()):
             if (path / "manifest.json").is_file():
                 return path
         raise FileNotFoundError(f"there is no run {which!r} in {experiment_dir}, nor at that path; give 'latest' or a name")
@@ -310,7 +315,7 @@ def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: 
         # what an older run did not know yet it did not do: False, or ""
         if all(parameters.get(name, type(value)()) == value for name, value in wanted.items()):
             return path
-    conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items() if value != "")
+    conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items() if value not in ("", None))
     raise FileNotFoundError(
         f"{experiment_dir} holds no complete run of {stage}{conditions}: run the notebook {stage}.ipynb first, with the "
         f"same experiment and smoke"

@@ -257,7 +257,9 @@ def test_a_recipe_is_found_by_name_or_path_and_a_missing_one_lists_those_there(t
 
 def test_overrides_are_read_as_yaml():
     pairs = [("a", "true"), ("b", "3"), ("c", "0.5"), ("d", "null"), ("e", "8/255"), ("f", "folder:/a b"), ("g", "{w: 2}")]
+    pairs += [("h", "folder:/my #1 pics"), ("i", "3 # three")]
     values = {"a": True, "b": 3, "c": 0.5, "d": None, "e": "8/255", "f": "folder:/a b", "g": {"w": 2}}
+    values |= {"h": "folder:/my #1 pics", "i": 3}
     assert parse_overrides(pairs) == values and parse_overrides(None) == {}
 
 
@@ -268,6 +270,7 @@ def test_overrides_are_read_as_yaml():
         (["mnist", "-p", "epochz", "3"], "no notebook has the parameter 'epochz'"),
         (["mnist", "-p", "eps", "8"], "eps of the linf norm must be at most 1"),
         (["mnist", "-p", "eps", "{"], "a value given by -p: it cannot be read as YAML"),
+        (["mnist", "-p", "workspace", "/big"], "the workspace of a batch is given by --workspace DIR"),
         (["mnist", "--jobs", "0"], "--jobs must be at least 1, got 0"),
         (["mnist", "--retry", "-1"], "--retries must be at least 0, got -1"),
         (["mnist", "--timeout", "nan"], "--timeout must be a number of seconds above 0, got nan"),
@@ -395,7 +398,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(tmp_path, capsys):
         (
             {"protocol": "authors-log", "steps": 7},
             "protocol authors-log (steps 7), l_inf eps 0.3.",
-            "FGSM on f, PGD-20 on f, AutoAttack on f: the attack sees the classifier alone.",
+            "FGSM on f, PGD-7 on f, AutoAttack on f: the attack sees the classifier alone.",
         ),
     ],
 )
@@ -431,3 +434,24 @@ def test_a_table_without_an_attack_on_the_classifier_alone_speaks_of_none(monkey
     whole = replace(PROTOCOLS["demo"], attacks=PROTOCOLS["demo"].attacks[1:])
     monkeypatch.setitem(PROTOCOLS, "demo", whole)
     assert len(list(cli.measured(Attack(), 200))) == 1
+
+
+@pytest.mark.parametrize("axis", ["device: [cpu, cuda]", "01_train_classifier: {processes: [1, 2]}"])
+def test_a_grid_over_what_changes_no_result_is_refused(tmp_path, axis):
+    text = f"grid: {{{axis}}}\nnotebooks: {{01_train_classifier: {{}}}}"
+    with pytest.raises(RecipeError, match="changes no result, so a grid over it would be one run"):
+        plan(recipe(tmp_path, text), {"workspace": str(tmp_path)})
+
+
+def test_more_images_than_a_folder_has_are_refused_before_anything_is_trained(tmp_path, capsys):
+    for split, count in (("train", 3), ("test", 2)):
+        for index in range(2 * count):
+            folder = tmp_path / "images" / split / f"class{index % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{index}.png").write_bytes(b"not read yet")
+    path = recipe(tmp_path, "notebooks: {01_train_classifier: , 05_visualize: , 06_compare: {max_test: 128}}")
+    arguments = [str(path), "--workspace", str(tmp_path), "--dry-run", "-p", "dataset", f"folder:{tmp_path / 'images'}"]
+    assert main(arguments) == 1
+    assert "max_test of 06_compare is 128, but folder:" in (said := capsys.readouterr().err)
+    assert "has 4 test images: ask for at most so many (-p max_test 4)" in said
+    assert main([*arguments, "-p", "max_test", "4"]) == 0

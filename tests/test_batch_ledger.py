@@ -228,6 +228,61 @@ def test_a_folder_of_images_and_a_file_of_weights_are_inputs(tmp_path):
     assert [standing(job).reason for job in jobs] == ["its input dataset has changed"] * 2
 
 
+def test_of_a_folder_the_images_are_an_input_and_what_else_lies_there_is_not(tmp_path):
+    images, other = tmp_path / "images", tmp_path / "other"
+    for folder in (images / "test" / "a", other / "a"):
+        folder.mkdir(parents=True)
+        (folder / "1.png").write_bytes(b"1")
+    (images / "train").symlink_to(other)
+    before = ledger.folder_hash(images)
+
+    def now() -> str:
+        ledger.folder_hash.cache_clear()
+        return ledger.folder_hash(images)
+
+    (images / "runs").mkdir()
+    (images / "runs" / "progress.txt").write_text("a workspace of its own")
+    (images / "README").write_text("words")
+    assert now() == before
+    (other / "a" / "2.png").write_bytes(b"2")
+    assert now() != before, "what a link of a split leads to is read, too"
+
+
+def test_weights_that_no_job_makes_are_inputs_by_whatever_name(tmp_path):
+    first, second = plan(tmp_path, "notebooks: {01_train_classifier: {seed: 1}}") + plan(
+        tmp_path, "notebooks: {01_train_classifier: {seed: 2}}"
+    )
+    weights, end = tmp_path / "own.safetensors", ".safetensors"
+    weights.write_bytes(b"w")
+
+    def train(job: Job, content: bytes) -> None:
+        make(job)
+        (job.run_dir / f"classifier{end}").write_bytes(content)
+
+    train(first, b"1")
+    latest, named, kit = (
+        plan(tmp_path, f"notebooks: {{02_pretrain_purifier: {{classifier_run: {value}}}}}")[0]
+        for value in ("latest", weights, "pretrained")
+    )
+    others = f"others: {{mine: {{purifier: pretrained, classifier: {weights}}}}}"
+    (compared,) = plan(tmp_path, f"notebooks: {{06_compare: {{{others}, classifier_run: {first.run_dir.name}}}}}")
+    for job in (latest, named, kit, compared):
+        make(job)
+        assert standing(job).name == "done"
+    train(second, b"2")
+    assert standing(latest).reason == "its input classifier_run has changed", "latest is another run by now"
+    weights.write_bytes(b"others")
+    assert standing(named).reason == "its input classifier_run has changed"
+    assert standing(compared).reason == "its input others: mine: classifier has changed"
+    assert standing(kit).name == "done"
+
+
+def test_latest_that_is_written_out_means_what_it_means_by_default(tmp_path):
+    text = "notebooks: {01_train_classifier: , 02_pretrain_purifier: {classifier_run: latest}}"
+    classifier, purifier = plan(tmp_path, text)
+    assert purifier.needs == (classifier.run_dir,) and purifier.parameters.classifier_run == classifier.run_dir.name
+
+
 def test_a_run_that_no_batch_made_is_taken_as_it_is(tmp_path, monkeypatch):
     job = plan(tmp_path)[0]
     make(job)

@@ -7,8 +7,8 @@ import nbformat
 import pytest
 from PIL import Image
 
-from atoplib.batch import cli, main
-from atoplib.batch.results import IN_PLACE_OF_PICTURES, without_pictures, without_places
+from atoplib.batch import cli, main, make_plan, read_recipe
+from atoplib.batch.results import IN_PLACE_OF_PICTURES, places_of, without_pictures, without_places
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,10 +72,11 @@ def test_text_is_kept_where_pictures_are_left_out() -> None:
     picture = {"output_type": "display_data", "data": {"image/png": "iVBOR"}, "metadata": {}}
     cell = {"cell_type": "code", "metadata": {"tags": ["pictures"]}, "source": [], "outputs": [printed, picture]}
     plot = {**cell, "metadata": {}}
-    changed = without_pictures({"cells": [cell, plot], "metadata": {"widgets": {"state": "images"}, "kernelspec": {}}})
+    metadata = {"widgets": {"state": "images"}, "kernelspec": {}, "papermill": {"input_path": "/home/me/a", "version": 2}}
+    changed = without_pictures({"cells": [cell, plot], "metadata": metadata})
     first, second = changed["cells"]
     assert first["outputs"] == [printed, {**picture, "data": {"text/plain": [IN_PLACE_OF_PICTURES]}}]
-    assert second == plot and changed["metadata"] == {"kernelspec": {}}
+    assert second == plot and changed["metadata"] == {"kernelspec": {}, "papermill": {"version": 2}}
     assert cell["outputs"] == [printed, picture], "the notebook that was given stays as it was"
 
 
@@ -85,6 +86,16 @@ def test_folders_of_ones_own_are_left_out_of_every_value() -> None:
         "a": ["WORKSPACE/runs", 1, None],
         "b": {"c": "x of folder:digits"},
     }
+
+
+def test_a_folder_given_as_a_dot_leaves_the_numbers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "one.yaml"
+    path.write_text("notebooks: {01_train_classifier: {dataset: 'folder:.'}}")
+    (job,) = make_plan(read_recipe(path), ROOT / "notebooks", {"workspace": str(tmp_path / "work")})
+    content = {"accuracy": "0.975", "where": str(tmp_path / "train"), "dataset": "folder:."}
+    kept = without_places(content, places_of(job))
+    assert kept["accuracy"] == "0.975" and str(tmp_path) not in repr(kept)
 
 
 def test_no_file_names_the_folder_of_the_images(tmp_path: Path) -> None:

@@ -888,3 +888,24 @@ def test_import_loads_no_torchvision_and_touches_no_file(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(data.__file__).parents[2]), "PYTHONDONTWRITEBYTECODE": "1"}
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True)
     assert not list(tmp_path.iterdir())
+
+
+class TestOtherFormats:
+    """Images of formats that are not read are not left out in silence."""
+
+    def test_they_are_counted_in_a_warning(self, tree):
+        some = next((tree / "train").iterdir())
+        for name in ("a.gif", "b.HEIC", "notes.txt"):
+            (some / name).write_bytes(b"x")
+        with pytest.warns(UserWarning, match=r"^2 files of .*train are left out, .*/a\.gif for one: images are read from"):
+            load(tree)
+
+    def test_jfif_is_jpeg(self, tree):
+        before = len(load(tree).train.labels)
+        some = next((tree / "train").iterdir())
+        first = np.asarray(Image.open(next(some.iterdir())).convert("RGB"))
+        Image.fromarray(first).save(some / "more.jfif", format="JPEG")
+        assert len(load(tree).train.labels) == before + 1
+
+    def test_test_images_are_counted_without_being_read(self, tree):
+        assert data.count_test_images(f"folder:{tree}") == len(load(tree).test.labels)

@@ -11,7 +11,7 @@ from atoplib.attacks import BPDA, PGDSettings, pgd
 from atoplib.attacks.eot import input_gradient
 from atoplib.checkpoints import CheckpointError, load_checkpoint, save_checkpoint
 from atoplib.data import Split
-from atoplib.evaluation.store import model_fingerprint
+from atoplib.fingerprints import model_fingerprint
 from atoplib.losses import Objective
 from atoplib.parameters import ParameterError, PretrainPurifier
 from atoplib.pipeline import AToPPipeline, load_pipeline

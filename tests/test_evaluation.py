@@ -24,7 +24,7 @@ from atoplib.evaluation import (
     worst_case,
 )
 from atoplib.evaluation import measure as measure_module
-from atoplib.evaluation.store import model_fingerprint
+from atoplib.fingerprints import model_fingerprint
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import TransformSettings
 from atoplib.verdicts import VERDICTS, Verdict, judge, reseed, wilson_interval
@@ -644,3 +644,41 @@ def test_a_weaker_attack_that_wins_is_told():
     assert "a: Square breaks 6 images that the white-box attacks miss, which break 0 that it misses (p 0.016)" in said
     assert masked_gradients([found[0], outcomes_of([[0] * 4 + [1] * 16], "Square")], protocol) == []
     assert masked_gradients([outcomes_of([[0] * 20], "PGD"), found[1]], protocol) == []
+
+
+def test_evaluations_of_others_are_kept_beside_and_found_again(tmp_path):
+    def measured(seed: int, budget: Budget = BUDGET) -> list:
+        model = linear(seed)
+        return evaluate(
+            {"it": model}, IMAGES, LABELS, PROTOCOL, budget, classifier=model, directory=tmp_path, keep_others=True
+        ).scores
+
+    first = measured(0)
+    measured(1)
+    measured(0, Budget(linf=0.02, l2=0.1))
+    folders = sorted(path for path in tmp_path.iterdir())
+    assert len(folders) == 3 and all(path.is_dir() for path in folders)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
+    again = measured(0)
+    assert [replace(item, seconds=0) for item in again] == [replace(item, seconds=0) for item in first]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before, "nothing is measured anew"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attacks_in_float32_are_as_exact_as_verdicts(monkeypatch, dtype):
+    entered = []
+
+    class Noted:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device.type)
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(measure_module, "full_float32", Noted)
+    with measure_module._computing_in(dtype, torch.device("cpu")):
+        assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
+    assert entered == (["cpu"] if dtype == torch.float32 else [])

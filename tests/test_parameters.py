@@ -421,7 +421,9 @@ def test_before_anything_is_trained_the_weights_of_the_kit_are_shown(tmp_path):
 
 def trained(parameters: Parameters, stage: str, **values: object) -> str:
     """The name of a complete run of a stage, which holds nothing."""
-    with open_run(parameters.experiment_dir, stage, values, device=torch.device("cpu")) as run:
+    with open_run(
+        parameters.experiment_dir, stage, {"dataset": parameters.dataset, **values}, device=torch.device("cpu")
+    ) as run:
         return run.path.name
 
 
@@ -434,7 +436,9 @@ def test_a_comparison_takes_the_runs_there_are_and_says_of_each_other_what_makes
     there, missing = asked.or_pretrained().found()
     assert {name: path.parent.name for name, path in there.items()} == {"undefended": plain, "AToP": tuned}
     assert list(missing) == ["AT", "AP"] and all("The recipe compare makes all of them" in said for said in missing.values())
-    assert "no complete run of 01_train_classifier, adversarial = True: run the notebook" in missing["AT"]
+    assert (
+        "no complete run of 01_train_classifier, adversarial = True, dataset = 'mnist5k': run the notebook" in missing["AT"]
+    )
     attacked = trained(asked, "01_train_classifier", adversarial=True)
     there, missing = asked.found()
     assert there["AT"].parent.name == attacked and there["undefended"].parent.name == plain and list(missing) == ["AP"]
@@ -477,7 +481,7 @@ def test_what_the_weights_of_the_kit_do_not_fit_says_which_notebook_to_run_first
 
 def test_a_run_is_preferred_to_the_weights_of_the_kit(tmp_path):
     plain = Visualize(workspace=str(tmp_path))
-    with open_run(plain.experiment_dir, "01_train_classifier", {"adversarial": False}, device=plain.torch_device) as run:
+    with open_run(plain.experiment_dir, "01_train_classifier", {"dataset": "mnist5k"}, device=plain.torch_device) as run:
         pass
     assert plain.or_pretrained() == plain
     assert plain.weights("undefended") == run.path / "classifier.safetensors"
@@ -506,7 +510,7 @@ def test_published_numbers_stand_beside_comparable_ones_only():
 
 @pytest.mark.parametrize("kind", [Attack, Visualize])
 def test_more_images_than_there_are_are_refused_when_asked_for_and_taken_as_they_come_when_not(kind, tmp_path):
-    with pytest.raises(ParameterError, match="max_test is 1001, but mnist5k has 1000 test images; ask for fewer"):
+    with pytest.raises(ParameterError, match="is 1001, but mnist5k has 1000 test images: ask for at most"):
         kind.from_mapping({"max_test": 1001, "data_dir": str(tmp_path)}).load_data()
     assert len(kind.from_mapping({"max_test": 1000, "data_dir": str(tmp_path)}).load_data().test.labels) == 1000
 

@@ -222,7 +222,7 @@ def test_why_the_processes_failed_is_told_in_a_sentence(tmp_path, monkeypatch):
     with pytest.raises(stages.TrainingFailed, match=r"2 processes did not train 01_.* to its end: no luck\nlog: .*\.log"):
         stages.train(p, stage, dataset)
     with pytest.raises(ValueError, match="a network of your own cannot be built by 2 processes: choose processes = 1"):
-        stages.train(p, replace(stage, own=True), dataset)
+        stages.train(p, replace(stage, given={"classifier": "0"}), dataset)
 
 
 def test_the_command_trains_alone_as_a_notebook_does_and_complains_in_a_sentence(tmp_path, monkeypatch, capsys):

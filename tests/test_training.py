@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -928,3 +929,32 @@ def test_flops_of_a_training_without_a_whole_batch_are_refused(split):
     training = Training("classifier", few, seed=1)
     with pytest.raises(ValueError, match="batch_size 8 is larger than the training set of 3 images"):
         flops_of(training)
+
+
+def test_dice_of_a_step_are_known_without_asking_a_gpu():
+    def seed(state: int, device: str) -> int:
+        generator = SimpleNamespace(device=torch.device(device), initial_seed=lambda: state)
+        return Batch(torch.zeros(0), torch.zeros(0), generator, 0.0).seed()
+
+    assert seed(5, "cuda") == seed(5, "cuda") != seed(6, "cuda") and 0 <= seed(5, "cuda") < 2**62
+    seeds = [Batch(torch.zeros(0), torch.zeros(0), torch.Generator().manual_seed(s), 0.0).seed() for s in (5, 5, 6)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_large_images_are_read_few_at_once(monkeypatch):
+    seen = []
+
+    class Noted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(()))
+
+        def forward(self, images):
+            seen.append(len(images))
+            return torch.zeros(len(images), 2) + self.weight
+
+    for size, expected in ((8, [501 - 1, 1]), (1024, [4] * 2 + [2])):
+        count = sum(expected)
+        split = Split(torch.zeros(count, 3, size, size, dtype=torch.uint8), torch.zeros(count, dtype=torch.int64))
+        seen.clear()
+        assert accuracy(Noted(), split) == 1.0 and seen == expected

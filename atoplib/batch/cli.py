@@ -13,7 +13,7 @@ from typing import Any
 from atoplib.batch import ledger
 from atoplib.batch.engines import ENGINES, Settings
 from atoplib.batch.overview import Overview, format_bytes
-from atoplib.batch.plan import Job, make_plan, report_job, select
+from atoplib.batch.plan import Job, check_images, make_plan, report_job, select
 from atoplib.batch.recipe import RecipeError, find_recipe, read_recipe
 from atoplib.batch.results import write_results
 from atoplib.batch.runner import Outcome, run_jobs
@@ -67,11 +67,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def parse_overrides(pairs: Sequence[Sequence[str]] | None) -> dict[str, Any]:
-    """``-p NAME VALUE`` pairs; values as YAML reads them (true, 1, 0.5, null, text)."""
+    """``-p NAME VALUE`` pairs; values as YAML reads them (true, 1, 0.5, null, text), but for its comments: " #" is text."""
     try:
-        return {name: load_yaml(value) for name, value in pairs or ()}
+        read = {name: load_yaml(value) for name, value in pairs or ()}
     except NotPlainYAML as error:
         raise RecipeError(f"a value given by -p: {error}") from error
+    given = dict(pairs or ())
+    return {name: given[name] if isinstance(value, str) and " #" in given[name] else value for name, value in read.items()}
 
 
 def settings_of(options: argparse.Namespace) -> Settings:
@@ -202,7 +204,7 @@ def run_plan(
         said = list(warnings(good))
         print("\n".join([*filter(None, [tables]), *([""] if said else []), *said, "", *places(good, table)]))
         if options.results:
-            folder = write_results(Path(options.results), good, f"# {Path(options.recipe).stem}\n{tables}")
+            folder = write_results(Path(options.results).expanduser(), good, f"# {Path(options.recipe).stem}\n{tables}")
             print(f"Results without weights and pictures of the data: {folder}")
     if all(outcome.good for outcome in outcomes):
         return 0
@@ -240,10 +242,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     notebooks_dir = Path(__file__).resolve().parent.parent.parent / "notebooks"
     try:
         overrides: Mapping[str, Any] = parse_overrides(options.p) | ({"smoke": True} if options.smoke else {})
-        overrides = {**overrides, "workspace": str(workspace_dir(options.workspace))}
         settings = settings_of(options)
         recipe = read_recipe(find_recipe(options.recipe, notebooks_dir))
+        if any("workspace" in given for given in (overrides, recipe.shared, *(entry.own for entry in recipe.entries))):
+            raise RecipeError(
+                "the workspace of a batch is given by --workspace DIR (make: WORKSPACE=DIR), not as a parameter"
+            )
+        overrides = {**overrides, "workspace": str(workspace_dir(options.workspace))}
         jobs = make_plan(recipe, notebooks_dir, overrides)
+        check_images(jobs)
         jobs = select(jobs, options.only) if options.only else jobs
         if options.dry_run:
             print("\n".join(described(jobs, settings)))

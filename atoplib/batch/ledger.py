@@ -8,8 +8,9 @@ import hashlib
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ from typing import Any
 from atoplib.batch.plan import Job
 from atoplib.batch.sources import code_hash
 from atoplib.checkpoints import write_json
+from atoplib.parameters import LATEST, Parameters
+from atoplib.parameters.base import MADE_BY, OWN
 from atoplib.runs import PLACES, locked, read_json, recorded_inputs
 
 NOTES = "batch.json"
+SPLITS = ("train", "test", "val")  # of a folder of images
 REPLACED = "replaced"  # folder of the experiment for runs whose code or inputs have changed since
 
 
@@ -53,8 +57,8 @@ def changed(job: Job, manifest: Mapping[str, Any]) -> str:
         return "the code has changed"
     now, before = outside_inputs(job), notes.get("inputs")
     if isinstance(before, dict):
-        for name in sorted(now):
-            if before.get(name) != now[name]:
+        for name in sorted(now.keys() & before.keys()):
+            if before[name] != now[name]:
                 return f"its input {name} has changed"
     for name, entry in recorded_inputs(manifest).items():
         path = job.run_dir.parent / str(entry.get("file"))
@@ -64,15 +68,46 @@ def changed(job: Job, manifest: Mapping[str, Any]) -> str:
 
 
 def outside_inputs(job: Job) -> dict[str, str]:
-    """Hashes of what a job reads that no run of ours made: a folder of images, a file of weights."""
+    """Hashes of what a job reads that no job of its recipe makes: a folder of images, files of weights by path, those of
+    the kit, and of the run that ``latest`` means now.
+    """
     values, found = job.parameters.as_dict(), {}
     dataset = values["dataset"]
     if dataset.startswith("folder:"):
         found["dataset"] = folder_hash(Path(dataset.removeprefix("folder:")).expanduser())
     weights = values.get("weights")
-    if weights and Path(weights).is_file():
-        found["weights"] = file_hash(Path(weights))
+    if weights and Path(weights).expanduser().is_file():
+        found["weights"] = file_hash(Path(weights).expanduser())
+    for name, path in checkpoints_of(job):
+        found[name] = file_hash(path)
     return found
+
+
+def checkpoints_of(job: Job) -> Iterator[tuple[str, Path]]:
+    """Files of weights that a job's parameters name otherwise than by a run of its experiment, by parameter."""
+    parameters = job.parameters
+    for item in fields(parameters):
+        value, own = getattr(parameters, item.name), item.name.removesuffix("_run")
+        if "stage" in item.metadata:
+            stage = item.metadata["stage"]
+            defence = own if own in MADE_BY else next(name for name, (maker, _) in MADE_BY.items() if maker == stage)
+            yield from checkpoint_of(parameters, item.name, value, defence)
+        elif "runs" in item.metadata and isinstance(value, dict):
+            for name, parts in value.items():
+                parts = parts if isinstance(parts, dict) else {"purifier": parts}
+                for kind, run in parts.items():
+                    defence = "undefended" if kind == "classifier" else "ap"
+                    yield from checkpoint_of(parameters, f"{item.name}: {name}: {kind}", run, defence)
+
+
+def checkpoint_of(parameters: Parameters, name: str, run: str, defence: str) -> Iterator[tuple[str, Path]]:
+    """One of ``checkpoints_of``; none for a run of the experiment, or where there is nothing yet."""
+    if run in ("", OWN) or (parameters.experiment_dir / run).is_dir():
+        return
+    with suppress(FileNotFoundError, ValueError):
+        path = parameters.checkpoint(run, defence, **LATEST.get(defence, {}))
+        if path.is_file():
+            yield name, path
 
 
 def file_hash(path: Path) -> str:
@@ -89,14 +124,17 @@ def _file_hash(path: Path, size: int, modified: int) -> str:
 
 @lru_cache(maxsize=64)
 def folder_hash(folder: Path) -> str:
-    """SHA-256 of the names, sizes and times of all files below a folder; links are not followed. Read once."""
+    """SHA-256 of the names, sizes and times of all files of the splits of a folder, wherever links lead. Read once."""
     digest = hashlib.sha256()
-    for path, folders, files in os.walk(folder):
-        folders.sort()
-        for name in sorted(files):
-            stat = os.stat(os.path.join(path, name), follow_symlinks=False)
-            relative = os.path.relpath(os.path.join(path, name), folder)
-            digest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
+    for split in SPLITS:
+        top = os.path.realpath(folder / split)
+        for path, folders, files in os.walk(top):
+            folders.sort()
+            for name in sorted(files):
+                file = os.path.join(path, name)
+                stat = os.stat(file, follow_symlinks=os.path.exists(file))
+                relative = os.path.join(split, os.path.relpath(file, top))
+                digest.update(f"{relative}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from atoplib.batch.recipe import Entry, Point, Recipe, RecipeError
-from atoplib.parameters import NOTEBOOKS, REPORT, ParameterError, Parameters
-from atoplib.runs import run_name
+from atoplib.data import count_test_images
+from atoplib.parameters import NOTEBOOKS, REPORT, Attacking, ParameterError, Parameters
+from atoplib.runs import PLACES, run_name
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ def make_plan(recipe: Recipe, notebooks_dir: Path, overrides: Mapping[str, Any])
     Raises:
         RecipeError: for a parameter that no notebook has, a wrong value, or a run of an entry that comes later.
     """
+    places = sorted(name for _, name in recipe.axes if name in PLACES)
+    if places:
+        raise RecipeError(
+            f"{recipe.source}: {places[0]} changes no result, so a grid over it would be one run: leave it out"
+        )
     jobs: dict[Path, Job] = {}
     used: set[Any] = set()
     for point in recipe.points():
@@ -77,6 +83,22 @@ def make_plan(recipe: Recipe, notebooks_dir: Path, overrides: Mapping[str, Any])
         listed = ", ".join(map(repr, sorted(unused, key=str)))
         raise RecipeError(f"{recipe.source}: no notebook has the parameter {listed}, or each has a value of its own for it")
     return labelled(list(jobs.values()))
+
+
+def check_images(jobs: Sequence[Job]) -> None:
+    """Raise RecipeError if a notebook asks for more test images than a folder has, before any hour is spent on training."""
+    counts: dict[str, int] = {}
+    for job in jobs:
+        name = job.parameters.dataset
+        if name.startswith("folder:") and isinstance(job.parameters, Attacking):
+            try:
+                counts[name] = counts[name] if name in counts else count_test_images(name)
+            except (ValueError, OSError):
+                return  # its notebook says what is wrong with the folder
+            try:
+                job.parameters.check_count(counts[name])
+            except ParameterError as error:
+                raise RecipeError(str(error)) from error
 
 
 def values_of(
@@ -108,7 +130,9 @@ def values_of(
         stage = item.metadata.get("stage")
         if stage is None:
             continue
-        wanted = values.get(item.name, stage if item.default == "latest" else item.default)
+        wanted = values.get(item.name, item.default)
+        if wanted == item.default == "latest":  # also where it is written out
+            wanted = stage
         if isinstance(wanted, str) and wanted in later:
             raise RecipeError(f"{entry.name} asks for {item.name} = {wanted!r}, which comes after it: change their order")
         if isinstance(wanted, str) and wanted in names_of_runs:

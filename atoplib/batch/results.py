@@ -62,9 +62,13 @@ def write_run(folder: Path, job: Job) -> None:
 
 def places_of(job: Job) -> dict[str, str]:
     """Folders of one's own that a run's records name: the workspace, and that of its images; and what stands for each."""
-    workspace = {str(job.run_dir.parents[2]): "WORKSPACE"}
+    places = {str(job.run_dir.parents[2]): "WORKSPACE", str(Path(__file__).resolve().parents[2]): "ATOPLIB"}
     _, _, images = job.parameters.dataset.partition(":")
-    return {images: job.parameters.data_name, **workspace} if images else workspace
+    if images:
+        name = job.parameters.data_name
+        places |= {f"folder:{images}": f"folder:{name}", str(Path(images).expanduser().resolve()): name}
+        places |= {images: name} if Path(images).is_absolute() else {}
+    return places
 
 
 def without_pictures(notebook: dict[str, Any]) -> dict[str, Any]:
@@ -74,6 +78,8 @@ def without_pictures(notebook: dict[str, Any]) -> dict[str, Any]:
         for cell in notebook["cells"]
     ]
     metadata = {name: value for name, value in notebook.get("metadata", {}).items() if name != "widgets"}
+    if isinstance(metadata.get("papermill"), dict):
+        metadata["papermill"] = {name: v for name, v in metadata["papermill"].items() if not name.endswith("_path")}
     return {**notebook, "cells": cells, "metadata": metadata}
 
 

@@ -7,7 +7,7 @@ can be deleted at any time; what is missing in it is made again. `sources` (the 
 
 from atoplib.data.batches import Dataset, Split, augment, channel_statistics, epoch_batches, fingerprint, to_float
 from atoplib.data.cache import Progress
-from atoplib.data.folder import IMAGE_SUFFIXES
+from atoplib.data.folder import IMAGE_SUFFIXES, count_test_images
 from atoplib.data.images import JPEG_QUALITY, read_image
 from atoplib.data.sources import DATASETS, IMAGENETTE_IMAGES, SMALL_SET_BYTES, load_dataset
 
@@ -22,6 +22,7 @@ __all__ = [
     "Split",
     "augment",
     "channel_statistics",
+    "count_test_images",
     "epoch_batches",
     "fingerprint",
     "load_dataset",

@@ -4,6 +4,7 @@ its folder; the cache is keyed by the names, sizes and times of the files, so th
 
 import contextlib
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -14,7 +15,8 @@ from atoplib.data.cache import BrokenCache, cache_key, cached, decoding_threads,
 from atoplib.data.images import read_image
 from atoplib.data.request import Request, Source, subset
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"))
+IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"))
+OTHER_IMAGES = frozenset((".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg"))  # that are not read
 
 
 class Listing(NamedTuple):
@@ -61,21 +63,27 @@ def folder_sources(request: Request) -> tuple[list[Source], tuple[str, ...]]:
     return listing_sources(request, [train_listing, test_listing]), classes
 
 
+def count_test_images(name: str) -> int:
+    """How many test images there are in ``folder:PATH``; nothing is decoded. Raises as ``scan_split``."""
+    root = Path(name.removeprefix("folder:")).expanduser()
+    return len(scan_split(root, "test" if (root / "test").is_dir() else "val").files)
+
+
 def scan_split(root: Path, split: str) -> Listing:
     """List the images of root/split in the order of their names; each folder in it is a class.
 
     Raises ValueError for a split or a class without images and for links that lead out of root or to a folder,
-    FileNotFoundError for a folder that is not there and for links to nothing.
+    FileNotFoundError for a folder that is not there and for links to nothing. Warns of images of a format that is not read.
     """
     folder = root / split
     inside = os.path.realpath(root)
     if folder.is_symlink():
         _check_link(str(folder), inside)
-    classes, files, stamps, labels = [], [], [], []
+    classes, files, stamps, labels, passed_over = [], [], [], [], []
     for entry in _entries(folder, inside):
         if not entry.is_dir():
             continue
-        found = list(_image_files(folder / entry.name, entry.name, inside))
+        found = list(_image_files(folder / entry.name, entry.name, inside, passed_over))
         if not found:
             raise ValueError(
                 f"{folder / entry.name} holds no image: fill it with files ending in "
@@ -87,6 +95,12 @@ def scan_split(root: Path, split: str) -> Listing:
         stamps += [stamp for _, stamp in found]
     if not classes:
         raise ValueError(f"{folder} holds no class: make one folder of images for each class in it")
+    if passed_over:
+        warnings.warn(
+            f"{len(passed_over)} files of {folder} are left out, {passed_over[0]} for one: images are read from "
+            f"{', '.join(sorted(IMAGE_SUFFIXES))}",
+            stacklevel=2,
+        )
     return Listing(root, split, tuple(classes), tuple(files), tuple(stamps), np.asarray(labels, dtype=np.int64))
 
 
@@ -144,11 +158,13 @@ def _cache_path(request: Request, listing: Listing) -> Path:
     return request.data_dir / "cache" / f"{label}-{listing.split}-{request.image_size or 'own'}px-{key}.npy"
 
 
-def _image_files(folder: Path, prefix: str, inside: str) -> Iterator[tuple[str, tuple[int, int]]]:
+def _image_files(folder: Path, prefix: str, inside: str, passed_over: list[str]) -> Iterator[tuple[str, tuple[int, int]]]:
     for entry in _entries(folder, inside):
         name = f"{prefix}/{entry.name}"
         if entry.is_dir():
-            yield from _image_files(folder / entry.name, name, inside)
+            yield from _image_files(folder / entry.name, name, inside, passed_over)
+        elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in OTHER_IMAGES:
+            passed_over.append(name)
         elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
             stat = entry.stat()
             yield name, (stat.st_size, stat.st_mtime_ns)

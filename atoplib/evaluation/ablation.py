@@ -17,7 +17,8 @@ from torch import Tensor
 
 from atoplib.attacks import PGDSettings, pgd
 from atoplib.checkpoints import write_json
-from atoplib.evaluation.store import attack_seed, hashed, model_fingerprint, tensor_fingerprint, verdict_seed
+from atoplib.evaluation.store import attack_seed, hashed, verdict_seed
+from atoplib.fingerprints import model_fingerprint, tensor_fingerprint
 from atoplib.pipeline import AToPPipeline, AveragedPipeline
 from atoplib.progress import Report
 from atoplib.runs import read_json

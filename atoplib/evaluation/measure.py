@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +16,11 @@ from atoplib.attacks import BPDA, check_attack
 from atoplib.attacks.suite import ATTACKS
 from atoplib.evaluation.protocols import UNSEEN, Budget, PlannedAttack, Protocol
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
-from atoplib.evaluation.store import Store, attack_seed, hashed, model_fingerprint, tensor_fingerprint, verdict_seed
+from atoplib.evaluation.store import Store, attack_seed, hashed, verdict_seed
+from atoplib.fingerprints import model_fingerprint, tensor_fingerprint
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report
-from atoplib.verdicts import VERDICTS, draw_logits, is_random, reseed
+from atoplib.verdicts import VERDICTS, draw_logits, full_float32, is_random, reseed
 
 CLEAN = "clean"
 WORST = "worst case"
@@ -86,6 +87,7 @@ def evaluate(
     max_batch: int = 256,
     attack_dtype: torch.dtype = torch.float32,
     directory: Path | None = None,
+    keep_others: bool = False,
     keep_images: bool = False,
     progress: Report | None = None,
 ) -> Evaluation:
@@ -107,12 +109,14 @@ def evaluate(
         max_batch: copies of images (images x draws) that are in memory at once.
         attack_dtype: what attacks compute in (autocast); verdicts are always float32.
         directory: where finished pieces are kept; the same call goes on there. None keeps nothing.
+        keep_others: a call that measures anything else (models, images, budget, device, ...) works in a folder of its own
+            below ``directory``, beside those of others, instead of being refused.
         keep_images: return the adversarial images, and keep them in ``directory``.
         progress: called with images done and in all, an image counting once an attack and target.
 
     Raises:
         ValueError: for a model in train mode, images outside [0, 1], labels without a logit, seeds that repeat, or a
-            ``directory`` that holds another evaluation.
+            ``directory`` that holds another evaluation, unless others are kept.
 
     Source: Carlini et al. 2019; Lee & Kim 2023 (PGD + EOT through the whole pipeline); Croce & Hein 2020.
     """
@@ -147,7 +151,7 @@ def evaluate(
         "versions": {"atoplib": __version__, "torch": torch.__version__},
         "device": images.device.type,  # another kind throws other dice from the same seed; one of the same kind only rounds
     }
-    store = Store(directory, identity)
+    store = Store(directory, identity, keep_others=keep_others)
     units = list(_units(protocol, tuple(defences), purifying, tuple(others), seeds, len(images), batch_size))
     total, done = sum(unit.size for unit in units), 0
     pieces = []
@@ -162,7 +166,7 @@ def evaluate(
             started = time.monotonic()
             shown, truth = images[unit.images], labels[unit.images]
             if unit.planned is not None:
-                with torch.autocast(images.device.type, dtype=attack_dtype, enabled=attack_dtype != torch.float32):
+                with _computing_in(attack_dtype, images.device):
                     model, chosen = targets[unit.target], settings[unit.label, unit.target]
                     model = BPDA(model) if unit.planned.sees == "bpda" else model
                     shown = _attack(unit, model, shown, truth, chosen, max_batch, report)
@@ -278,6 +282,11 @@ def _verdicts(
         tensors |= {f"{name}/{verdict}": value for verdict, value in right.items()}
         tensors[f"{name}/average"] = average
     return tensors
+
+
+def _computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
+    """What an attack computes in; float32 is meant as such, as in verdicts: TF32 would have it believe in other errors."""
+    return full_float32(device) if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
 
 
 def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, bool]) -> Iterator[Outcomes]:

@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.pipeline import AToPPipeline
-from atoplib.verdicts import reseed, wilson_interval
+from atoplib.verdicts import full_float32, reseed, wilson_interval
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,16 @@ def purification_quality(
     if shown.shape != clean.shape:
         raise ValueError(f"the images shown and the clean ones differ in shape: {tuple(shown.shape)}, {tuple(clean.shape)}")
     reseed(pipeline, seed)
-    purified = torch.cat([pipeline.purify(part) for part in shown.split(max_batch)]).float()
+    with full_float32(shown.device):
+        purified = torch.cat([pipeline.purify(part) for part in shown.split(max_batch)]).float()
     picture = purified.clamp(0, 1)  # what a person sees; readers get what the pipeline hands to its classifier
     every = (1, 2, 3)
     psnr = peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=every)
     ssim = structural_similarity_index_measure(picture, clean, data_range=1.0)
     accuracy = {}
     for name, reader in readers.items():
-        read = torch.cat([reader(part).argmax(dim=1) for part in purified.split(max_batch)])
+        with full_float32(shown.device):
+            read = torch.cat([reader(part).argmax(dim=1) for part in purified.split(max_batch)])
         right = int((read == labels).sum())
         accuracy[name] = (right / len(labels), *wilson_interval(right, len(labels)))
     return Quality(float(psnr), float(ssim), accuracy)

@@ -1,19 +1,18 @@
 """Pieces of a long evaluation on disk, so that it goes on where it was interrupted and ends with the same numbers."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoplib.checkpoints import write_atomically, write_json
 from atoplib.runs import read_json
 
 IDENTITY = "evaluation.json"
-PLAIN = (bool, int, float, str)
 
 
 class Store:
@@ -21,14 +20,17 @@ class Store:
 
     Args:
         directory: where; made if needed.
-        identity: what the pieces were measured with, JSON values. A directory of another identity is refused.
+        identity: what the pieces were measured with, JSON values. A directory of another identity is refused;
+        keep_others: or it is kept, each identity having a folder of its own below the directory.
 
     Raises:
         ValueError: if the directory holds pieces of another evaluation.
         OSError: if it cannot be written.
     """
 
-    def __init__(self, directory: Path | None, identity: Mapping[str, Any]) -> None:
+    def __init__(self, directory: Path | None, identity: Mapping[str, Any], *, keep_others: bool = False) -> None:
+        if directory is not None and keep_others:
+            directory = directory / f"{hashed(json.dumps(identity, sort_keys=True)):016x}"
         self.directory = directory
         if directory is None:
             return
@@ -64,29 +66,6 @@ class Store:
         metadata = {"seconds": repr(seconds)}
         path = self.directory / f"{name}.safetensors"
         write_atomically(path, lambda part: safetensors.torch.save_file(content, part, metadata=metadata))
-
-
-def tensor_fingerprint(tensor: Tensor) -> str:
-    """16 hex digits of the SHA-256 of a tensor's type, shape and bytes."""
-    tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    digest.update(tensor.flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
-def model_fingerprint(model: nn.Module) -> str:
-    """16 hex digits of the SHA-256 of a module's structure (its printed form), its weights, and the public numbers and texts
-    that its parts keep as attributes; but for the seed of its dice, which an evaluation sets.
-    """
-    digest = hashlib.sha256(f"{type(model).__qualname__} {model!r}".encode())
-    for name, part in model.named_modules():
-        public = {key: value for key, value in vars(part).items() if not key.startswith("_") and key != "seed"}
-        own = sorted((key, value) for key, value in public.items() if isinstance(value, PLAIN))
-        digest.update(f"{name} {own!r}".encode())
-    for name, tensor in model.state_dict().items():
-        if isinstance(tensor, Tensor):
-            digest.update(f"{name} {tensor_fingerprint(tensor)}".encode())
-    return digest.hexdigest()[:16]
 
 
 def attack_seed(seed: int, batch: int) -> int:

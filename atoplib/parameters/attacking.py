@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Self
 
-from atoplib.checkpoints import read_header
+from atoplib.checkpoints import OF_ONES_OWN, read_header
 from atoplib.data import Dataset
 from atoplib.parameters.base import OWN, PRETRAINED, Parameters, from_run
 from atoplib.parameters.checking import ParameterError
@@ -55,15 +55,21 @@ class Attacking(Parameters):
 
         Raises:
             FileNotFoundError: also if the classifier that AToP was fine-tuned for is not there any more.
-            ValueError: as ``weights``.
+            ValueError: as ``weights``; or if AToP was fine-tuned for a classifier of one's own.
         """
         if defence != "atop":
             return self.weights("undefended")
         if self.atop_classifier_run != OWN:
             return self.checkpoint(self.atop_classifier_run, "undefended")
         its = read_header(self.weights("atop")).get("classifier")
-        if its is None:  # it was fine-tuned for a network of one's own, or before this was noted
+        if its is None:  # it was fine-tuned before this was noted
             return self.weights("undefended")
+        if its.startswith(OF_ONES_OWN):
+            raise ValueError(
+                f"AToP was fine-tuned for a classifier of one's own ({its.removeprefix(OF_ONES_OWN)}), which no notebook "
+                f"can build: attack it as a module, AToPPipeline(transform, purifier, classifier), or name another "
+                f"classifier by atop_classifier_run"
+            )
         kit = self.kit(self.atop_run)
         if kit is not None:
             return weights_path(kit, its)
@@ -96,9 +102,16 @@ class Attacking(Parameters):
         return replace(self, **dict.fromkeys(named, PRETRAINED))
 
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:
-        """As ``Parameters.load_data``; raises ParameterError if more test images are asked for than there are."""
+        """As ``Parameters.load_data``; raises ParameterError as ``check_count``."""
         loaded = super().load_data(progress)
-        there = len(loaded.test.labels)
-        if self.max_test is not None and not self.smoke and there < self.max_test:
-            raise ParameterError(f"max_test is {self.max_test}, but {self.dataset} has {there} test images; ask for fewer")
+        self.check_count(len(loaded.test.labels))
         return loaded
+
+    def check_count(self, there: int) -> None:
+        """Raise ParameterError if more test images are asked for than there are; a notebook's default is no such wish."""
+        default = type(self).__dataclass_fields__["max_test"].default
+        if self.max_test not in (None, default) and not self.smoke and there < self.max_test:
+            raise ParameterError(
+                f"max_test of {self.STAGE} is {self.max_test}, but {self.dataset} has {there} test images: ask for at most "
+                f"so many (-p max_test {there})"
+            )

@@ -170,7 +170,7 @@ class Parameters:
         Args:
             which: the field's value; also the path of a ``.safetensors`` file.
             defence: a key of ``MADE_BY``.
-            wanted: parameters of the run that is meant by ``latest``.
+            wanted: parameters of the run that is meant by ``latest``, beside the data set and its image size.
 
         Raises:
             FileNotFoundError: if there is no such run or file; the message says which notebook to run first.
@@ -180,10 +180,12 @@ class Parameters:
         if kit is not None:
             return weights_path(kit, defence)
         if which.endswith(".safetensors"):
-            if not Path(which).is_file():
+            path = Path(which).expanduser()
+            if not path.is_file():
                 raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")
-            return Path(which)
+            return path
         stage, file = MADE_BY[defence]
+        wanted |= {"dataset": self.dataset, "image_size": self.image_size}
         return find_run(self.experiment_dir, stage, which, **wanted) / f"{file}.safetensors"
 
     def load_data(self, progress: Callable[[int, int, str], None] | None = None) -> Dataset:

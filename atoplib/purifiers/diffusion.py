@@ -103,7 +103,9 @@ def noised(
 
     Source: Ho et al. 2020, equation 4; Nie et al. 2022, equation 4.
     """
-    level = torch.as_tensor(level, device=images.device).to(images.dtype).view(-1, 1, 1, 1)
+    if isinstance(level, float):  # as a tensor it would be copied to the device
+        return sqrt(level) * images + sqrt(1 - level) * noise
+    level = level.to(images.dtype).view(-1, 1, 1, 1)
     return level.sqrt() * images + (1 - level).sqrt() * noise
 
 

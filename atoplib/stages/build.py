@@ -16,6 +16,7 @@ from atoplib.front import load_front
 from atoplib.parameters import LATEST, FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import PatchDiscriminator, build_purifier, load_deepfill_weights
+from atoplib.stages.given import architecture_of, fingerprint_of
 from atoplib.training import accuracy, classifier_step, purifier_step
 from atoplib.training.loop import Step
 
@@ -35,7 +36,8 @@ class Stage:
         before: metrics from before the training: what it begins with, and what that cost.
         warmup_epochs: until every term of the loss applies.
         validate: whether test images are read after every epoch.
-        own: whether a network was given that the parameters do not describe.
+        given: fingerprints of networks of one's own, by what they are (``classifier``, ``purifier``), which the parameters
+            do not describe.
         front: what the result reads images through, if it does.
         only_measures: inputs that the training does not see, its accuracy alone is measured with them.
     """
@@ -51,7 +53,7 @@ class Stage:
     before: Mapping[str, float | None] = field(default_factory=dict)
     warmup_epochs: float = 0.0
     validate: bool = False
-    own: bool = False
+    given: Mapping[str, str] = field(default_factory=dict)
     front: nn.Module | None = None
     only_measures: tuple[str, ...] = ()
 
@@ -70,6 +72,9 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
     """Notebook 1: the classifier, from the weights of ``start_run`` or fresh ones by the seed, unless one is given; it reads
     images as they are, or what the purifier of ``purifier_run`` makes of them.
 
+    Args:
+        classifier: one of your own, images in [0, 1] -> logits; it is trained from the weights that it has.
+
     Raises:
         ValueError: if the classifier of ``start_run`` is not of the architecture and classes that are asked for.
         FileNotFoundError: if there is no such run.
@@ -79,9 +84,9 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
     torch.manual_seed(p.seed)  # the initial weights
     inputs, before = {}, {}
     if classifier is not None:
-        network = classifier
+        network, options = classifier, {}
     elif p.start_run:
-        inputs["start"] = p.checkpoint(p.start_run, "undefended")
+        inputs["start"] = p.checkpoint(p.start_run, "undefended", **LATEST["undefended"])
         network, header = load_built(inputs["start"], build_classifier, kind="classifier")
         for name, wanted in {"architecture": p.classifier, **options}.items():
             found = header.get(name, header["options"].get(name))
@@ -104,13 +109,13 @@ def classifier_stage(p: TrainClassifier, dataset: Dataset, *, classifier: nn.Mod
         {"classifier": network},
         classifier_step(network, label_smoothing=p.label_smoothing, attack=p.attack, front=front),
         network if front is None else nn.Sequential(front, network),
-        p.classifier,
+        p.classifier if classifier is None else architecture_of(classifier),
         options,
         facts,
         inputs,
         before,
         validate=True,
-        own=classifier is not None,
+        given=fingerprints(classifier=classifier),
         front=front,
     )
 
@@ -123,14 +128,28 @@ def frozen_classifier(p: PurifierTraining) -> tuple[nn.Module, Mapping[str, Any]
     return *load_checkpoint(path, kind="classifier", device=p.torch_device), path
 
 
-def pretraining_stage(p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Module | None = None) -> Stage:
-    """Notebook 2: the purifier, freshly initialised from the seed or from public weights unless one is given."""
-    classifier, _, classifier_path = frozen_classifier(p)
+def pretraining_stage(
+    p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Module | None = None, classifier: nn.Module | None = None
+) -> Stage:
+    """Notebook 2: the purifier, freshly initialised from the seed or from public weights unless one is given.
+
+    Args:
+        purifier: one of your own, (B, 5, H, W) -> (B, 3, H, W) in [-1, 1]; it is trained from the weights that it has.
+        classifier: one of your own, which says what purified images are worth; else that of ``classifier_run``.
+    """
+    inputs = {}
+    given = fingerprints(purifier=purifier)
+    if classifier is None:
+        classifier, _, inputs["classifier"] = frozen_classifier(p)
     torch.manual_seed(p.seed)  # the initial weights
     if purifier is not None:
         network = purifier
     else:
-        network = load_deepfill_weights(p.weights) if p.weights else build_purifier(p.purifier, **p.purifier_options)
+        network = (
+            load_deepfill_weights(Path(p.weights).expanduser())
+            if p.weights
+            else build_purifier(p.purifier, **p.purifier_options)
+        )
     network = network.to(p.torch_device, memory_format=torch.channels_last)
     pipeline, networks = pipeline_of(p, network, classifier)
     return Stage(
@@ -138,43 +157,61 @@ def pretraining_stage(p: PretrainPurifier, dataset: Dataset, *, purifier: nn.Mod
         networks,
         purifier_step(pipeline, p.objective, discriminator=networks.get("discriminator")),
         pipeline,
-        p.purifier,
-        p.purifier_options,
+        p.purifier if purifier is None else architecture_of(purifier),
+        p.purifier_options if purifier is None else {},
         {"transform": asdict(p.transform_settings)},
-        {"classifier": classifier_path},
+        inputs,
         only_measures=("classifier",),
-        own=purifier is not None,
+        given=given,
     )
 
 
-def finetuning_stage(p: FinetuneAtop, dataset: Dataset, *, classifier: nn.Module | None = None) -> Stage:
-    """Notebook 3: the pre-trained purifier in front of the frozen classifier, that of the run unless one is given."""
-    loaded, header, classifier_path = frozen_classifier(p)
-    loaded = fold_batch_norms(loaded) if classifier is None else classifier  # the same function, faster
-    its = classifier_path.parent.name if p.classifier_run == "latest" else p.classifier_run
-    purifier_path = p.checkpoint(p.purifier_run, "ap")
-    purifier, start = load_checkpoint(purifier_path, kind="purifier", device=p.torch_device)
+def finetuning_stage(
+    p: FinetuneAtop, dataset: Dataset, *, classifier: nn.Module | None = None, purifier: nn.Module | None = None
+) -> Stage:
+    """Notebook 3: the pre-trained purifier in front of the frozen classifier, those of the runs unless others are given.
+
+    Args:
+        classifier: one of your own, images in [0, 1] -> logits; it stays as it is.
+        purifier: one of your own, pre-trained; it is fine-tuned from the weights that it has.
+    """
+    given, inputs, before = fingerprints(classifier=classifier, purifier=purifier), {}, {}
+    its = "" if classifier is None else architecture_of(classifier)
+    if classifier is None:
+        loaded, header, inputs["classifier"] = frozen_classifier(p)
+        classifier = fold_batch_norms(loaded)  # the same function, faster
+        its = inputs["classifier"].parent.name if p.classifier_run == "latest" else p.classifier_run
+        before["classifier_flops"] = training_total(header.get("metrics", {}))
+    architecture, options = ("", {}) if purifier is None else (architecture_of(purifier), {})
+    if purifier is None:
+        inputs["purifier"] = p.checkpoint(p.purifier_run, "ap")
+        purifier, start = load_checkpoint(inputs["purifier"], kind="purifier", device=p.torch_device)
+        architecture, options = start["architecture"], start["options"]
+        before["pretrain_flops"] = training_total(start.get("metrics", {}))
     torch.manual_seed(p.seed)  # the discriminator's initial weights
-    pipeline, networks = pipeline_of(p, purifier.to(memory_format=torch.channels_last), loaded)
-    before = {
-        "test_accuracy_before": accuracy(pipeline.eval(), dataset.test),
-        "classifier_flops": training_total(header.get("metrics", {})),
-        "pretrain_flops": training_total(start.get("metrics", {})),
-    }
+    classifier = classifier.to(p.torch_device)
+    purifier = purifier.to(p.torch_device, memory_format=torch.channels_last)
+    pipeline, networks = pipeline_of(p, purifier, classifier)
+    before["test_accuracy_before"] = accuracy(pipeline.eval(), dataset.test)
     discriminator = networks.get("discriminator")
     return Stage(
         "fine-tuning the purifier",
         networks,
         purifier_step(pipeline.train(), p.objective, attack=p.attack, discriminator=discriminator),
         pipeline,
-        start["architecture"],
-        start["options"],
-        {"transform": asdict(p.transform_settings)} | ({"classifier": its} if classifier is None else {}),
-        {"classifier": classifier_path, "purifier": purifier_path},
+        architecture,
+        options,
+        {"transform": asdict(p.transform_settings), "classifier": its},
+        inputs,
         before,
         warmup_epochs=p.objective.warmup_epochs,
-        own=classifier is not None,
+        given=given,
     )
+
+
+def fingerprints(**networks: nn.Module | None) -> dict[str, str]:
+    """Of those that are given, as they are before any training."""
+    return {name: fingerprint_of(network) for name, network in networks.items() if network is not None}
 
 
 def pipeline_of(

@@ -36,7 +36,7 @@ def train(p: Training, stage: Stage, dataset: Dataset, *, notify: Callable[[str]
         TrainingFailed: if the processes that torchrun started did not come to a good end.
     """
     if p.processes > 1:
-        if stage.own:
+        if stage.given:
             raise ValueError(f"a network of your own cannot be built by {p.processes} processes: choose processes = 1")
         launch(p, stage.title)
     return train_here(p, stage, dataset, notify=notify)  # what other processes have trained is only loaded

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from atoplib.checkpoints import save_checkpoint
+from atoplib.checkpoints import holds, save_checkpoint
 from atoplib.data import Dataset, fingerprint
 from atoplib.parameters import Training
 from atoplib.progress import ProgressLine
-from atoplib.runs import Run, open_run, run_name
+from atoplib.runs import PLACES, Run, open_run, run_name
 from atoplib.shares import WHOLE, Share
 from atoplib.stages.build import Stage
 from atoplib.training import accuracy, fit, training_flops
@@ -48,7 +48,7 @@ def train_here(
     with open_run(p.experiment_dir, p.STAGE, p.as_dict(), device=p.torch_device) as run:
         if stage.inputs:
             run.input(**stage.inputs)
-        changed = run.made_from(name for name in stage.inputs if name not in stage.only_measures)
+        changed = run.made_from((name for name in stage.inputs if name not in stage.only_measures), stage.given)
         if changed and notify:
             notify(
                 f"What this training starts from has changed since it was begun ({', '.join(changed)}): it starts anew. "
@@ -72,7 +72,9 @@ def train_here(
         metrics = {"test_accuracy": test_accuracy, "train_flops": train_flops, **stage.before}
         said = {"warning": warning} if warning else {}
         run.record(**metrics, history=history, train_seconds=history[-1]["seconds"], **said)
-        save_stage(p, stage, run.path / f"{stage.kind}.safetensors", stage.result, metrics=metrics)
+        path = run.path / f"{stage.kind}.safetensors"
+        if not holds(path, stage.result):  # else what was made from this file would seem to be of another
+            save_stage(p, stage, path, stage.result, metrics=metrics)
     return Trained(run, history, test_accuracy, train_flops)
 
 
@@ -104,7 +106,7 @@ def save_stage(p: Training, stage: Stage, path: Path, network: nn.Module, **fact
         architecture=stage.architecture,
         options=stage.options,
         dataset=p.dataset,
-        parameters=p.as_dict(),
+        parameters={name: value for name, value in p.as_dict().items() if name not in PLACES},
         **stage.facts,
         **facts,
     )

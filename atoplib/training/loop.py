@@ -4,6 +4,7 @@ Every random number of a step is a function of (seed, step) alone, and every lea
 training that was cut off goes on exactly as if it had not been.
 """
 
+import hashlib
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -150,18 +151,29 @@ def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim
     return torch.optim.Adam(groups, lr=settings.learning_rate, betas=settings.betas)
 
 
-def average(module: nn.Module, decay: float) -> AveragedModel:
-    """Exponential moving average of weights and buffers, its decay growing from 0 so that early weights are forgotten."""
+class MovingAverage(AveragedModel):
+    """Exponential moving average of weights and buffers, its decay growing from 0 so that early weights are forgotten.
 
-    def lerp(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        rate = min(decay, (1 + int(count)) / (10 + int(count)))
-        for old, new in zip(averaged, current, strict=True):
-            if old.is_floating_point():
-                old.lerp_(new.to(old.dtype), 1 - rate)
-            else:
+    The count of updates stays with the host, so that none of them waits for the device, as those of its base class do.
+    """
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        super().__init__(module, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Take in the weights that a model has now."""
+        count = int(self.n_averaged)
+        rate = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
+        pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
+        floating = [(old, new) for old, new in pairs if old.is_floating_point() and count]
+        for old, new in pairs:
+            if not (old.is_floating_point() and count):
                 old.copy_(new)
-
-    return AveragedModel(module, multi_avg_fn=lerp, use_buffers=True)
+        if floating:
+            torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - rate)
+        self.n_averaged += 1
 
 
 class Batch(NamedTuple):
@@ -173,6 +185,13 @@ class Batch(NamedTuple):
     generator: torch.Generator
     epoch: float
     share: Share = WHOLE
+
+    def seed(self) -> int:
+        """Of a pipeline's dice in this step. On CUDA it is not drawn there: the host would wait for all that is queued."""
+        if self.generator.device.type == "cpu":
+            return int(torch.randint(2**62, (), generator=self.generator))
+        text = f"dice of the step {self.generator.initial_seed()}".encode()
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 2
 
 
 class Updater:
@@ -299,7 +318,7 @@ def fit(
     result_name = next(iter(networks))
     result = networks[result_name]
     updater = Updater(networks, settings, share)
-    averaged = average(result, settings.ema_decay) if settings.ema_decay else None
+    averaged = MovingAverage(result, settings.ema_decay) if settings.ema_decay else None
     dtype = compute_dtype(settings.dtype, device)
     fingerprint = {**asdict(settings), "betas": list(settings.betas), **(identity or {})}
     step, history, sums, seconds_before = 0, [], {}, 0.0

@@ -118,8 +118,7 @@ def purifier_step(
 
     def step(batch: Batch, updater: Updater) -> dict[str, Tensor]:
         clean, labels = batch.images, batch.labels
-        seed = torch.randint(2**62, (), generator=batch.generator, device=batch.generator.device)
-        pipeline.reseed(int(seed), batch.share)
+        pipeline.reseed(batch.seed(), batch.share)
         draw = pipeline.draw(clean)
         adversarial = attack.make(pipeline, batch, draw) if objective.needs_adversarial else None
         stages = pipeline.purify_stages(clean if adversarial is None else adversarial, draw)
