@@ -23,7 +23,7 @@ from atoplib.explorer.knobs import NO_ATTACK, Knobs, applicable, check_names
 from atoplib.explorer.suite import AttackEntry
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import Draw, corrupt
-from atoplib.verdicts import draw_logits, is_random, reseed
+from atoplib.verdicts import draw_logits, full_float32, is_random, reseed
 
 Report = Callable[[str, int, int], None]
 """Called as ``report(what, done, total)`` between pieces of work; it may raise to stop the work. Where nobody
@@ -258,15 +258,16 @@ def run_attack(
         return images
     settings = entry.settings(knobs, throws_dice(model, knobs, images[:1]))
     reseed(model, knobs.seed)
-    return entry.run(
-        model,
-        images,
-        labels,
-        settings,
-        generator=torch.Generator(images.device).manual_seed(knobs.seed),
-        max_batch=max_batch(images),
-        callback=lambda step, steps, adversarial, _losses: callback(step, steps, adversarial),
-    )
+    with full_float32(images.device):  # as notebook 4 measures it with the parameters that are copied from here
+        return entry.run(
+            model,
+            images,
+            labels,
+            settings,
+            generator=torch.Generator(images.device).manual_seed(knobs.seed),
+            max_batch=max_batch(images),
+            callback=lambda step, steps, adversarial, _losses: callback(step, steps, adversarial),
+        )
 
 
 def attack_path(
@@ -312,7 +313,8 @@ def views(knobs: Knobs, scene: Scene, memory: Memory, report: Report = silent) -
     image, label = pick(dataset, torch.tensor([knobs.image]), device_of(defence))
 
     def show(path: AttackPath, adapted: bool) -> View:
-        return _show(knobs, scene, dataset, defence, path, label, adapted, started, report)
+        with full_float32(image.device):
+            return _show(knobs, scene, dataset, defence, path, label, adapted, started, report)
 
     if entry is None or not knobs.attacks:
         yield show(AttackPath((0,), image), True)
@@ -324,7 +326,8 @@ def views(knobs: Knobs, scene: Scene, memory: Memory, report: Report = silent) -
             yield show(earlier, False)
         path = attack_path(knobs, entry, attacked(defence, knobs), image, label, report)
         if is_blind(defence, knobs):
-            path = replace(path, logits=_path_logits(defence.classifier, path.images, None, report))
+            with full_float32(image.device):
+                path = replace(path, logits=_path_logits(defence.classifier, path.images, None, report))
         memory.keep(key, path)
     memory.paths.move_to_end(key)
     yield show(memory.paths[key], True)
@@ -441,7 +444,8 @@ def next_misclassified(
     for number, part in enumerate(candidates.split(size)):
         report("searching", number * size, len(candidates))
         images, labels = pick(dataset, part, device)
-        wrong = (defence(images).argmax(dim=1) != labels).nonzero()
+        with full_float32(device):
+            wrong = (defence(images).argmax(dim=1) != labels).nonzero()
         if len(wrong):
             return int(part[int(wrong[0])])
     return None
