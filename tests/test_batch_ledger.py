@@ -260,13 +260,13 @@ def test_weights_that_no_job_makes_are_inputs_by_whatever_name(tmp_path):
         (job.run_dir / f"classifier{end}").write_bytes(content)
 
     train(first, b"1")
-    latest, named, kit = (
+    latest, named, kit, path = (
         plan(tmp_path, f"notebooks: {{02_pretrain_purifier: {{classifier_run: {value}}}}}")[0]
-        for value in ("latest", weights, "pretrained")
+        for value in ("latest", weights, "pretrained", first.run_dir)
     )
     others = f"others: {{mine: {{purifier: pretrained, classifier: {weights}}}}}"
     (compared,) = plan(tmp_path, f"notebooks: {{06_compare: {{{others}, classifier_run: {first.run_dir.name}}}}}")
-    for job in (latest, named, kit, compared):
+    for job in (latest, named, kit, path, compared):
         make(job)
         assert standing(job).name == "done"
     train(second, b"2")
@@ -274,7 +274,9 @@ def test_weights_that_no_job_makes_are_inputs_by_whatever_name(tmp_path):
     weights.write_bytes(b"others")
     assert standing(named).reason == "its input classifier_run has changed"
     assert standing(compared).reason == "its input others: mine: classifier has changed"
-    assert standing(kit).name == "done"
+    assert standing(kit).name == standing(path).name == "done"
+    train(first, b"3")
+    assert standing(path).reason == "its input classifier_run has changed"
 
 
 def test_latest_that_is_written_out_means_what_it_means_by_default(tmp_path):

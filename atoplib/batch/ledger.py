@@ -102,7 +102,7 @@ def checkpoints_of(job: Job) -> Iterator[tuple[str, Path]]:
 
 def checkpoint_of(parameters: Parameters, name: str, run: str, defence: str) -> Iterator[tuple[str, Path]]:
     """One of ``checkpoints_of``; none for a run of the experiment, or where there is nothing yet."""
-    if run in ("", OWN) or (parameters.experiment_dir / run).is_dir():
+    if run in ("", OWN) or Path(run).name == run and (parameters.experiment_dir / run).is_dir():
         return
     with suppress(FileNotFoundError, ValueError):
         path = parameters.checkpoint(run, defence, **LATEST.get(defence, {}))
