@@ -310,15 +310,19 @@ def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: 
             if (path / "manifest.json").is_file():
                 return path
         raise FileNotFoundError(f"there is no run {which!r} in {experiment_dir}, nor at that path; give 'latest' or a name")
+    nearest = ""
     for path in reversed(finished_runs(experiment_dir, stage)):
         parameters = read_json(path / "parameters.json") or {}
         # what an older run did not know yet it did not do: False, or ""
-        if all(parameters.get(name, type(value)()) == value for name, value in wanted.items()):
+        its = {name: parameters.get(name, type(value)()) for name, value in wanted.items()}
+        others = [f"{name} = {its[name]!r}, not {value!r}" for name, value in wanted.items() if its[name] != value]
+        if not others:
             return path
+        nearest = nearest or f" ({path.name} has {'; '.join(others)})"
     conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items() if value not in ("", None))
     raise FileNotFoundError(
-        f"{experiment_dir} holds no complete run of {stage}{conditions}: run the notebook {stage}.ipynb first, with the "
-        f"same experiment and smoke"
+        f"{experiment_dir} holds no complete run of {stage}{conditions}{nearest}: run the notebook {stage}.ipynb first, "
+        f"with the same experiment, dataset, image_size and smoke; or name a run in place of 'latest'"
     )
 
 

@@ -167,6 +167,14 @@ def test_a_missing_run_names_the_notebook_to_run_first(tmp_path, folder):
         find_run(tmp_path / folder, "01_train_classifier", adversarial=False)
 
 
+def test_where_a_run_is_no_match_the_message_says_in_what_it_differs(tmp_path):
+    make_run(tmp_path, dataset="a", image_size=64, seed=0)
+    last = make_run(tmp_path, dataset="a", image_size=32, seed=1)
+    said = re.escape(f"dataset = 'b' ({last.name} has dataset = 'a', not 'b'; image_size = 32, not None): run the notebook")
+    with pytest.raises(FileNotFoundError, match=f"{said}.*or name a run in place of 'latest'"):
+        find_run(tmp_path, "01_train_classifier", dataset="b", image_size=None)
+
+
 @pytest.mark.parametrize("which", ["01_train_classifier-00000000", "", ".."])
 def test_a_name_that_is_no_run_is_refused(tmp_path, which):
     make_run(tmp_path / "experiment")
