@@ -37,7 +37,7 @@ from atoplib.losses import Objective
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import PatchDiscriminator, build_purifier
 from atoplib.training import Batch, FineTuningAttack, TrainingSettings, Updater, compute_dtype, purifier_step
-from atoplib.training.loop import average
+from atoplib.training.loop import MovingAverage
 from atoplib.transforms import TransformSettings
 from benchmarks.report import find_device, machine_facts, markdown, number, positive, synchronize
 
@@ -228,7 +228,7 @@ def fine_tuning(setting: FineTuning, form: Format, device: torch.device) -> Work
     pipeline = AToPPipeline(setting.transform, networks["purifier"], classifier).train()
     step = purifier_step(pipeline, setting.objective, attack=setting.attack, discriminator=networks.get("discriminator"))
     updater = Updater(networks, training)
-    averaged = average(networks["purifier"], training.ema_decay) if training.ema_decay else None
+    averaged = MovingAverage(networks["purifier"], training.ema_decay) if training.ema_decay else None
     generator = torch.Generator(device).manual_seed(0)
     epoch = max(setting.objective.warmup_epochs, setting.attack.ramp_epochs)  # every term, the full attack
     autocast = form.dtype != torch.float32

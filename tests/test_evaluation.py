@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from atoplib.attacks import PGDSettings, check_budget, pgd
+from atoplib.attacks.suite import ATTACKS
 from atoplib.evaluation import (
     PROTOCOLS,
     Budget,
@@ -578,7 +579,8 @@ def test_an_attack_in_bfloat16_believes_in_no_error_that_float32_does_not_make(n
     images = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         labels = classifier(images).argmax(dim=1)
-    settings = {"queries": 100} if name == "square" else {"steps": 10}
+    effort = {"steps": 10, "queries": 100}
+    settings = {option: value for option, value in effort.items() if option in ATTACKS[name].options}
     protocol = Protocol("one", "of its own", (PlannedAttack("it", name, settings=settings),), num_draws=1)
     standing = {}
     for dtype in (torch.float32, torch.bfloat16):

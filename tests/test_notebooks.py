@@ -148,7 +148,7 @@ def test_the_attack_notebook_measures_what_the_explorer_copied(tmp_path: Path) -
     copied.write_text(to_yaml(view.knobs, source.as_dict(), max_batch=view.max_batch))
     run_notebook("04_attack", tmp_path, "-f", str(copied), "-p", "keep_images", "True")
     (run,) = tmp_path.glob("runs/mnist/04_attack-*")
-    (piece,) = run.glob("pieces/white-box-atop-*.safetensors")
+    (piece,) = run.glob("pieces/*/white-box-atop-*.safetensors")
     torch.testing.assert_close(load_file(piece)["adversarial"][0], view.adversarial, atol=1e-5, rtol=0)
     scores = json.loads((run / "metrics.json").read_text())["scores"]
     (score,) = (row for row in scores if (row["defence"], row["attack"]) == ("AToP", "white-box"))
