@@ -21,6 +21,7 @@ from atoplib.evaluation import (
     judge_draws,
     masked_gradients,
     score,
+    weakest,
     with_seen,
     worst_case,
 )
@@ -684,3 +685,13 @@ def test_attacks_in_float32_are_as_exact_as_verdicts(monkeypatch, dtype):
     with measure_module._computing_in(dtype, torch.device("cpu")):
         assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
     assert entered == (["cpu"] if dtype == torch.float32 else [])
+
+
+def test_what_a_defence_keeps_in_one_norm_is_not_what_it_keeps_in_all():
+    def outcome(defence: str, norm: str, share: float) -> Outcomes:
+        right = (torch.arange(20) < 20 * share)[None]
+        return Outcomes(defence, norm, norm, 1, dict.fromkeys(VERDICTS, right), right.float())
+
+    found = [outcome("a", "", 0.95), outcome("a", "linf", 0.5), outcome("a", "linf", 0.4), outcome("a", "flow", 0.0)]
+    found += [outcome("b", "linf", 0.0), outcome("c", "l2", 0.5)]
+    assert weakest(found, "linf") == pytest.approx({"a": 0.4, "b": 0.0, "c": 1.0})

@@ -15,7 +15,7 @@ from atoplib.evaluation.protocols import (
 )
 from atoplib.evaluation.provenance import attacked_norms, differences, training_attack, training_costs
 from atoplib.evaluation.quality import Quality, purification_quality
-from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted, worst_case
+from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted, weakest, worst_case
 from atoplib.evaluation.versus import (
     Comparison,
     Pairing,
@@ -66,6 +66,7 @@ __all__ = [
     "training_attack",
     "training_costs",
     "voted",
+    "weakest",
     "with_seen",
     "with_worst_unseen",
     "worst_case",

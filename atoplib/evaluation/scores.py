@@ -69,6 +69,13 @@ def worst_case(outcomes: Sequence[Outcomes], attack: str) -> Outcomes:
     )
 
 
+def weakest(outcomes: Sequence[Outcomes], norm: str) -> dict[str, float]:
+    """Of each defence the least share of images that it reads in one draw under any attack in a norm; 1 if none was made."""
+    names = dict.fromkeys(item.defence for item in outcomes)
+    shares = [(item.defence, float(item.right["one_shot"].float().mean())) for item in outcomes if item.norm == norm]
+    return {name: min((share for defence, share in shares if defence == name), default=1.0) for name in names}
+
+
 @dataclass(frozen=True)
 class Score:
     """Accuracy of one defence on one kind of image, in shares; with several seeds each is the mean over them.
