@@ -78,6 +78,26 @@ def test_an_object_that_was_trained_is_still_the_one_that_was_given(tmp_path):
     first = classifier(tmp_path, network, said)
     assert classifier(tmp_path, network, said).history == first.history and not said, "the same cell once more"
     assert fingerprint_of(network) == before == fingerprint_of(Reader()) != fingerprint_of(Reader(seed=1))
+    network.load_state_dict(Reader(seed=1).state_dict())
+    again = classifier(tmp_path, network, said)
+    assert "has changed since it was begun (your own classifier)" in said[0] and again.history != first.history
+
+
+def test_a_training_of_ones_own_network_that_was_cut_off_goes_on_with_the_same_object(tmp_path, monkeypatch):
+    network, before, said = Reader(), fingerprint_of(Reader()), []
+
+    def cut_off(*_, **__):
+        with torch.no_grad():
+            network.layers[0].weight.add_(1)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(stages.run, "fit_stage", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            classifier(tmp_path, network)
+    assert fingerprint_of(network) == before
+    classifier(tmp_path, network, said)
+    assert not said
 
 
 def test_in_front_of_another_classifier_the_purifier_is_tuned_anew(tmp_path):

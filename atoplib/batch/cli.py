@@ -250,8 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         overrides = {**overrides, "workspace": str(workspace_dir(options.workspace))}
         jobs = make_plan(recipe, notebooks_dir, overrides)
-        check_images(jobs)
         jobs = select(jobs, options.only) if options.only else jobs
+        check_images(jobs)
         if options.dry_run:
             print("\n".join(described(jobs, settings)))
             return 0

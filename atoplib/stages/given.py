@@ -16,15 +16,23 @@ def architecture_of(network: nn.Module) -> str:
 
 def fingerprint_of(network: nn.Module) -> str:
     """16 hex digits of a network as it was given: its structure, its weights, and the code of its classes where that is at
-    hand. One that was trained since, by an earlier call on the same object, is still the one that was given.
+    hand. One that has the weights with which an earlier call left it (``remember``) is still the one that was given then.
     """
-    found = getattr(network, "_given_as", None)
-    if found is None:
-        classes = {type(part) for part in network.modules()} - {nn.Module}
-        codes = sorted(code_of(kind) for kind in classes if not kind.__module__.startswith(("torch.", "torchvision.")))
-        found = hashlib.sha256("\n".join([model_fingerprint(network), *codes]).encode()).hexdigest()[:16]
-        network._given_as = found
-    return found
+    given, left = getattr(network, "_given_and_left", ("", ""))
+    now = present(network)
+    return given if now == left else now
+
+
+def remember(network: nn.Module, given: str) -> None:
+    """Note on a network that was trained, or whose training was cut off, by which fingerprint it was given."""
+    network._given_and_left = given, present(network)
+
+
+def present(network: nn.Module) -> str:
+    """The fingerprint of a network as it is."""
+    classes = {type(part) for part in network.modules()} - {nn.Module}
+    codes = sorted(code_of(kind) for kind in classes if not kind.__module__.startswith(("torch.", "torchvision.")))
+    return hashlib.sha256("\n".join([model_fingerprint(network), *codes]).encode()).hexdigest()[:16]
 
 
 def code_of(kind: type) -> str:

@@ -13,6 +13,7 @@ from atoplib.progress import ProgressLine
 from atoplib.runs import PLACES, Run, open_run, run_name
 from atoplib.shares import WHOLE, Share
 from atoplib.stages.build import Stage
+from atoplib.stages.given import remember
 from atoplib.training import accuracy, fit, training_flops
 from atoplib.verdicts import reseed
 
@@ -62,7 +63,11 @@ def train_here(
             )
             run.record(train_flops=train_flops)
         line = ProgressLine(stage.title, listener=run.progress)
-        history = fit_stage(p, stage, dataset, run, share, progress=lambda *report: line(*report), notify=notify)
+        try:
+            history = fit_stage(p, stage, dataset, run, share, progress=lambda *report: line(*report), notify=notify)
+        finally:
+            if stage.kind in stage.given:
+                remember(stage.result, stage.given[stage.kind])
         warning = "" if p.smoke else warning_of(history, len(dataset.classes))
         if warning and notify:
             notify(warning)

@@ -167,12 +167,11 @@ class MovingAverage(AveragedModel):
         count = int(self.n_averaged)
         rate = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
         pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
-        floating = [(old, new) for old, new in pairs if old.is_floating_point() and count]
+        floating = [(old, new) for old, new in pairs if old.is_floating_point()]
+        torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - rate)
         for old, new in pairs:
-            if not (old.is_floating_point() and count):
+            if not old.is_floating_point():
                 old.copy_(new)
-        if floating:
-            torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - rate)
         self.n_averaged += 1
 
 
