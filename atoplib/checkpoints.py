@@ -4,11 +4,13 @@ Nothing is ever unpickled without ``weights_only=True``.
 """
 
 import hashlib
+import importlib
+import io
 import json
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from atoplib.classifiers import build_classifier
+from atoplib.classifiers import Normalize, build_classifier
 from atoplib.purifiers import build_purifier
 
 FORMAT = "atoplib-checkpoint-1"
@@ -75,10 +77,65 @@ def save_checkpoint(
         facts: anything else worth keeping beside the weights (settings, data, metrics, version), as JSON.
     """
     header = {"format": FORMAT, "kind": kind, "architecture": architecture, "options": dict(options), **facts}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    tensors, extra = tensors_of(module)
+    if extra:
+        header["extra_state"] = extra
     header["sha256"] = digest(header, tensors)
     metadata = {"atoplib": json.dumps(header, sort_keys=True)}
     write_atomically(path, lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata))
+
+
+def tensors_of(module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+    """What a checkpoint holds of a module: its state on the CPU, and the names of what is no tensor (``get_extra_state``),
+    which is kept as bytes. Weights that share memory (tied, aliased) are written once for each of their names.
+
+    Raises:
+        CheckpointError: for what cannot be saved and loaded again.
+    """
+    tensors: dict[str, Tensor] = {}
+    extra, places = [], set()
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            extra.append(name)
+            tensors[name] = _as_bytes(value, name)
+            continue
+        _check_saveable_tensor(value, name)
+        tensor = value.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if place in places or value._base is not None else tensor
+        places.add(place)
+    return tensors, extra
+
+
+def check_saveable(module: nn.Module) -> None:
+    """Raise CheckpointError, before an hour of training, if a network cannot be saved; nothing is written or copied."""
+    for name, value in module.state_dict().items():
+        if isinstance(value, Tensor):
+            _check_saveable_tensor(value, name)
+        else:
+            _as_bytes(value, name)
+
+
+def _check_saveable_tensor(value: Tensor, name: str) -> None:
+    if isinstance(value, nn.parameter.UninitializedTensorMixin):
+        raise CheckpointError(f"{name} of this network has no shape yet, so it cannot be saved: give it one batch first")
+    if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        what = "quantised" if value.is_quantized else "on the device meta" if value.is_meta else f"{value.layout}"
+        raise CheckpointError(f"{name} of this network is {what}; only dense tensors can be saved: train it dense")
+
+
+def _as_bytes(value: Any, name: str) -> Tensor:
+    """A module's extra state as bytes that can be read without running any code of theirs."""
+    buffer = io.BytesIO()
+    try:
+        torch.save(value, buffer)
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except Exception as error:  # pickling may raise anything
+        raise CheckpointError(
+            f"{name} of this network (from its get_extra_state) is a {type(value).__name__}, which cannot be saved and loaded "
+            f"without running code; let get_extra_state return numbers, texts, lists, dicts and tensors alone"
+        ) from error
+    return torch.frombuffer(bytearray(buffer.getvalue()), dtype=torch.uint8)
 
 
 def digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -170,7 +227,9 @@ def load_built(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}
-        check_shapes({name: tensor.shape for name, tensor in expected.items()}, shapes, path)
+        extra = set(header.get("extra_state", ()))
+        shapes = {name: shape for name, shape in shapes.items() if name not in extra}
+        check_shapes({name: tensor.shape for name, tensor in expected.items() if isinstance(tensor, Tensor)}, shapes, path)
         tensors = safetensors.torch.load_file(path)
     except (safetensors.SafetensorError, OSError, RuntimeError, TypeError) as error:
         raise CheckpointError(f"{path} cannot be read ({error}): delete it and run the notebook that writes it") from error
@@ -179,7 +238,7 @@ def load_built(
             f"{path} is damaged: its content is not what was saved. Delete it and run the notebook that writes it again"
         )
     module = build()
-    load_weights(module, tensors, path)
+    load_weights(module, tensors, path, extra)
     return module.to(device).eval(), header
 
 
@@ -200,19 +259,124 @@ def holds(path: Path, module: nn.Module) -> bool:
         header, tensors = read_header(path), safetensors.torch.load_file(path)
     except (OSError, CheckpointError, safetensors.SafetensorError):
         return False
-    own = module.state_dict()
+    own, _ = tensors_of(module)
     return (
         header.get("sha256") == digest(header, tensors)
         and own.keys() == tensors.keys()
-        and all(torch.equal(own[name].cpu(), tensor) for name, tensor in tensors.items())
+        and all(torch.equal(own[name], tensor) for name, tensor in tensors.items())
     )
 
 
-def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy weights into a module; every name and shape must fit (CheckpointError says which one does not)."""
-    expected = {name: tensor.shape for name, tensor in module.state_dict().items()}
-    check_shapes(expected, {name: tensor.shape for name, tensor in tensors.items()}, source)
-    module.load_state_dict(tensors)
+def load_weights(
+    module: nn.Module, tensors: Mapping[str, Any], source: Path, extra: Sequence[str] | set[str] = ()
+) -> None:
+    """Copy weights into a module; every name and shape must fit (CheckpointError says which one does not).
+
+    ``extra`` are the names that hold a module's extra state as bytes (``tensors_of``).
+    """
+    expected = {name: tensor.shape for name, tensor in module.state_dict().items() if isinstance(tensor, Tensor)}
+    found = {name: tensor.shape for name, tensor in tensors.items() if name not in extra and isinstance(tensor, Tensor)}
+    check_shapes(expected, found, source)
+    try:
+        states = {name: torch.load(io.BytesIO(tensors[name].numpy().tobytes()), weights_only=True) for name in extra}
+        module.load_state_dict({**tensors, **states})
+    except Exception as error:  # a damaged state may raise anything
+        raise CheckpointError(f"the weights in {source} cannot be put into the network: {error}") from error
+
+
+def has_own_header(path: Path) -> bool:
+    """Whether a file is a checkpoint of the kit's own form (whole or not), in contrast to somebody's weights."""
+    try:
+        read_header(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def load_foreign(
+    path: Path,
+    factory: str | Callable[..., nn.Module],
+    options: Mapping[str, Any] | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """A network from weights that another program saved, in eval mode: images in [0, 1] -> logits. No pickle is run.
+
+    Args:
+        path: a state dict, ``.pth`` or ``.pt`` (also below ``state_dict``, ``model`` or ``net``) or ``.safetensors``;
+            ``module.`` in front of its names is taken off.
+        factory: what builds the network: a callable, or ``"package.module:function"``.
+        options: its keyword arguments.
+        mean, std: per channel, of images in [0, 1], of the normalisation that is put in front; None: the network has its own.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        CheckpointError: for a factory that is not there or cannot build, and weights that cannot be read or do not fit.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}; give the path of .pth, .pt or .safetensors weights")
+    if (mean is None) != (std is None):
+        raise CheckpointError(f"mean and std belong together, got mean={mean} and std={std}; give both or neither")
+    name = factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory))
+    build = _factory(factory) if isinstance(factory, str) else factory
+    tensors = _foreign_state(path)
+    try:
+        network = build(**(options or {}))
+    except Exception as error:  # somebody's code
+        raise CheckpointError(f"{name} cannot build a network with the options {dict(options or {})}: {error}") from error
+    if not isinstance(network, nn.Module):
+        raise CheckpointError(f"{name} must return a torch.nn.Module, but it returned a {type(network).__name__}")
+    load_weights(network, tensors, path)
+    if mean is not None and std is not None:
+        network = nn.Sequential(Normalize(mean, std), network)
+    return network.to(device).eval()
+
+
+def _factory(name: str) -> Callable[..., nn.Module]:
+    """The callable that ``package.module:function`` names; the dotted part after the colon may be nested."""
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise CheckpointError(
+            f"a factory is given as 'package.module:function', such as 'torchvision.models:resnet18', got {name!r}"
+        )
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise CheckpointError(f"the factory {name!r} cannot be found ({error}); is its package installed?") from error
+    if not callable(found):
+        raise CheckpointError(f"the factory {name!r} is a {type(found).__name__}, not a function that builds a network")
+    return found
+
+
+def _foreign_state(path: Path) -> dict[str, Any]:
+    """The state dict in somebody's file, without ``module.`` in front of its names."""
+    try:
+        if path.suffix == ".safetensors":
+            state = safetensors.torch.load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files and refused pickles raise all kinds
+        raise CheckpointError(
+            f"{path} cannot be read as weights ({_first_line(error)}); allowed are state dicts (torch.save(model.state_dict(), "
+            f"path)) and .safetensors, for whole pickled models run code"
+        ) from error
+    for key in ("state_dict", "model", "net"):
+        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
+            state = state[key]
+    if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} holds no state dict, neither itself nor below state_dict, model or net")
+    if all(str(name).startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    return dict(state)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def check_shapes(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size], source: Path) -> None:

@@ -5,13 +5,14 @@ Any other ``torch.nn.Module`` of that signature takes a classifier's place; wrap
 """
 
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from atoplib.contract import copy_of, has_hooks, of_known_layers, same_answers
 
 
 class Normalize(nn.Module):
@@ -84,21 +85,36 @@ class SmallResNet(nn.Module):
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy in which each convolution takes up the batch normalisation that follows it in the same ``nn.Sequential``.
 
-    The same function up to rounding, for a model that is not trained any more: attacks need a tenth less time.
+    The same function up to rounding, for a model that is not trained any more: attacks need a tenth less time. It is done
+    for exact types without hooks or parametrisations, and kept where the copy gives the same logits on probe images
+    (``contract.same_answers``); otherwise the copy is as the model is (the model itself, where it cannot be copied).
 
     Raises:
         ValueError: for a model in train mode, whose normalisation is no fixed function.
     """
     if any(part.training for part in model.modules()):
         raise ValueError("only a model in eval mode can be folded; call model.eval()")
-    model = deepcopy(model)
-    for block in model.modules():
-        if not isinstance(block, nn.Sequential):
-            continue
-        for place in range(len(block) - 1):
-            if isinstance(block[place], nn.Conv2d) and isinstance(block[place + 1], nn.BatchNorm2d):
-                block[place], block[place + 1] = fuse_conv_bn_eval(block[place], block[place + 1]), nn.Identity()
-    return model.eval()  # the new parts, too
+    copied, pairs = copy_of(model), []
+    if copied is model:
+        return model
+    for block in copied.modules():
+        if type(block) is nn.Sequential:
+            pairs += [(block, place) for place in range(len(block) - 1) if _can_be_folded(block[place], block[place + 1])]
+    for block, place in pairs:
+        block[place], block[place + 1] = fuse_conv_bn_eval(block[place], block[place + 1]), nn.Identity()
+    copied.eval()  # the new parts, too
+    return copied if not pairs or same_answers(model, copied) else copy_of(model)
+
+
+def _can_be_folded(convolution: nn.Module, norm: nn.Module) -> bool:
+    exact = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+    return exact and not has_hooks(convolution) and not has_hooks(norm)
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The model itself, its weights channels-last, which is faster; as it was, where a part of it is not of an exact type of
+    the kit, torch or torchvision: somebody's network may flatten by ``view``, which takes contiguous images alone."""
+    return model.to(memory_format=torch.channels_last) if of_known_layers(model) else model
 
 
 class WideBlock(nn.Module):

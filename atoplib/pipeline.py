@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib.checkpoints import CheckpointError, load_checkpoint
-from atoplib.classifiers import fold_batch_norms
-from atoplib.purifiers import FrozenGatedUNet, GatedUNet, stage_outputs
+from atoplib.classifiers import fold_batch_norms, to_channels_last
+from atoplib.contract import adapt, copy_of
+from atoplib.purifiers import FrozenGatedUNet, GatedUNet, frozen_unet, stage_outputs
 from atoplib.shares import WHOLE, Share
 from atoplib.transforms import Draw, TransformSettings, assemble, corrupt, sample_draw, visible_part
 
@@ -29,8 +30,8 @@ class AToPPipeline(nn.Module):
         transform: what destroys the perturbation.
         purifier: any module (B, 5, H, W) -> (B, 3, H, W) in [-1, 1], or a tuple of stages, the result last. One that throws
             dice of its own says so by ``noise_planes``, and is given that many standard normal planes an image.
-        classifier: any module (B, 3, H, W) in [0, 1] -> logits. It is frozen: no gradient to its weights, and it stays in
-            eval mode whatever mode the pipeline is put in.
+        classifier: any module (B, 3, H, W) in [0, 1] -> logits (``contract.adapt``). It is frozen: no gradient to its
+            weights, and it stays in eval mode whatever mode the pipeline is put in.
         seed: of the pipeline's generator.
     """
 
@@ -38,7 +39,7 @@ class AToPPipeline(nn.Module):
         super().__init__()
         self.transform = transform
         self.purifier = purifier
-        self.classifier = classifier.requires_grad_(False).eval()
+        self.classifier = adapt(classifier).requires_grad_(False).eval()
         self.seed = seed
         self._generators: dict[torch.device, torch.Generator] = {}
 
@@ -204,9 +205,9 @@ def load_pipeline(
 def for_attacks(pipeline: AToPPipeline) -> AToPPipeline:
     """A copy of a trained pipeline to attack: the same function and gradients up to rounding, frozen, in less time.
 
-    The classifier takes up its batch normalisations (``fold_batch_norms``), a ``GatedUNet`` becomes a ``FrozenGatedUNet``,
-    any other purifier is copied as it is; no weight gets a gradient, and all are channels-last. The copy throws the dice
-    that a pipeline throws that was just given the seed of this one.
+    The classifier takes up its batch normalisations (``fold_batch_norms``), a ``GatedUNet`` becomes a ``FrozenGatedUNet``
+    where that gives the same images, any other purifier is copied as it is; no weight gets a gradient, and what consists of
+    known layers is channels-last. The copy throws the dice that a pipeline throws that was just given the seed of this one.
 
     Raises:
         ValueError: for a pipeline in train mode.
@@ -216,10 +217,10 @@ def for_attacks(pipeline: AToPPipeline) -> AToPPipeline:
     copied = copy(pipeline)
     copied._modules = dict(pipeline._modules)
     copied._generators = {}
-    frozen = type(pipeline.purifier) is GatedUNet  # of another class the forward may be another
-    copied.purifier = FrozenGatedUNet(pipeline.purifier) if frozen else deepcopy(pipeline.purifier)
-    copied.classifier = fold_batch_norms(pipeline.classifier)
-    return copied.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+    frozen = frozen_unet(pipeline.purifier) if type(pipeline.purifier) is GatedUNet else None
+    copied.purifier = to_channels_last(copy_of(pipeline.purifier) if frozen is None else frozen)
+    copied.classifier = to_channels_last(fold_batch_norms(pipeline.classifier))
+    return copied.requires_grad_(False).eval()
 
 
 def to_unit(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

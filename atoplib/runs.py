@@ -36,6 +36,7 @@ from typing import Any
 import torch
 
 from atoplib.checkpoints import write_json
+from atoplib.progress import format_seconds
 
 # Where a run happens, and what it leaves on the way, does not change what it is.
 PLACES = ("workspace", "data_dir", "device", "processes", "keep_every")
@@ -168,10 +169,11 @@ class Run:
         moved into a folder of its own.
 
         Args:
-            given: fingerprints of networks of one's own, by what they are.
+            given: what else the training depends on, by its name in a sentence: fingerprints of networks of one's own, of the
+                code, of what computes.
         """
         files = {name: self.manifest["inputs"][name]["sha256"] for name in names}
-        now = files | {f"your own {name}": fingerprint for name, fingerprint in given.items()}
+        now = files | dict(given)
         noted = self.path / "made_from.json"
         before = read_json(noted)
         before = files if before is None else before
@@ -185,6 +187,10 @@ class Run:
             self.metrics.clear()
         write_json(noted, now)
         return changed if made else []
+
+    def age(self) -> str:
+        """How long ago the run's state was saved for the last time, as ``format_seconds`` says it; "" if there is none."""
+        return format_seconds(time.time() - self.state_path.stat().st_mtime) if self.state_path.is_file() else ""
 
     def progress(self, line: str) -> None:
         """Leave a line where someone who watches the run can read it; on a full disk the run goes on without."""
@@ -329,12 +335,12 @@ def find_run(experiment_dir: Path, stage: str, which: str = "latest", **wanted: 
 def workspace_dir(workspace: str = "") -> Path:
     """The folder that holds ``runs/`` and ``data/``: the one given, or the project's own, found upwards from here.
 
-    A notebook is run from its own folder by JupyterLab and from the caller's by papermill; both find the same.
+    A notebook is run from its own folder by JupyterLab and from the caller's, wherever that is, by papermill; both find the same.
     """
     if workspace:
         return Path(workspace).expanduser().resolve()
     here = Path.cwd()
-    for folder in (here, *here.parents):
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):  # the last: where the kit itself lies
         if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
             return folder
     return here

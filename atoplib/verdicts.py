@@ -10,6 +10,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atoplib.contract import adapt, check_labels
+
 Model = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) in [0, 1] -> logits (B, classes); may be random."""
 
@@ -50,8 +52,9 @@ def right_by(
     """Which images the verdict ``name`` (see ``Verdict``) calls right. Ties of a vote go to the lower class.
 
     Raises:
-        ValueError: for an unknown name.
+        ValueError: for an unknown name, or labels that are not (batch,).
     """
+    check_labels(labels, logits.shape[1])
     if name in ("worst_of_n", STANDING):
         right = logits.argmax(dim=2) == labels
         return right.any(dim=0) if name == STANDING else right.all(dim=0)
@@ -105,6 +108,7 @@ def draw_logits(
     """
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    model = adapt(model)
     index = torch.arange(num_draws * len(images), device=images.device) % max(1, len(images))
     with full_float32(images.device):
         logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
@@ -157,6 +161,7 @@ def is_random(model: Model, images: Float[Tensor, "batch 3 height width"], *, ma
 
     It does if two passes over ``PROBES`` images differ; fewer images are shown several times.
     """
+    model = adapt(model)
     probes = images[torch.arange(PROBES, device=images.device) % len(images)].split(max_batch)
     return any(not torch.equal(model(part), model(part)) for part in probes)
 

@@ -236,7 +236,8 @@ def test_the_attack_benchmark_times_every_row_on_a_trained_pipeline(experiment, 
     attack_speed.main([str(experiment), "--images", "6", "--steps", "2", "--eot", "3", "--device", "cpu"])
     printed = capsys.readouterr().out
     (rows,) = rows_of(printed).values()
-    assert [row["attack"].split()[0] for row in rows] == ["torchattacks", "torchattacks", "atoplib", "atoplib"]
+    in_float32 = [row for row in rows if "bfloat16" not in row["pipeline"]]  # the others where the processor has it
+    assert [row["attack"].split()[0] for row in in_float32] == ["torchattacks", "torchattacks", "atoplib", "atoplib"]
     assert first_number(rows[0]["ratio"]) == 1 and all(first_number(row["images/s"]) > 0 for row in rows)
     assert all(re.fullmatch(r"[\d.]+ \[[\d.]+, [\d.]+\]", row["robust accuracy %"]) for row in rows)
     assert "PGD-2 + EOT-3, l_inf 0.3, 6 images" in printed

@@ -104,8 +104,8 @@ def test_a_table_by_vote_has_the_intervals_of_the_vote():
     assert cell["accuracy"] == 0.75
 
 
-def test_every_protocol_stands_in_the_readme_and_in_notebook_4():
-    for source in ("README.md", "notebooks/04_attack.ipynb"):
+def test_every_protocol_stands_in_the_docs_and_in_notebook_4():
+    for source in ("docs/protocols.md", "notebooks/04_attack.ipynb"):
         named = re.findall(r"\| `([a-z-]+)` \| [a-zP0-9]", (ROOT / source).read_text())
         assert set(PROTOCOLS) <= set(named), source
 
@@ -182,7 +182,7 @@ def test_a_further_purifier_costs_what_its_kind_of_training_costs():
 @pytest.mark.parametrize(
     "name, before, small",
     [
-        ("compare", "01_train_classifier", {"batch_size": 4}),
+        ("compare", "01_train_classifier", {"max_train": 4_000}),  # both end after a number of steps
         ("reproduce", "robust", {"batch_size": 4}),
         ("cifar10", "robust", {}),  # whose fine-tuning ends after a number of steps, so that their size matters
     ],
@@ -190,7 +190,7 @@ def test_a_further_purifier_costs_what_its_kind_of_training_costs():
 def test_in_the_recipe_at_is_trained_for_as_many_flops_as_classifier_and_fine_tuning_together(name, before, small, tmp_path):
     recipe = read_recipe(find_recipe(name, ROOT / "notebooks"))
     p = {job.name: job.parameters for job in make_plan(recipe, ROOT / "notebooks", {"workspace": str(tmp_path), **small})}
-    count = 400 if small else 50_000  # the count is proportional to the images
+    count = small.get("max_train", 400 if small else 50_000)  # the count is proportional to the images
     digits = Split(torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(count, -1, -1, -1), torch.zeros(count).long())
 
     def classifier() -> nn.Module:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from atoplib.attacks.losses import margin
-from atoplib.attacks.stadv import StAdvSettings, check_flow, find_flow, flow_loss, stadv, warp
+from atoplib.attacks.stadv import StAdvSettings, check_flow, find_flow, spread, stadv, warp
 
 QUICK = StAdvSettings(steps=20, eot_samples=1)
 
@@ -81,17 +81,11 @@ def test_a_warp_keeps_the_range_of_black_and_white_images(bound):
     assert warped.min() >= 0 and warped.max() <= 1
 
 
-def test_the_flow_loss_of_a_step_is_its_height_times_its_length_from_both_sides():
-    flow = torch.zeros(2, 2, 4, 6)
-    flow[0, :, :, 3:] = torch.tensor([3.0, 4.0]).view(2, 1, 1)  # a step of length 5 in each of 4 rows
-    flow[1, 0, 2:] = 1.0  # a step of length 1 in each of 6 columns
-    torch.testing.assert_close(flow_loss(flow), torch.tensor([2 * 4 * 5.0, 2 * 6 * 1.0]), atol=0.01, rtol=0)
-
-
-def test_the_flow_loss_has_a_finite_gradient_at_rest():
-    flow = torch.zeros(1, 2, 4, 4, requires_grad=True)
-    flow_loss(flow).sum().backward()
-    assert torch.equal(flow.grad, torch.zeros_like(flow))
+def test_control_points_are_spread_bilinearly_and_stay_within_their_bound():
+    points = (torch.rand(2, 2, 4, 5, generator=seeded()) * 2 - 1).double()
+    expected = F.interpolate(points, size=(12, 9), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(spread(points, 12, 9), expected)
+    assert spread(points.sign(), 12, 9).abs().max() <= 1
 
 
 class Ramp(nn.Module):
@@ -111,7 +105,7 @@ def test_on_a_ramp_the_attack_finds_the_known_optimum():
     """The brightness of a ramp rises most where every pixel looks its bound further up: the last column cannot."""
     ramp = (torch.arange(10.0) / 20).expand(2, 3, 10, 10)
     labels = torch.zeros(2, dtype=torch.int64)
-    settings = StAdvSettings(steps=30, eot_samples=2, smoothness=0.0)
+    settings = StAdvSettings(steps=30, eot_samples=2)
     found = stadv(Ramp().eval(), ramp, labels, settings)
     best = ramp.clone()
     best[..., :9] += 0.05 * 10 / 2 / 20
@@ -125,7 +119,7 @@ def small_model(classes=4):
 def test_the_attack_breaks_images_and_keeps_its_budget():
     model, images = small_model(), images_of(24)
     labels = model(images).argmax(dim=1)
-    settings = StAdvSettings(bound=0.3, steps=20, learning_rate=0.05, eot_samples=1)
+    settings = StAdvSettings(bound=0.3, steps=20, eot_samples=1)
     flow = find_flow(model, images, labels, settings)
     adversarial = stadv(model, images, labels, settings)
     check_flow(adversarial, images, flow, 0.3)
@@ -138,14 +132,53 @@ def test_the_margin_that_is_returned_is_the_best_of_the_way():
     model, images = small_model(), images_of(6)
     labels = model(images).argmax(dim=1)
     seen = []
-    strong = replace(QUICK, smoothness=0.5, learning_rate=0.05)  # smoothness and overshooting undo what was reached
-    found = stadv(model, images, labels, strong, callback=lambda *given: seen.append(given))
-    margins = torch.stack([margin for *_, margin in seen])
-    assert [given[0] for given in seen] == list(range(1, 21)) and {given[1] for given in seen} == {20}
-    best = margins.argmax(dim=0)
-    assert (best < 19).any()
-    expected = torch.stack([seen[step][2][image] for image, step in enumerate(best.tolist())])
-    torch.testing.assert_close(found, expected)
+    found = stadv(model, images, labels, replace(QUICK, restarts=2), callback=lambda *given: seen.append(given))
+    assert [given[0] for given in seen] == list(range(1, len(seen) + 1)) and {given[1] for given in seen} == {40}
+    bests = torch.stack([best for *_, best in seen])
+    assert torch.equal(bests, bests.cummax(dim=0).values)
+    torch.testing.assert_close(margin(model(found), labels), bests[-1])
+
+
+@pytest.mark.parametrize("factor", [0.01, 100.0])
+def test_the_scale_of_the_logits_changes_nothing(factor):
+    """With a smoothness weighed in logits the same classifier was five times as robust or a tenth, by its scale alone."""
+
+    class Scaled(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, images):
+            return factor * self.model(images) + 3.0
+
+    model, images = small_model().double(), images_of(12).double()
+    labels = model(images).argmax(dim=1)
+    settings = replace(QUICK, steps=6, restarts=3)
+    plain, scaled = (stadv(m.eval(), images, labels, settings, generator=seeded()) for m in (model, Scaled(model)))
+    torch.testing.assert_close(scaled, plain)
+
+
+def test_restarts_break_more_and_leave_what_is_broken_alone():
+    model, images = small_model(), images_of(40)
+    labels = model(images).argmax(dim=1)
+    one, many = (
+        stadv(model, images, labels, StAdvSettings(0.03, 3, 1, restarts), generator=seeded()) for restarts in (1, 8)
+    )
+    broken_by_one, broken = (model(found).argmax(dim=1) != labels for found in (one, many))
+    assert torch.equal(one[broken_by_one], many[broken_by_one])
+    assert broken_by_one.sum() < broken.sum() and (broken | ~broken_by_one).all()
+
+
+@pytest.mark.parametrize("control", [2, 4])
+def test_a_flow_of_control_points_is_bilinear_between_them(control):
+    model, images = small_model(), images_of(4)
+    labels = model(images).argmax(dim=1)
+    flow = find_flow(model, images, labels, StAdvSettings(0.2, 5, 1, control=control))
+    assert 0.1 < flow.abs().max() <= 0.2 + 1e-6
+    if control == 2:
+        torch.testing.assert_close(flow.diff(dim=3).diff(dim=3), torch.zeros(4, 2, 10, 8), atol=1e-6, rtol=0)
+    else:
+        assert not torch.equal(flow, torch.zeros_like(flow))
 
 
 def test_the_last_step_counts_too():
@@ -159,29 +192,12 @@ def test_the_last_step_counts_too():
     torch.testing.assert_close(margins, margin(model(warped), labels))
 
 
-def test_smoothness_makes_flows_smoother():
-    model, images = small_model(), images_of(6)
-    labels = model(images).argmax(dim=1)
-    rough, smooth = (find_flow(model, images, labels, replace(QUICK, smoothness=weight)) for weight in (0.0, 0.2))
-    assert (flow_loss(smooth) < flow_loss(rough)).all()
-
-
-def test_confidence_lets_a_broken_draw_pull_no_further():
-    ramp = (torch.arange(10.0) / 20 + 0.274).expand(1, 3, 10, 10)  # of class 0 by a hair
-    labels = torch.zeros(1, dtype=torch.int64)
-    model = Ramp().eval()
-    edge, far = (
-        model(stadv(model, ramp, labels, replace(QUICK, smoothness=0.0, confidence=confidence))).diff(dim=1).item()
-        for confidence in (0.0, None)
-    )
-    assert 0 <= edge < far / 2
-
-
 @pytest.mark.parametrize("max_batch", [1, 5, 512])
 def test_draws_and_images_share_batches_of_at_most_max_batch(max_batch):
     model, images = Ramp().eval(), images_of(3)
     stadv(model, images, torch.tensor([0, 1, 0]), StAdvSettings(steps=2, eot_samples=4), max_batch=max_batch)
-    assert max(model.calls) <= max_batch and sum(model.calls) == 1 + (2 + 1) * 3 * 4
+    # the check; two looks for dice, of 8 images each; the gradients
+    assert max(model.calls) <= max(max_batch, 8) and sum(model.calls) == 1 + 2 * 8 + (2 + 1) * 3 * 4
 
 
 def test_an_attack_of_parts_is_the_attack_of_the_whole_and_changes_nothing_else():
@@ -221,12 +237,10 @@ def test_a_result_outside_its_budget_never_passes(spoil, message):
         ({"bound": 0.0}, r"bound must lie in \(0, 2\]"),
         ({"bound": 8.0}, r"bound must lie in \(0, 2\].*got 8.0"),
         ({"bound": float("nan")}, "bound must lie"),
-        ({"steps": 0}, "steps and eot_samples must be at least 1, got 0 and 20"),
-        ({"eot_samples": 0}, "steps and eot_samples must be at least 1, got 100 and 0"),
-        ({"learning_rate": 0.0}, "learning_rate must be above 0"),
-        ({"smoothness": -1.0}, r"smoothness must be at least 0 \(or None\), got -1.0"),
-        ({"confidence": -1.0}, r"confidence must be at least 0 \(or None\), got -1.0"),
-        ({"confidence": float("nan")}, "confidence must be at least 0"),
+        ({"steps": 0}, "steps, eot_samples and restarts must be at least 1, got 0, 20, 1"),
+        ({"eot_samples": 0}, "steps, eot_samples and restarts must be at least 1, got 100, 0, 1"),
+        ({"restarts": 0}, "restarts must be at least 1, got 100, 20, 0"),
+        ({"control": 1}, "control must be at least 2 points"),
     ],
     ids=str,
 )
@@ -235,10 +249,9 @@ def test_impossible_settings_are_refused(wrong, message):
         StAdvSettings(**wrong)
 
 
-def test_the_defaults_are_the_published_setting():
+def test_the_bound_steps_and_samples_are_the_published_ones():
     settings = StAdvSettings()
-    assert (settings.bound, settings.steps, settings.learning_rate, settings.eot_samples) == (0.05, 100, 0.01, 20)
-    assert settings.flow_weight == pytest.approx(0.05) and StAdvSettings(bound=0.1).flow_weight == pytest.approx(0.025)
+    assert (settings.bound, settings.steps, settings.eot_samples, settings.control) == (0.05, 100, 20, None)
 
 
 def test_a_model_in_train_mode_is_refused():

@@ -83,7 +83,7 @@ def adaptive(
         )
     if getattr(model, "copies", 1) > 1 and model.average == "logits":
         raise ValueError("the adaptive attack reads one purified image a pass, but this pipeline averages logits; use pgd")
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     base = settings.base
     adversarial = _start(model, images, labels, settings, generator, max_batch)
     target = _purified_mean(model, images, base.eot_samples, max_batch) if settings.distance else None

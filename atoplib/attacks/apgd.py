@@ -101,7 +101,7 @@ def apgd(
 
     Source: Croce & Hein 2020, section 3 and algorithm 1; targets: section 4.
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     random = random_model_with_votes(model, images, settings.verdict)
     eot_samples = settings.eot_samples if random else 1
 

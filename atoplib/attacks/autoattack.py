@@ -116,7 +116,7 @@ def autoattack(
 
     Source: Croce & Hein 2020, section 5.
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     classes, least = draw_logits(model, images[:1]).shape[2], LEAST_CLASSES[settings.version]
     if classes < least:
         raise ValueError(

@@ -77,7 +77,7 @@ def fab(
 
     Source: Croce & Hein 2020 (arXiv 1907.02044), algorithm 1; targets as in Croce & Hein 2020 (AutoAttack), section 5.
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     if is_random(model, images, max_batch=max_batch):
         raise ValueError(
             "FAB needs a deterministic model, but this one is random: its boundary moves with every draw; use apgd"

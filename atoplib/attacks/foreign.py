@@ -134,7 +134,7 @@ def torchattacks_attack(
     Raises:
         ValueError: as ``pgd``.
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     seed = int(torch.randint(2**31, (), generator=generator, device=images.device))
     with torch.no_grad():
         classes = model(images[:1]).shape[1]

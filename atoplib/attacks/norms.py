@@ -7,6 +7,7 @@ from torch import Tensor
 from atoplib.shares import WHOLE, Share
 
 NORMS = ("linf", "l2")
+ROUNDING = 3e-8  # of one value of an image in [0, 1] in float32, in the root mean square
 
 
 def _check(norm: str) -> None:
@@ -27,7 +28,8 @@ def perturbation_size(perturbation: Float[Tensor, "batch 3 height width"], norm:
     """The norm of each image's perturbation, in units of the image ([0, 1])."""
     _check(norm)
     flat = perturbation.flatten(1)
-    return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1)
+    # in float64: the squares of a large image add up to more than float32 can tell apart
+    return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1, dtype=torch.float64).to(flat.dtype)
 
 
 def steepest_step(gradient: Float[Tensor, "batch 3 height width"], norm: str) -> Float[Tensor, "batch 3 height width"]:
@@ -55,8 +57,11 @@ def project(
     if norm == "linf":
         return torch.minimum(torch.maximum(images, origin - eps), origin + eps).clamp(0, 1)
     perturbation = images - origin
-    size = perturbation.flatten(1).norm(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    return (origin + perturbation * (eps / size).clamp_max(1)).clamp(0, 1)
+    size = perturbation.flatten(1).norm(dim=1, dtype=torch.float64).clamp_min(1e-30).view(-1, 1, 1, 1)
+    # the sum is rounded value by value, by some 1e-7 of an image's: a margin of that size in every value keeps it in the ball
+    margin = ROUNDING * perturbation[0].numel() ** 0.5
+    scale = ((eps - margin).clamp_min(0.5 * eps) if isinstance(eps, Tensor) else max(eps - margin, 0.5 * eps)) / size
+    return (origin + perturbation * scale.clamp_max(1).to(perturbation.dtype)).clamp(0, 1)
 
 
 def random_start(

@@ -1,6 +1,7 @@
 """FGSM and PGD, with EOT for random models."""
 
 from dataclasses import dataclass
+from math import cos, pi
 
 import torch
 from jaxtyping import Float, Int
@@ -9,14 +10,16 @@ from torch import Tensor, nn
 from atoplib.attacks.attempts import Attempt, StepCallback, random_model_with_votes, strongest_attempt
 from atoplib.attacks.checks import check_attack, check_budget
 from atoplib.attacks.eot import input_gradient
-from atoplib.attacks.losses import Loss, cross_entropy
+from atoplib.attacks.losses import Loss, cross_entropy, likely_targets, margin, target_margin
 from atoplib.attacks.norms import check_ball, project, random_start, steepest_step
 from atoplib.shares import WHOLE, Share
-from atoplib.verdicts import Model, Verdict
+from atoplib.verdicts import Model, Verdict, draw_logits
 
 SMALLEST_STEP = 1 / 3
 """Of the default step size, in units of eps. The gradients of a random model are noisy, so that many small steps get lost in
 the noise; the projection makes up for steps that are too large."""
+LAST_STEP = 0.06
+"""Of a step size that decays, in units of the first."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,15 @@ class PGDSettings:
         start: ``random`` (uniform in the ball) or ``clean``.
         stop_after: an image leaves the batch once every draw has been wrong in so many steps in a row, which saves the time
             of images that are broken anyhow; 0: never.
+        decay: whether the step size falls along a half cosine, from alpha at the first step to ``LAST_STEP`` * alpha at the
+            last. A step that never falls does not converge on a deterministic model.
+        cycles: how often the step size falls so, on the way of one run; at least 1.
+        joint: whether cross-entropy is that of the mean softmax over the EOT samples (``eot.input_gradient``).
         momentum: share of the past direction in the next one: g <- momentum * g + gradient / its l1 norm, and a step along
             g in place of the gradient (MI-FGSM; Dong et al. 2018, eq. 6 and 7). 0: plain PGD.
         restarts: runs, each from a random start of its own, at least 1. With several, each attacks those images alone that
-            ``verdict`` still calls right. Training makes one run, whatever is set.
+            ``verdict`` still calls right, and they differ in their loss, too: the loss given, the margin, then the margin of
+            each of the most likely other classes. Training makes one run, whatever is set.
         verdict: when an image counts as broken between restarts; several draws for a random model.
     """
 
@@ -47,6 +55,9 @@ class PGDSettings:
     eot_samples: int = 1
     start: str = "random"
     stop_after: int = 0
+    decay: bool = False
+    cycles: int = 1
+    joint: bool = False
     momentum: float = 0.0
     restarts: int = 1
     verdict: Verdict = Verdict()
@@ -63,6 +74,8 @@ class PGDSettings:
             raise ValueError(f"unknown start {self.start!r}; allowed: random, clean")
         if not 0 <= self.momentum < float("inf"):
             raise ValueError(f"momentum must be 0 (none) or more, got {self.momentum}")
+        if self.cycles < 1:
+            raise ValueError(f"cycles must be at least 1, got {self.cycles}")
         if self.restarts < 1:
             raise ValueError(f"restarts must be at least 1, got {self.restarts}")
         if self.restarts > 1 and self.start == "clean":
@@ -75,6 +88,14 @@ class PGDSettings:
             return self.alpha
         return self.eps if self.steps == 1 else self.eps * max(2.5 / self.steps, SMALLEST_STEP)
 
+    def step_size_at(self, step: int) -> float:
+        """The step size of step ``step``, from 0."""
+        if not self.decay or self.steps == 1:
+            return self.step_size
+        length = max(2, -(-self.steps // self.cycles))
+        falling = (1 + cos(pi * (step % length) / (length - 1))) / 2
+        return self.step_size * (LAST_STEP + (1 - LAST_STEP) * falling)
+
 
 def ascend(
     model: Model,
@@ -84,6 +105,7 @@ def ascend(
     *,
     generator: torch.Generator | None = None,
     loss: Loss = cross_entropy,
+    targets: Int[Tensor, " batch"] | None = None,
     max_batch: int = 512,
     callback: StepCallback | None = None,
     share: Share = WHOLE,
@@ -108,13 +130,15 @@ def ascend(
             adversarial[active],
             labels[active],
             loss=loss,
+            targets=None if targets is None else targets[active],
             eot_samples=settings.eot_samples,
+            joint=settings.joint and loss is cross_entropy,
             max_batch=max_batch,
         )
         direction = found.gradient
         if past is not None:
             direction = past[active] = settings.momentum * past[active] + _of_l1_norm_1(found.gradient)
-        moved = adversarial[active] + settings.step_size * steepest_step(direction, settings.norm)
+        moved = adversarial[active] + settings.step_size_at(step) * steepest_step(direction, settings.norm)
         adversarial[active] = project(moved, images[active], settings.eps, settings.norm)
         losses[active] = found.loss
         if callback is not None:
@@ -123,6 +147,15 @@ def ascend(
             wrong_in_a_row[active] = torch.where(found.right > 0, 0, wrong_in_a_row[active] + 1)
             active = active[wrong_in_a_row[active] < settings.stop_after]
     return adversarial.detach()
+
+
+def check_targets(targets: Int[Tensor, " batch"], labels: Int[Tensor, " batch"]) -> None:
+    """Raise ValueError where there is not one target an image, or one is the image's own class."""
+    if targets.shape != labels.shape:
+        raise ValueError(f"targets need one class an image, shape {tuple(labels.shape)}, got {tuple(targets.shape)}")
+    same = (targets == labels).nonzero().flatten().tolist()
+    if same:
+        raise ValueError(f"the target of image {same[0]} is its own class, {int(labels[same[0]])}; choose another class")
 
 
 def _of_l1_norm_1(gradient: Tensor) -> Tensor:
@@ -138,6 +171,7 @@ def pgd(
     *,
     generator: torch.Generator | None = None,
     loss: Loss = cross_entropy,
+    targets: Int[Tensor, " batch"] | None = None,
     max_batch: int = 512,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch 3 height width"]:
@@ -152,6 +186,7 @@ def pgd(
         labels: true classes.
         generator: of the random start, on the images' device; the model's own dice are not touched.
         loss: (logits, labels) -> one value an image, to be raised.
+        targets: the class that each image is driven to, in place of ``loss``: the margin between it and the true one.
         max_batch: copies of images (images x draws) that are in memory at once.
         callback: (step, steps, adversarial, loss of each image) after every step.
 
@@ -159,29 +194,44 @@ def pgd(
         adversarial images in [0, 1], within eps of ``images``.
 
     Raises:
-        ValueError: as ``check_attack``; for restarts on a random model with a verdict of a single draw.
+        ValueError: as ``check_attack``; for a target that is an image's own class; for restarts on a random model with a verdict of a single draw.
 
     Source: Madry et al. 2018, section 2.1; EOT: Athalye et al. 2018, section 4.2.
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
+    if targets is not None:
+        check_targets(targets, labels)
+    everything = torch.arange(len(images), device=images.device)
 
-    def run(positions: Tensor, report: StepCallback | None) -> Tensor:
-        return ascend(
-            model,
-            images[positions],
-            labels[positions],
-            settings,
-            generator=generator,
-            loss=loss,
-            max_batch=max_batch,
-            callback=report,
-        )
+    def attempt(goal: Loss, classes: Tensor | None) -> Attempt:
+        def run(positions: Tensor, report: StepCallback | None) -> Tensor:
+            return ascend(
+                model,
+                images[positions],
+                labels[positions],
+                settings,
+                generator=generator,
+                loss=goal,
+                targets=None if classes is None else classes[positions],
+                max_batch=max_batch,
+                callback=report,
+            )
+
+        return Attempt(settings.steps, run)
 
     if settings.restarts == 1:
-        adversarial = run(torch.arange(len(images), device=images.device), callback)
+        goal, classes = (loss, None) if targets is None else (target_margin, targets)
+        adversarial = attempt(goal, classes).run(everything, callback)
     else:
         random_model_with_votes(model, images, settings.verdict)
-        attempts = [Attempt(settings.steps, run)] * settings.restarts
+        if targets is None:
+            logits = draw_logits(model, images, num_draws=settings.verdict.num_draws, max_batch=max_batch).mean(dim=0)
+            likely = likely_targets(logits, labels, settings.restarts).unbind(dim=1)
+            later = [(target_margin, likely[number % len(likely)]) for number in range(settings.restarts - 2)]
+            goals = [(loss, None), (margin, None), *later]
+        else:
+            goals = [(target_margin, targets)] * settings.restarts
+        attempts = [attempt(*goal) for goal in goals]
         adversarial = strongest_attempt(
             model, images, labels, attempts, settings.verdict, max_batch=max_batch, callback=callback
         )

@@ -75,7 +75,7 @@ def spsa(
 
     Source: Uesato et al. 2018, section 3, algorithm 1 (Spall 1992).
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     adversarial = images.detach().clone()
     first, second = torch.zeros_like(adversarial), torch.zeros_like(adversarial)
     margins = torch.zeros(len(images), device=images.device)

@@ -91,7 +91,7 @@ def square(
 
     Source: Andriushchenko et al. 2020, algorithms 1 to 3.
     """
-    check_attack(model, images, labels)
+    model, images, labels = check_attack(model, images, labels)
     random = (settings.ask_again > 0 or can_hold(model)) and is_random(model, images, max_batch=max_batch)
     held = random and can_hold(model)
     first, propose = (_stripes, _squares) if settings.norm == "linf" else (_tiles, _pairs)

@@ -1,6 +1,7 @@
 """StAdv: pixels move instead of changing their values."""
 
 from dataclasses import dataclass
+from math import cos, pi
 
 import torch
 from jaxtyping import Float, Int
@@ -8,51 +9,46 @@ from torch import Tensor, nn
 
 from atoplib.attacks.checks import check_attack
 from atoplib.attacks.eot import input_gradient
-from atoplib.attacks.losses import margin
-from atoplib.attacks.pgd import StepCallback
+from atoplib.attacks.losses import likely_targets, margin, target_margin
+from atoplib.attacks.pgd import LAST_STEP, StepCallback
+from atoplib.verdicts import draw_logits, is_random
 
-ROUNDED = 1e-4
-"""Below this difference between neighbours, in units of the grid (0.0016 px at 32 px), the flow loss is quadratic."""
+MOMENTUM = 0.75
 
 
 @dataclass(frozen=True)
 class StAdvSettings:
     """Spatially transformed adversarial examples (Xiao et al. 2018) under a bound, as Laidlaw et al. 2021 set it.
 
+    How smooth a flow must be is part of the threat, not of the loss: weighed against logits, it would make a classifier whose
+    logits are larger seem less robust.
+
     Attributes:
         bound: largest displacement of a pixel along either axis, in units of the sampling grid, in which the image is 2
             wide and 2 high: 0.05 is 0.8 px at 32 px. Above 0, at most 2.
-        steps: iterations of Adam, at least 1.
-        learning_rate: of Adam, in the same units.
+        steps: of each run, at least 1.
         eot_samples: draws of the model that each gradient is averaged over, at least 1.
-        smoothness: weight of the flow loss; None: 0.0025 / bound.
-        confidence: a draw whose margin exceeds it pulls no further, in logits, at least 0 (0 as published); None: all draws
-            do, which breaks far more images of a random model.
+        restarts: runs, at least 1: the margin from rest, the margin from a random flow, then the margins of the most likely
+            other classes, from random flows. Images that a deterministic model misclassifies take part in no further run.
+        control: None moves each pixel by itself; a number moves a grid of so many control points along each edge, and the
+            pixels between them follow bilinearly: another, smoother threat. At least 2.
     """
 
     bound: float = 0.05
     steps: int = 100
-    learning_rate: float = 0.01
     eot_samples: int = 20
-    smoothness: float | None = None
-    confidence: float | None = None
+    restarts: int = 1
+    control: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.bound <= 2:
             raise ValueError(f"bound must lie in (0, 2], in units of a grid on which the image is 2 wide, got {self.bound}")
-        if self.steps < 1 or self.eot_samples < 1:
-            raise ValueError(f"steps and eot_samples must be at least 1, got {self.steps} and {self.eot_samples}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if self.smoothness is not None and not 0 <= self.smoothness < float("inf"):
-            raise ValueError(f"smoothness must be at least 0 (or None), got {self.smoothness}")
-        if self.confidence is not None and not self.confidence >= 0:
-            raise ValueError(f"confidence must be at least 0 (or None), got {self.confidence}")
-
-    @property
-    def flow_weight(self) -> float:
-        """smoothness, or its default."""
-        return 0.0025 / self.bound if self.smoothness is None else self.smoothness
+        if self.steps < 1 or self.eot_samples < 1 or self.restarts < 1:
+            raise ValueError(
+                f"steps, eot_samples and restarts must be at least 1, got {self.steps}, {self.eot_samples}, {self.restarts}"
+            )
+        if self.control is not None and self.control < 2:
+            raise ValueError(f"control must be at least 2 points along each edge (or None: every pixel), got {self.control}")
 
 
 def warp(
@@ -94,16 +90,17 @@ def warp(
     return torch.lerp(above, below, down)
 
 
-def flow_loss(flow: Float[Tensor, "batch 2 height width"]) -> Float[Tensor, " batch"]:
-    """How unsmooth each flow is: the distances between the displacements of neighbours, summed over all pairs, each counted
-    from both sides as the paper does.
+def spread(points: Float[Tensor, "batch 2 rows columns"], height: int, width: int) -> Float[Tensor, "batch 2 height width"]:
+    """The flow of every pixel from that of control points, bilinearly, the outermost ones in the corners of the image.
 
-    Source: Xiao et al. 2018, equation 4.
+    By two matrices, whose gradients are the same on every run of every device, as those of ``interpolate`` are not.
     """
-    across, down = flow.diff(dim=3), flow.diff(dim=2)
-    # rounded off at the bottom: a bare root has no slope at 0, and close to it only rounding errors decide on its sign
-    lengths = [((step.square().sum(dim=1) + ROUNDED**2).sqrt() - ROUNDED).sum(dim=(1, 2)) for step in (across, down)]
-    return 2 * (lengths[0] + lengths[1])
+
+    def weights(pixels: int, count: int) -> Tensor:
+        place = torch.linspace(0, count - 1, pixels, device=points.device, dtype=points.dtype)
+        return (1 - (place[:, None] - torch.arange(count, device=points.device)).abs()).clamp_min(0)
+
+    return weights(height, points.shape[2]) @ points @ weights(width, points.shape[3]).T
 
 
 def check_flow(
@@ -133,42 +130,65 @@ def find_flow(
     labels: Int[Tensor, " batch"],
     settings: StAdvSettings = StAdvSettings(),
     *,
+    generator: torch.Generator | None = None,
     max_batch: int = 512,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch 2 height width"]:
-    """The flow of each image by Adam on margin loss and smoothness, from rest; arguments and errors as ``stadv``.
+    """The flow of each image: ascent by the sign of the gradient, with momentum and a step that falls along a half cosine from
+    ``bound`` to ``LAST_STEP`` of it. Multiplying the logits by a constant changes nothing. Arguments and errors as ``stadv``.
 
-    Of all flows on the way an image gets the one with the largest mean margin, so that smoothness never undoes a break.
+    Of all flows on the way an image gets the one with the largest mean margin.
     """
-    check_attack(model, images, labels)
-    flow = images.new_zeros(len(images), 2, *images.shape[2:])
-    best = flow.clone()
+    model, images, labels = check_attack(model, images, labels)
+    random = is_random(model, images, max_batch=max_batch)
+    height, width = images.shape[2:]
+    shape = (len(images), 2, *((height, width) if settings.control is None else (settings.control,) * 2))
+    best = images.new_zeros(len(images), 2, height, width)
     best_margin = torch.full((len(images),), -torch.inf, device=images.device)
-    first, second = torch.zeros_like(flow), torch.zeros_like(flow)
-
-    def loss(logits: Tensor, targets: Tensor) -> Tensor:
-        return margin(logits, targets).clamp_max(torch.inf if settings.confidence is None else settings.confidence)
-
-    for step in range(1, settings.steps + 2):
-        last = step > settings.steps  # looks at what the last step has found
-        with torch.enable_grad():
-            flow.requires_grad_()
-            warped = warp(images, flow)
-            found = input_gradient(model, warped, labels, loss=loss, eot_samples=settings.eot_samples, max_batch=max_batch)
-            goal = (warped * found.gradient).sum() - settings.flow_weight * flow_loss(flow).sum()
-            gradient = None if last else torch.autograd.grad(goal, flow)[0]
-        flow = flow.detach()
-        better = found.loss > best_margin
-        best_margin = torch.where(better, found.loss, best_margin)
-        best = torch.where(better.view(-1, 1, 1, 1), flow, best)
-        if callback is not None and step > 1:
-            callback(step - 1, settings.steps, warped.detach(), found.loss)
-        if last:
-            break
-        first = 0.9 * first + 0.1 * gradient
-        second = 0.999 * second + 0.001 * gradient.square()
-        ascent = (first / (1 - 0.9**step)) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
-        flow = (flow + settings.learning_rate * ascent).clamp(-settings.bound, settings.bound)
+    warped, active = images.clone(), torch.arange(len(images), device=images.device)
+    likely = ()
+    if settings.restarts > 2:
+        logits = draw_logits(model, images, num_draws=settings.eot_samples, max_batch=max_batch).mean(dim=0)
+        likely = likely_targets(logits, labels, settings.restarts - 2).unbind(dim=1)
+    for run in range(settings.restarts):
+        targets = likely[(run - 2) % len(likely)] if run > 1 else None
+        start = images.new_zeros(shape)
+        if run:
+            start = (torch.rand(shape, generator=generator, device=images.device) * 2 - 1) * settings.bound
+        points, momentum = start[active], torch.zeros_like(start[active])
+        for step in range(settings.steps + 1):  # the last one looks at what the last step has found
+            with torch.enable_grad():
+                points.requires_grad_()
+                flow = points if settings.control is None else spread(points, height, width)
+                moved = warp(images[active], flow)
+                found = input_gradient(
+                    model,
+                    moved,
+                    labels[active],
+                    loss=margin if targets is None else target_margin,
+                    targets=None if targets is None else targets[active],
+                    eot_samples=settings.eot_samples,
+                    max_batch=max_batch,
+                )
+                (gradient,) = torch.autograd.grad((moved * found.gradient).sum(), points)
+            points, better = points.detach(), found.loss > best_margin[active]
+            best_margin[active] = torch.where(better, found.loss, best_margin[active])
+            best[active] = torch.where(better.view(-1, 1, 1, 1), flow.detach(), best[active])
+            warped[active] = moved.detach()
+            if callback is not None and step > 0:
+                callback(run * settings.steps + step, settings.restarts * settings.steps, warped.clone(), best_margin.clone())
+            if step == settings.steps:
+                break
+            tiny = torch.finfo(gradient.dtype).tiny
+            momentum = MOMENTUM * momentum + gradient / gradient.abs().sum(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
+            falling = (1 + cos(pi * step / max(1, settings.steps - 1))) / 2
+            size = settings.bound * (LAST_STEP + (1 - LAST_STEP) * falling)
+            points = (points + size * momentum.sign()).clamp(-settings.bound, settings.bound)
+        if not random and run + 1 < settings.restarts:
+            logits = draw_logits(model, warp(images, best), max_batch=max_batch)[0]
+            active = (logits.argmax(dim=1) == labels).nonzero().squeeze(1)
+            if len(active) == 0:
+                break
     return best
 
 
@@ -188,9 +208,9 @@ def stadv(
         model: in eval mode, images in [0, 1] -> logits; may be random.
         images: in [0, 1].
         labels: true classes.
-        generator: not used; the attack starts from rest.
+        generator: of the random flows of all runs but the first, on the images' device.
         max_batch: copies of images (images x draws) that are in memory at once.
-        callback: (step, steps, warped images, mean margin of each image, cut off at ``confidence``) after every step.
+        callback: (step, steps, warped images, the best mean margin of each image so far) after every step, all runs together.
 
     Returns:
         images in [0, 1]; they are no lp-ball's: ``check_flow`` has their budget.
@@ -198,9 +218,9 @@ def stadv(
     Raises:
         ValueError: as ``pgd``.
 
-    Source: Xiao et al. 2018, section 3; the bound and its weights: Laidlaw et al. 2021, appendix.
+    Source: Xiao et al. 2018, section 3, without the flow loss; the bound: Laidlaw et al. 2021, appendix.
     """
-    flow = find_flow(model, images, labels, settings, max_batch=max_batch, callback=callback)
+    flow = find_flow(model, images, labels, settings, generator=generator, max_batch=max_batch, callback=callback)
     adversarial = warp(images, flow)
     check_flow(adversarial, images, flow, settings.bound)
     return adversarial

@@ -60,16 +60,10 @@ def adaptive_settings(
 
 
 def stadv_settings(
-    eps: float,
-    *,
-    steps: int = 100,
-    learning_rate: float = 0.01,
-    eot_samples: int = 20,
-    smoothness: float | None = None,
-    confidence: float | None = None,
+    eps: float, *, steps: int = 100, eot_samples: int = 20, restarts: int = 1, control: int | None = None
 ) -> StAdvSettings:
     """``StAdvSettings``, whose bound is called eps as everywhere else."""
-    return StAdvSettings(eps, steps, learning_rate, eot_samples, smoothness, confidence)
+    return StAdvSettings(eps, steps, eot_samples, restarts, control)
 
 
 def foreign_settings(

@@ -250,9 +250,13 @@ def slurm(settings: Settings) -> Iterator[Submit]:
     with ThreadPoolExecutor(settings.jobs, thread_name_prefix="slurm") as pool:
 
         def submit(jobs: Sequence[Job]) -> "list[Future[float]]":
-            with executor.batch():
-                how = (settings.timeout, settings.threads, settings.reuse)
-                submitted = [executor.submit(attempt, job, *how) for job in jobs]
+            how = (settings.timeout, settings.threads, settings.reuse)
+            try:
+                with executor.batch():
+                    submitted = [executor.submit(attempt, job, *how) for job in jobs]
+            except (submitit.core.utils.FailedJobError, OSError) as error:  # sbatch is installed, but no cluster answers it
+                reason = " ".join(str(error).split())[-300:]
+                raise ValueError(f"the engine slurm cannot be used so: sbatch refused the runs ({reason})") from error
             tasks.extend(submitted)
             return [pool.submit(seconds_of, job, task.result) for job, task in zip(jobs, submitted, strict=True)]
 

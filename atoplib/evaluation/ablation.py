@@ -18,7 +18,7 @@ from torch import Tensor
 from atoplib.attacks import PGDSettings, pgd
 from atoplib.checkpoints import write_json
 from atoplib.evaluation.store import attack_seed, hashed, verdict_seed
-from atoplib.fingerprints import model_fingerprint, tensor_fingerprint
+from atoplib.fingerprints import code_hash, environment, model_fingerprint, tensor_fingerprint
 from atoplib.pipeline import AToPPipeline, AveragedPipeline
 from atoplib.progress import Report
 from atoplib.runs import read_json
@@ -302,6 +302,7 @@ def ablate(
     """
     shared = {"attack": asdict(attack), "draws": num_draws, "seed": seed, "max_batch": max_batch}
     shared |= {"images": tensor_fingerprint(images), "labels": tensor_fingerprint(labels)}
+    shared |= {"code": code_hash("atoplib.evaluation.ablation"), "environment": environment(images.device)}
     wanted = {
         (name, setting): tuple(vote_counts) if setting == Setting(pipeline.transform) else ()
         for name, pipeline in pipelines.items()

@@ -17,7 +17,7 @@ from atoplib.attacks.suite import ATTACKS
 from atoplib.evaluation.protocols import UNSEEN, Budget, PlannedAttack, Protocol
 from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
 from atoplib.evaluation.store import Store, attack_seed, hashed, verdict_seed
-from atoplib.fingerprints import model_fingerprint, tensor_fingerprint
+from atoplib.fingerprints import code_hash, model_fingerprint, tensor_fingerprint
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report
 from atoplib.verdicts import VERDICTS, draw_logits, full_float32, is_random, reseed
@@ -148,6 +148,7 @@ def evaluate(
         "max_batch": max_batch,
         "attack_dtype": str(attack_dtype),
         "images_kept": keep_images,
+        "code": code_hash("atoplib.evaluation.measure"),
         "versions": {"atoplib": __version__, "torch": torch.__version__},
         "device": images.device.type,  # another kind throws other dice from the same seed; one of the same kind only rounds
     }

@@ -49,6 +49,8 @@ class PlannedAttack:
         relative_step: the step size in units of eps; None leaves it to the attack.
         settings: the attack's other settings.
         num_draws: forward passes of each verdict after it, in place of the protocol's; None: the protocol's.
+        equal_passes: a deterministic model, which needs no EOT, is attacked by as many restarts as a random one has EOT samples,
+            so that all rows of a table get as many gradient passes.
     """
 
     label: str
@@ -58,6 +60,7 @@ class PlannedAttack:
     relative_step: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     num_draws: int | None = None
+    equal_passes: bool = False
 
     def __post_init__(self) -> None:
         if self.num_draws is not None and self.num_draws < 1:
@@ -98,6 +101,8 @@ class PlannedAttack:
             defaults["alpha"] = self.relative_step * values["eps"]
         values = {name: value for name, value in defaults.items() if name in attack.options} | values
         if not random and "eot_samples" in attack.options:
+            if self.equal_passes:
+                values["restarts"] = values.get("eot_samples", 1)
             values["eot_samples"] = 1
         return attack.settings(**values)
 
@@ -192,7 +197,8 @@ def adjusted(
     return replace(protocol, name=name, attacks=attacks, num_draws=num_draws or protocol.num_draws)
 
 
-_DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3}
+_DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3, "decay": True, "cycles": 2, "joint": True, "momentum": 0.75}
+_FIRST_STEP = 1.0  # of a step that decays, in units of eps
 _STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
 _LEE_KIM_L2_STEP = 0.005 / 0.5  # likewise at l2 eps 0.5, 200 of which cross the ball twice; _STEP orbits in it
 _HILL_STEP = 2 / 8  # Hill et al. 2021: 2/255 at eps 8/255
@@ -225,7 +231,7 @@ def _white_box(
             settings={"steps": bpda_steps, "eot_samples": bpda_draws, "stop_after": 5},
             num_draws=bpda_verdict,
         ),
-        PlannedAttack("StAdv", "stadv", "flow", settings={"steps": flow_steps, "eot_samples": 20}),
+        PlannedAttack("StAdv", "stadv", "flow", settings={"steps": flow_steps, "eot_samples": 20}, equal_passes=True),
         PlannedAttack("Square linf", "square", settings={"queries": queries, "eot_samples": 1}),
     )
 
@@ -241,8 +247,8 @@ PROTOCOLS: dict[str, Protocol] = {
             "demo",
             "one white-box attack (PGD-40 + EOT-10) and the blind one beside it; under a minute on 2 cores",
             (
-                PlannedAttack("transfer", "pgd", sees="classifier", settings=_DEMO),
-                PlannedAttack("white-box", "pgd", settings=_DEMO),
+                PlannedAttack("transfer", "pgd", sees="classifier", relative_step=_FIRST_STEP, settings=_DEMO),
+                PlannedAttack("white-box", "pgd", relative_step=_FIRST_STEP, settings=_DEMO, equal_passes=True),
             ),
             num_images=200,
         ),
@@ -251,13 +257,26 @@ PROTOCOLS: dict[str, Protocol] = {
             "a look at every kind of attack, each too short to be believed alone; minutes on 2 cores",
             (
                 PlannedAttack("transfer PGD-{steps}", "pgd", sees="classifier", settings={"steps": 40}),
-                PlannedAttack("PGD-{steps} + EOT-{eot_samples} linf", "pgd", settings=_DEMO),
-                PlannedAttack("PGD-{steps} + EOT-{eot_samples} l2", "pgd", "l2", settings=_DEMO),
+                PlannedAttack(
+                    "PGD-{steps} + EOT-{eot_samples} linf",
+                    "pgd",
+                    relative_step=_FIRST_STEP,
+                    settings=_DEMO,
+                    equal_passes=True,
+                ),
+                PlannedAttack(
+                    "PGD-{steps} + EOT-{eot_samples} l2",
+                    "pgd",
+                    "l2",
+                    relative_step=_FIRST_STEP,
+                    settings=_DEMO,
+                    equal_passes=True,
+                ),
                 PlannedAttack("APGD-DLR linf", "apgd", settings={"steps": 30, "eot_samples": 10, "loss": "dlr"}),
                 PlannedAttack(
                     "BPDA + EOT linf", "pgd", sees="bpda", relative_step=_HILL_STEP, settings=_DEMO | {"steps": 20}
                 ),
-                PlannedAttack("StAdv", "stadv", "flow", settings={"steps": 30, "eot_samples": 5}),
+                PlannedAttack("StAdv", "stadv", "flow", settings={"steps": 30, "eot_samples": 5}, equal_passes=True),
                 PlannedAttack("Square linf", "square", settings={"queries": 200}),
             ),
             num_images=128,
@@ -266,10 +285,25 @@ PROTOCOLS: dict[str, Protocol] = {
             "compare",
             "the attack that AT and AToP were trained on, and others that they never saw, 200 images; minutes on 2 cores",
             (
-                PlannedAttack("transfer", "pgd", sees="classifier", settings=_DEMO),
-                PlannedAttack("PGD-{steps} + EOT-{eot_samples} linf", "pgd", settings=_DEMO),
-                PlannedAttack("PGD-{steps} + EOT-{eot_samples} l2", "pgd", "l2", settings=_DEMO),
-                PlannedAttack("StAdv + EOT-{eot_samples}", "stadv", "flow", settings={"steps": 30, "eot_samples": 10}),
+                PlannedAttack("transfer", "pgd", sees="classifier", relative_step=_FIRST_STEP, settings=_DEMO),
+                PlannedAttack(
+                    "PGD-{steps} + EOT-{eot_samples} linf",
+                    "pgd",
+                    relative_step=_FIRST_STEP,
+                    settings=_DEMO,
+                    equal_passes=True,
+                ),
+                PlannedAttack(
+                    "PGD-{steps} + EOT-{eot_samples} l2",
+                    "pgd",
+                    "l2",
+                    relative_step=_FIRST_STEP,
+                    settings=_DEMO,
+                    equal_passes=True,
+                ),
+                PlannedAttack(
+                    "StAdv + EOT-{eot_samples}", "stadv", "flow", settings={"steps": 30, "eot_samples": 10}, equal_passes=True
+                ),
                 PlannedAttack("Square linf", "square", settings={"queries": 500}),
             ),
             num_images=200,

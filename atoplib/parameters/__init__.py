@@ -5,11 +5,11 @@ which stops it within a second if a name, a type or a value is wrong. papermill 
 """
 
 from atoplib.parameters.attacking import Attacking
-from atoplib.parameters.base import Parameters
+from atoplib.parameters.base import LATEST, Parameters
 from atoplib.parameters.checking import ParameterError, convert
 from atoplib.parameters.looking import Ablate, CrossCheck, Report, Visualize
 from atoplib.parameters.measuring import SEES, Attack, Compare, Measuring
-from atoplib.parameters.training import LATEST, FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier, Training
+from atoplib.parameters.training import FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier, Training
 
 NOTEBOOKS: dict[str, type[Parameters]] = {
     item.STAGE: item

@@ -7,9 +7,9 @@ from typing import Self
 
 from atoplib.checkpoints import OF_ONES_OWN, read_header
 from atoplib.data import Dataset
-from atoplib.parameters.base import OWN, PRETRAINED, Parameters, from_run
+from atoplib.parameters.base import LATEST, OWN, PRETRAINED, Parameters, from_run
 from atoplib.parameters.checking import ParameterError
-from atoplib.parameters.training import LATEST, FinetuneAtop, PretrainPurifier, TrainClassifier
+from atoplib.parameters.training import FinetuneAtop, PretrainPurifier, TrainClassifier
 from atoplib.pretrained import COMES_WITH, available, weights_path
 from atoplib.runs import finished_runs
 

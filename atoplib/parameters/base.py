@@ -3,6 +3,7 @@
 import ast
 import difflib
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -23,6 +24,8 @@ MADE_BY = {
     "atop": ("03_finetune_atop", "purifier"),
 }
 """The notebook that makes a defence, and the name of the checkpoint in its run."""
+LATEST = {"undefended": {"adversarial": False, "purifier_run": ""}, "at": {"adversarial": True, "purifier_run": ""}}
+"""Parameters of the run that is meant by ``latest``, by defence."""
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -126,8 +129,24 @@ class Parameters:
             raise ParameterError(f"{cls.STAGE}: {error}") from error
 
     def as_dict(self) -> dict[str, Any]:
-        """All of them, as JSON values."""
-        return asdict(self)
+        """All of them, as JSON values; ``latest`` is the run that it means now, so that a notebook by hand and a recipe, which
+        names the run that it made, have the same ones.
+        """
+        return asdict(self) | self.latest_runs()
+
+    def latest_runs(self) -> dict[str, str]:
+        """Names of the runs that fields mean by ``latest``; where there is none yet, the field stays as it is."""
+        found = {}
+        for item in fields(self):
+            if "stage" not in item.metadata or getattr(self, item.name) != "latest":
+                continue
+            own = item.name.removesuffix("_run")
+            makers = (name for name, (stage, _) in MADE_BY.items() if stage == item.metadata["stage"])
+            defence = own if own in MADE_BY else next(makers, None)
+            with suppress(FileNotFoundError):
+                if defence is not None:
+                    found[item.name] = self.checkpoint("latest", defence, **LATEST.get(defence, {})).parent.name
+        return found
 
     @property
     def experiment_dir(self) -> Path:

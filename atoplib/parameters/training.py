@@ -13,8 +13,6 @@ from atoplib.training import FineTuningAttack, TrainingSettings
 from atoplib.training.processes import share_of
 from atoplib.transforms import TransformSettings
 
-LATEST = {"undefended": {"adversarial": False, "purifier_run": ""}, "at": {"adversarial": True, "purifier_run": ""}}
-"""What of a run of notebook 1 is meant by ``latest``: it reads images as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,7 @@ class PurifierTraining(Training):
     classifier_run: str = from_run(TrainClassifier.STAGE)
     transform: str = "rt2"
     missing_rate: float = 0.1
-    noise_std: float = 0.1
+    noise_std: float = 0.05
     num_masks: int = 4
     grid_size: int = 8
     gan_weight: float = 0.0
@@ -145,7 +143,9 @@ class PretrainPurifier(PurifierTraining):
 
     epochs: int = 2
     purifier: str = "gated_unet"
-    purifier_options: dict = field(default_factory=lambda: {"width": 8, "blocks": 1, "fold": 4, "pixel_width": 8})
+    purifier_options: dict = field(
+        default_factory=lambda: {"width": 8, "blocks": 1, "fold": 4, "front_width": 8, "pixel_width": 8}
+    )
     weights: str = ""
 
     def __post_init__(self) -> None:
@@ -174,7 +174,7 @@ class FinetuneAtop(PurifierTraining):
     attack_alpha: float | None = None
     attack_eot: int = 1
     ramp_epochs: float = 3.0
-    epochs: int = 7
+    epochs: int = 9
     learning_rate: float = 0.01
 
     def __post_init__(self) -> None:

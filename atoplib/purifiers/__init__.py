@@ -15,7 +15,7 @@ from atoplib.purifiers.deepfill import DeepFillV2, load_deepfill_weights
 from atoplib.purifiers.denoising import DenoisingAutoencoder
 from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
 from atoplib.purifiers.discriminator import PatchDiscriminator
-from atoplib.purifiers.frozen import FrozenGatedUNet
+from atoplib.purifiers.frozen import FrozenGatedUNet, frozen_unet
 from atoplib.purifiers.gated_unet import GatedUNet
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "MissingDiffusers",
     "PatchDiscriminator",
     "build_purifier",
+    "frozen_unet",
     "load_deepfill_weights",
     "load_diffusers",
     "stage_outputs",

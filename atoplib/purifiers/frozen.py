@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from atoplib.contract import copy_of, has_hooks, probe_images, same_answers
 from atoplib.purifiers.gated_unet import GatedUNet
 
 
@@ -40,6 +41,7 @@ class FrozenGatedUNet(nn.Module):
         self.encode1_activation = unet.encode1.activation
         self.body = nn.ModuleDict({name: _frozen_copy(getattr(unet, name)) for name in BODY})
         self.to_rgb = _convolution(last.weight[_pixel_order(fold)], last.bias[_pixel_order(fold)])
+        self.front = None if unet.front is None else _frozen_copy(unet.front)
         self.pixel = None if unet.pixel is None else _frozen_copy(unet.pixel)
         self.requires_grad_(False).eval()
 
@@ -54,6 +56,8 @@ class FrozenGatedUNet(nn.Module):
         height, width = visible.shape[2:]
         if height % (4 * self.fold) or width % (4 * self.fold):
             raise ValueError(f"this purifier needs height and width divisible by {4 * self.fold}, got {height} x {width}")
+        if self.front is not None:
+            visible = visible + self.front(visible)
         with torch.no_grad():
             ones = torch.ones(1, 1, height // self.fold, width // self.fold, dtype=visible.dtype, device=visible.device)
             constant = self.from_mask(folded(mask, self.fold)) + self.from_ones(ones)
@@ -69,6 +73,20 @@ class FrozenGatedUNet(nn.Module):
         if self.pixel is not None:
             correction = correction + self.pixel(torch.cat([visible, correction], dim=1))
         return _SoftClip.apply(visible + correction)
+
+
+def frozen_unet(unet: GatedUNet) -> FrozenGatedUNet | None:
+    """A ``GatedUNet`` in eval mode as a ``FrozenGatedUNet``, where that is proved to be the same function: no hooks and no
+    parametrisations, and the same images from probe images (``contract.same_answers``); None elsewhere."""
+    if copy_of(unet) is unet or any(has_hooks(part) for part in unet.modules()):
+        return None
+    try:
+        frozen = FrozenGatedUNet(unet)
+    except (AttributeError, RuntimeError):  # a part of it was replaced
+        return None
+    probe = probe_images(4, 5, 8 * unet.fold, 8 * unet.fold)
+    probe[:, 3], probe[:, 4] = 1, probe[:, 4].round()  # the plane of ones, and a mask
+    return frozen if same_answers(unet, frozen, [probe]) else None
 
 
 BODY = ("encode2", "encode3", "bottleneck", "decode2", "decode1")

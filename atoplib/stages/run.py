@@ -8,6 +8,7 @@ from torch import nn
 
 from atoplib.checkpoints import holds, save_checkpoint
 from atoplib.data import Dataset, fingerprint
+from atoplib.fingerprints import code_hash, environment
 from atoplib.parameters import Training
 from atoplib.progress import ProgressLine
 from atoplib.runs import PLACES, Run, open_run, run_name
@@ -49,12 +50,16 @@ def train_here(
     with open_run(p.experiment_dir, p.STAGE, p.as_dict(), device=p.torch_device) as run:
         if stage.inputs:
             run.input(**stage.inputs)
-        changed = run.made_from((name for name in stage.inputs if name not in stage.only_measures), stage.given)
+        given = {f"your own {name}": digest for name, digest in stage.given.items()}
+        given |= {"the code of atoplib": code_hash("atoplib.stages"), "torch or the device": environment(p.torch_device)}
+        changed = run.made_from((name for name in stage.inputs if name not in stage.only_measures), given)
         if changed and notify:
             notify(
-                f"What this training starts from has changed since it was begun ({', '.join(changed)}): it starts anew. "
-                f"What was made of the earlier weights is kept in {run.path / 'other-inputs-*'}"
+                f"What this training depends on has changed since it was begun ({', '.join(changed)}): it starts anew. "
+                f"What was made before is kept in {run.path / 'other-inputs-*'}"
             )
+        if notify and run.metrics.get("train_seconds") and (age := run.age()):
+            notify(f"Loaded, not trained again: nothing that it depends on has changed; trained {age} ago.")
         train_flops = run.metrics.get("train_flops")  # counted by the call that began this run: it costs a step or two
         if train_flops is None:
             # before fit, which has batch normalisations wait for the other processes
