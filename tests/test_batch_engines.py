@@ -158,13 +158,28 @@ def test_jobs_that_are_ready_together_are_one_job_array(jobs, tmp_path, slurm):
     assert [len((job.run_dir / "made").read_text().splitlines()) for job in jobs] == [1] * 4
 
 
-@pytest.mark.parametrize("there, option, message", [(False, "slurm_partition", "srun"), (True, "partitoin", "partitoin")])
-def test_no_slurm_and_unknown_options_are_refused(jobs, tmp_path, monkeypatch, request, there, option, message):
+def test_no_slurm_is_refused(jobs, tmp_path, monkeypatch):
     pytest.importorskip("submitit")
-    if there:
-        request.getfixturevalue("slurm")
-    with pytest.raises(ValueError, match=f"the engine slurm cannot be used so: .*{message}"):
-        statuses(jobs, "slurm", **{"folder": str(tmp_path / "slurm"), option: "long"})
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # whatever is installed on this machine is not seen
+    with pytest.raises(ValueError, match="the engine slurm cannot be used so: .*srun"):
+        statuses(jobs, "slurm", **options_of("slurm", tmp_path))
+
+
+def test_a_slurm_that_is_installed_but_answers_nothing_is_refused_in_one_sentence(jobs, tmp_path, slurm):
+    pytest.importorskip("submitit")
+    refusal = "sbatch: fatal: Could not establish a configuration source"
+    (slurm / "sbatch").write_text(f"#!/bin/sh\necho '{refusal}' >&2\nexit 1\n")
+    with pytest.raises(ValueError, match="the engine slurm cannot be used so: sbatch .*configuration source") as caught:
+        statuses(jobs, "slurm", **options_of("slurm", tmp_path))
+    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    assert not any((job.run_dir / "made").exists() for job in jobs)
+
+
+def test_an_unknown_option_of_slurm_is_refused(jobs, tmp_path, slurm):
+    pytest.importorskip("submitit")
+    with pytest.raises(ValueError, match="the engine slurm cannot be used so: .*partitoin"):
+        statuses(jobs, "slurm", **{"folder": str(tmp_path / "slurm"), "partitoin": "long"})
 
 
 def test_a_slurm_job_that_is_lost_with_its_machine_fails_alone_and_is_retried_on_demand(jobs, tmp_path, monkeypatch, slurm):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,9 +64,10 @@ class Batch:
         """Wait until it has trained for a moment; what is running is then known."""
         until = time.monotonic() + 600
         while time.monotonic() < until and self.process.poll() is None:
-            # what an earlier attempt left there is older
-            files = [path for path in self.runs.glob("*/progress.txt") if path.stat().st_mtime > self.began]
-            lines = [path.read_text() for path in files]
+            lines = []
+            with suppress(FileNotFoundError):  # the new attempt removes what an earlier one left there, which is older
+                files = [path for path in self.runs.glob("*/progress.txt") if path.stat().st_mtime > self.began]
+                lines = [path.read_text() for path in files]
             if any("training the classifier" in line and "training the classifier:   0 %" not in line for line in lines):
                 (self.papermill,) = psutil.Process(self.process.pid).children()
                 self.kernels = self.papermill.children()

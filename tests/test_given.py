@@ -43,7 +43,7 @@ class Painter(nn.Module):
 def run_stage(kind, build, folder, said=None, settings=None, **networks):
     p = kind(workspace=str(folder), **SMALL, **(settings or {}))
     dataset = load_dataset("mnist5k", data_dir=folder, max_train=32, max_test=8)
-    return stages.train(p, build(p, dataset, **networks), dataset, notify=None if said is None else said.append)
+    return stages.train(p, build(p, dataset, **networks), dataset, notify=lambda text: said is None or text.startswith("Loaded, ") or said.append(text))
 
 
 def classifier(folder, network, said=None):

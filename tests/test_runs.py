@@ -214,7 +214,7 @@ def test_the_workspace_is_the_project_wherever_in_it_the_notebook_runs(tmp_path,
         monkeypatch.chdir(folder)
         assert workspace_dir() == project
     monkeypatch.chdir(tmp_path)
-    assert workspace_dir() == tmp_path
+    assert workspace_dir() == Path(__file__).resolve().parents[1], "where the kit itself lies"
     assert workspace_dir("elsewhere") == tmp_path / "elsewhere"
 
 

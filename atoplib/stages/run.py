@@ -59,7 +59,7 @@ def train_here(
                 f"What was made before is kept in {run.path / 'other-inputs-*'}"
             )
         if notify and run.metrics.get("train_seconds") and (age := run.age()):
-            notify(f"Loaded, not trained again: nothing that it depends on has changed; trained {age} ago.")
+            notify(f"Loaded, not trained again: all that it depends on is as it was; trained {age} ago.")
         train_flops = run.metrics.get("train_flops")  # counted by the call that began this run: it costs a step or two
         if train_flops is None:
             # before fit, which has batch normalisations wait for the other processes
