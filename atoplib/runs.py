@@ -81,14 +81,9 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-ONLY_MEASURES = {"02_pretrain_purifier": ("classifier_run",)}
-"""Parameters that a training does not see: its accuracy alone is measured with them."""
-
-
 def run_name(stage: str, parameters: Mapping[str, Any]) -> str:
     """STAGE-HASH: the directory's name, a function of the parameters without the places they name."""
-    left_out = (*PLACES, *ONLY_MEASURES.get(stage, ()))
-    kept = {name: value for name, value in parameters.items() if name not in left_out}
+    kept = {name: value for name, value in parameters.items() if name not in PLACES}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return f"{stage}-{digest[:8]}"
 

@@ -124,11 +124,13 @@ def test_a_training_whose_start_is_another_one_by_now_starts_anew_and_keeps_what
 
 def test_a_purifier_that_never_sees_the_classifier_is_not_trained_anew_for_another(tmp_path):
     said, histories = [], []
-    p = PretrainPurifier(workspace=str(tmp_path), max_train=32, max_test=8, batch_size=16, purifier_options={"width": 4})
-    for seed in (1, 2):
-        train(parameters(tmp_path, seed=seed))
+    one, two = (train(parameters(tmp_path, seed=seed)).run.path / "classifier.safetensors" for seed in (1, 2))
+    small = {"max_train": 32, "max_test": 8, "batch_size": 16, "purifier_options": {"width": 4}}
+    p = PretrainPurifier(workspace=str(tmp_path), classifier_run=one.parent.name, **small)
+    for _ in range(2):
         dataset = load_dataset("mnist5k", data_dir=tmp_path, max_train=32, max_test=8)
         histories.append(stages.train(p, stages.pretraining_stage(p, dataset), dataset, notify=said.append).history)
+        shutil.copy(two, one)  # as if that run had been made anew
     assert histories[0] == histories[1] and not any("starts anew" in sentence for sentence in said)
 
 
