@@ -16,7 +16,6 @@ from atoplib.masking.bench import (
     measure_draws,
     measure_eot,
     measure_gradients,
-    measure_modes,
     measure_unbounded,
     noise_of_size,
     own_generators,
@@ -100,35 +99,19 @@ def _plan(bench: Bench, classifier: nn.Module | None, black_box: BlackBox | None
             found["wrong"], found["wrong again"] = bench.wrong(found["main"]), bench.wrong(found["restart"])
         return found["wrong"]
 
-    def counted(name: str, make: Callable[[], Tensor]) -> Tensor:
-        if name not in found:
-            found[name] = bench.wrong(make())
-        return found[name]
-
     def challenge(name: str, make: Callable[[], Tensor]) -> Callable[[], Check]:
         def check() -> Check:
             wrong = main()
-            return check_challenger(name, counted(name, make), wrong, found["wrong again"], **common)
+            return check_challenger(name, bench.wrong(make()), wrong, found["wrong again"], **common)
 
         return check
-
-    def larger_steps() -> Tensor:
-        return bench.run(replace(attack, alpha=settings.eps, decay=False, momentum=0.0))
-
-    def margin_loss() -> Tensor:
-        return bench.run(attack, loss=smooth_margin, seed=bench.seed + 2000)
 
     def steps() -> Check:
         efforts = {max(1, settings.steps // 2): None, settings.steps: main(), 2 * settings.steps: None}
         for effort in efforts:
             if efforts[effort] is None:
                 efforts[effort] = bench.wrong(bench.run(replace(attack, steps=effort)))
-        others = {
-            "another start": found["wrong again"],
-            "equal steps": counted("larger steps", larger_steps),
-            "the margin from a third start": counted("margin loss", margin_loss),
-        }
-        return check_effort("steps", "steps", efforts, **common, others=others)
+        return check_effort("steps", "steps", efforts, **common)
 
     def draws() -> Check:
         return measure_eot(bench, main())
@@ -158,24 +141,15 @@ def _plan(bench: Bench, classifier: nn.Module | None, black_box: BlackBox | None
             max_batch=bench.max_batch,
         )
 
-    def attacked() -> Tensor:
-        main()
-        return found["main"]
-
-    one_step = replace(attack, steps=1, alpha=settings.eps, start="clean")
-    plan = [
-        lambda: measure_gradients(bench),
-        lambda: measure_modes(bench, attacked()),
-        lambda: measure_agreement(bench, bench.images),
-        lambda: measure_agreement(bench, attacked(), "finite differences, attacked"),
-    ]
+    one_step = replace(attack, steps=1, alpha=None, start="clean")
+    plan = [lambda: measure_gradients(bench), lambda: measure_agreement(bench)]
     if bench.random:
         plan.append(lambda: measure_draws(bench))
     plan += [lambda eps=eps: measure_unbounded(bench, eps) for eps in unbounded_sizes(bench)]
     plan += [steps, draws, starts] if bench.random else [steps, starts]
     plan.append(challenge("one step", lambda: bench.run(one_step)))
-    plan.append(challenge("larger steps", larger_steps))
-    plan.append(challenge("margin loss", margin_loss))
+    plan.append(challenge("larger steps", lambda: bench.run(replace(attack, alpha=settings.eps))))
+    plan.append(challenge("margin loss", lambda: bench.run(attack, loss=smooth_margin)))
     plan.append(challenge("noise", lambda: bench.hardest(noise())))
     if black_box is not None or settings.queries:
         plan.append(challenge("black box", search))
