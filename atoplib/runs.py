@@ -81,8 +81,17 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
+PLANNED_NAME = "ATOPLIB_RUN_NAME"
+"""The environment variable by which a batch tells a notebook the name of its run."""
+
+
 def run_name(stage: str, parameters: Mapping[str, Any]) -> str:
-    """STAGE-HASH: the directory's name, a function of the parameters without the places they name."""
+    """STAGE-HASH: the directory's name, a function of the parameters without the places they name. A batch, which planned a run
+    before those that it needs were made, tells it its name: ``latest`` may mean another run by now.
+    """
+    planned = os.environ.get(PLANNED_NAME, "")
+    if planned.startswith(f"{stage}-"):
+        return planned
     kept = {name: value for name, value in parameters.items() if name not in PLACES}
     digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
     return f"{stage}-{digest[:8]}"

@@ -17,7 +17,7 @@ from atoplib.batch import ledger, papermill_process
 from atoplib.batch.plan import Job
 from atoplib.checkpoints import write_atomically
 from atoplib.progress import format_seconds
-from atoplib.runs import RunInUse, locked, read_json
+from atoplib.runs import PLANNED_NAME, RunInUse, locked, read_json
 from atoplib.subprocesses import end, finished, last_lines
 
 POLL_SECONDS = 0.1
@@ -105,7 +105,7 @@ def run_process(job: Job, stop: threading.Event, timeout: float | None, threads:
             stdin=subprocess.PIPE,  # never written to: it ends when this process does
             stdout=log,
             stderr=subprocess.STDOUT,
-            env=environment(folder, threads),
+            env=environment(folder, threads) | {PLANNED_NAME: job.run_dir.name},
         )
         try:
             while not finished(process, POLL_SECONDS):
