@@ -204,8 +204,8 @@ def test_an_image_that_any_restart_broke_keeps_what_broke_it_and_is_attacked_no_
     broken = ~judge(Pockets(), many, labels)
     assert torch.equal(many[broken_by_one], one[broken_by_one])
     assert broken.sum() > 30 and (broken | ~broken_by_one).all()
-    # check; two looks for dice; clean verdict; then gradient and verdict of each restart
-    gradients = model.sizes[4::2]
+    # check; two looks for dice; the likely targets; clean verdict; then gradient and verdict of each restart
+    gradients = model.sizes[5::2]
     assert gradients[:2] == [40, 40 - int(broken_by_one.sum())] and gradients == sorted(gradients, reverse=True)
 
 
@@ -425,12 +425,12 @@ def test_a_broken_image_leaves_the_batch_and_a_wrong_one_never_enters():
 @pytest.mark.parametrize("max_batch", [1, 7, 512])
 def test_a_deterministic_model_gets_one_draw_and_no_batch_is_larger_than_asked(max_batch):
     model, images, labels = attacked_set()
+    model, images = model.double(), images.double()  # rounding depends on the batch, and may flip a sign in float32
     recorder = Recorder(model).eval()
     settings = APGDSettings(0.02, steps=5, loss="dlr", eot_samples=20)
     found = apgd(recorder, images, labels, settings, generator=seeded(), max_batch=max_batch)
     whole = apgd(model, images, labels, replace(settings, eot_samples=1), generator=seeded())
-    # rounding depends on the batch, and may flip the sign of a gradient that is nearly zero: a value in a hundred
-    assert ((found - whole).abs() > 1e-4).float().mean() < 0.01
+    torch.testing.assert_close(found, whole, atol=1e-4, rtol=0)
     assert max(recorder.sizes) <= max(max_batch, 8)  # 8: the look for dice
 
 

@@ -36,6 +36,11 @@ sys.addaudithook(rest)
 """
 
 
+def hears_ctrl_c() -> None:
+    """Where the tests run in the background of a shell, Ctrl-C is ignored there, and below it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Batch:
     """``python -m atoplib.batch`` in a process of its own, and the processes below it."""
 
@@ -53,7 +58,13 @@ class Batch:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1"}
         self.log, self.began = workspace / "log", time.time()
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                preexec_fn=hears_ctrl_c,
+            )
 
     @property
     def run_dir(self) -> Path:

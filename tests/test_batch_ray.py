@@ -121,7 +121,8 @@ def start(environment) -> Iterator[Callable[..., subprocess.Popen]]:
         command = [sys.executable, "-m", "atoplib.batch", str(workspace / "recipe.yaml"), "--workspace", str(workspace)]
         with (workspace / "log").open("a") as log:
             command += ["--threads", "1", "--no-report", *arguments]
-            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            hear = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731; ignored below a shell's background job
+            started.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment, preexec_fn=hear))
         return started[-1]
 
     yield begin

@@ -124,8 +124,9 @@ def evaluate(
         raise ValueError(f"at least one defence and different seeds are needed, got {list(defences)} and {list(seeds)}")
     if batch_size < 1 or max_batch < 1:
         raise ValueError(f"batch_size and max_batch must be at least 1, got {batch_size} and {max_batch}")
-    for model in (classifier, *defences.values()):
-        check_attack(model, images, labels)  # all of them before the first runs: no statistics move, no hour is lost
+    # all of them before the first runs: no statistics move, no hour is lost
+    defences = {name: check_attack(model, images, labels)[0] for name, model in defences.items()}
+    classifier, images, labels = check_attack(classifier, images, labels)
     others = _other_classifiers(classifier, defences)
     alone = {_alone(name): other for name, other in others.items()}
     targets: dict[str, nn.Module] = {"": classifier, **defences, **alone}
