@@ -34,6 +34,7 @@ def rest(event, arguments):
 
 sys.addaudithook(rest)
 """
+SOON = 60  # s in which a batch ends when told to: a slowed training takes two minutes, however slow the machine
 
 
 def hears_ctrl_c() -> None:
@@ -133,7 +134,7 @@ def test_a_notebook_that_is_stopped_and_killed_in_every_way_ends_with_the_same_b
         batch = start("struck", slowly=True).training()
         told = time.monotonic()
         batch.process.send_signal(number)
-        assert batch.end() == 130 and time.monotonic() - told < 10
+        assert batch.end() == 130 and time.monotonic() - told < SOON
         assert "the same command goes on from here" in batch.log.read_text()
         assert read_json(batch.run_dir / "manifest.json")["status"] == "interrupted"
         steps.append(batch.steps())
@@ -163,7 +164,7 @@ def test_a_ctrl_c_reaches_the_processes_that_torchrun_started_below_a_notebook_a
     assert sum("atoplib.stages" in process.cmdline() for process in batch.below) == 3, "torchrun and its two"
     told = time.monotonic()
     batch.process.send_signal(signal.SIGINT)
-    assert batch.end() == 130 and time.monotonic() - told < 10
+    assert batch.end() == 130 and time.monotonic() - told < SOON
     assert read_json(batch.run_dir / "manifest.json")["status"] == "interrupted" and batch.steps() > 0
 
     batch, calm = start("struck", *two), start("calm", *two)
