@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import inf, sqrt
 
 import torch
@@ -17,6 +18,7 @@ from atoplib.masking.verdicts import (
     check_draws,
     check_effort,
     check_gradients,
+    check_modes,
     check_unbounded,
     outcome_of,
     p_text,
@@ -27,12 +29,13 @@ from atoplib.verdicts import Model, draw_logits, full_float32, reseed
 
 @dataclass(frozen=True)
 class MaskingSettings:
-    """What is checked, and at which cost: about 10 * steps * eot_samples gradients an image, and as many forward passes.
+    """What is checked, and at which cost: about 12 * steps * eot_samples gradients an image, and as many forward passes.
 
     Attributes:
         eps, norm: the budget of the robust accuracy that is to be believed, as in ``PGDSettings``.
         steps: iterations of the attack, at least 2; half and twice as many are tried as well.
-        alpha: its step size, as in ``PGDSettings``; one of eps is tried as well.
+        alpha, decay, momentum: its step size, as in ``PGDSettings``; equal steps of eps, and steps that fall from eps with
+            momentum, are tried as well.
         eot_samples: draws a gradient where the model is random; one and twice as many are tried as well.
         num_draws: forward passes an image to judge a random model.
         unbounded_eps: changes of every value at which an attack should break everything; in the l2 norm, their norm is
@@ -54,9 +57,12 @@ class MaskingSettings:
     noise_samples: int = 10
     directions: int = 8
     significance: float = 0.05
+    decay: bool = False
+    momentum: float = 0.0
 
     def __post_init__(self) -> None:
-        PGDSettings(eps=self.eps, norm=self.norm, alpha=self.alpha)  # says what is wrong with them
+        # says what is wrong with them
+        PGDSettings(eps=self.eps, norm=self.norm, alpha=self.alpha, decay=self.decay, momentum=self.momentum)
         for name, least in (("steps", 2), ("eot_samples", 1), ("num_draws", 1), ("noise_samples", 1), ("directions", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -73,6 +79,23 @@ def smooth_margin(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " 
     own = torch.zeros_like(logits, dtype=torch.bool).scatter_(1, labels.unsqueeze(1), True)
     logits = logits.float()
     return logits.masked_fill(own, -inf).logsumexp(dim=1) - logits.gather(1, labels.unsqueeze(1)).squeeze(1)
+
+
+SPREAD = 3.0  # of the logits over the classes, as an ordinary network has it: cross-entropy neither saturates nor is linear
+
+
+def spread_of(logits: Float[Tensor, "batch classes"]) -> float:
+    """The standard deviation of an image's logits over the classes, in the mean over the images; 1 where it is zero."""
+    return float(logits.float().std(dim=1).mean()) or 1.0
+
+
+def scaled(model: Model, spread: float) -> Model:
+    """The model with logits of spread ``SPREAD``: their scale decides nothing, so it shall change no check, either."""
+
+    def forward(images: Tensor) -> Tensor:
+        return model(images).float() * (SPREAD / spread)
+
+    return forward
 
 
 def attackable(model: Model) -> Model:
@@ -153,16 +176,36 @@ class Bench:
     @property
     def attack(self) -> PGDSettings:
         settings = self.settings
-        return PGDSettings(settings.eps, settings.norm, settings.steps, settings.alpha, eot_samples=self.draws)
+        return PGDSettings(
+            settings.eps,
+            settings.norm,
+            settings.steps,
+            settings.alpha,
+            eot_samples=self.draws,
+            decay=settings.decay,
+            momentum=settings.momentum,
+        )
+
+    @cached_property
+    def spread(self) -> float:
+        """Of the model's logits, see ``spread_of``."""
+        return spread_of(self.answers(self.model, self.images))
+
+    @torch.no_grad()
+    def answers(self, model: Model, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of one sample that all such calls share."""
+        with fixed(self.model, self.seed), full_float32(images.device):
+            return torch.cat([model(part).float() for part in images.split(self.max_batch)])
 
     def run(
         self, attack: PGDSettings, *, target: Model | None = None, loss: Loss = cross_entropy, seed: int | None = None
     ) -> Tensor:
         """Adversarial images by PGD on ``target`` (the model itself if None)."""
         seed = self.seed if seed is None else seed
+        spread = self.spread if target is None else spread_of(self.answers(target, self.images))
         throw_anew(self.model, seed)
         found = ascend(
-            attackable(self.model if target is None else target),
+            attackable(scaled(self.model if target is None else target, spread)),
             self.images,
             self.labels,
             attack,
@@ -185,7 +228,7 @@ class Bench:
         """Of several perturbations, the one that each image reads worst, by dice that no verdict uses."""
         best, reached = self.images, None
         for images in candidates:
-            logits = self.logits(images, seed=self.seed + 2)
+            logits = self.logits(images, seed=self.seed + 2) * (SPREAD / self.spread)
             labels = self.labels.repeat(len(logits))
             gained = smooth_margin(logits.flatten(0, 1), labels).unflatten(0, logits.shape[:2]).mean(dim=0)
             if reached is None:
@@ -212,51 +255,74 @@ def noise_of_size(images: Tensor, eps: float, norm: str, generator: torch.Genera
 
 
 def measure_gradients(bench: Bench) -> Check:
+    model = connected(scaled(bench.model, bench.spread))
     throw_anew(bench.model, bench.seed)
-    found = input_gradient(
-        connected(bench.model), bench.images, bench.labels, eot_samples=bench.draws, max_batch=bench.max_batch
-    )
+    found = input_gradient(model, bench.images, bench.labels, eot_samples=bench.draws, max_batch=bench.max_batch)
     return check_gradients(found.gradient)
 
 
-def measure_agreement(bench: Bench) -> Check:
-    """Central differences of the margin, under one draw that all evaluations share, against the gradient's prediction."""
-    settings, dimensions = bench.settings, bench.images[0].numel()
-    step = settings.eps / 16 if settings.norm == "linf" else settings.eps / 4 / sqrt(dimensions)
-    origin = bench.images.clamp(step, 1 - step)  # both sides of it are images
-    model = attackable(bench.model)
+def can_be_fixed(bench: Bench) -> bool:
+    """Whether the same sample of a random model can be had twice."""
+    return torch.equal(bench.answers(bench.model, bench.images), bench.answers(bench.model, bench.images))
 
-    @torch.no_grad()
-    def value(images: Tensor) -> Tensor:
-        with fixed(bench.model, bench.seed), full_float32(images.device):
-            parts = zip(images.split(bench.max_batch), bench.labels.split(bench.max_batch), strict=True)
-            return torch.cat([smooth_margin(bench.model(part), labels) for part, labels in parts])
 
-    if not torch.equal(value(origin), value(origin)):
+def measure_modes(bench: Bench, attacked: Tensor) -> Check:
+    """Logits as an attack meets them against those of a decision, of images and attacked images, under one sample."""
+    if not can_be_fixed(bench):
+        text = "the model's dice cannot be fixed, so attack and decision were not compared: give it a method reseed(seed)"
+        return Check("same answers", "suspicious", text)
+    shown = torch.cat([bench.images, attacked])
+    with torch.enable_grad(), fixed(bench.model, bench.seed), full_float32(shown.device):
+        parts = (part.detach().requires_grad_() for part in shown.split(bench.max_batch))
+        with_gradient = torch.cat([bench.model(part).detach().float() for part in parts])
+    return check_modes(with_gradient, bench.answers(bench.model, shown), bench.spread)
+
+
+def measure_agreement(bench: Bench, images: Tensor, name: str = "finite differences") -> Check:
+    """Central differences of the margin, under one draw that all evaluations share, against the gradient's prediction.
+
+    Args:
+        images: where: the images, or attacked ones, for a gradient may be right at the ones and wrong on the way.
+    """
+    settings, dimensions = bench.settings, images[0].numel()
+    step = settings.eps / 64 if settings.norm == "linf" else settings.eps / 16 / sqrt(dimensions)
+    generator = torch.Generator(images.device).manual_seed(bench.seed)
+    jitter = torch.rand(images.shape, generator=generator, device=images.device) * 2 - 1
+    # not at the image itself: where neighbours are equal, as on a black background, max pooling has a kink
+    origin = (images + 4 * step * jitter).clamp(step, 1 - step)  # both sides of it are images
+    model = scaled(bench.model, bench.spread)
+
+    def value(points: Tensor) -> Tensor:
+        return smooth_margin(bench.answers(model, points), bench.labels)
+
+    if not can_be_fixed(bench):
         text = "the model's dice cannot be fixed, so gradient and loss were not compared: give it a method reseed(seed)"
-        return Check("finite differences", "suspicious", text)
+        return Check(name, "suspicious", text)
     with fixed(bench.model, bench.seed):
-        gradient = input_gradient(model, origin, bench.labels, loss=smooth_margin, max_batch=bench.max_batch).gradient
-    generator = torch.Generator(origin.device).manual_seed(bench.seed)
+        gradient = input_gradient(
+            attackable(model), origin, bench.labels, loss=smooth_margin, max_batch=bench.max_batch
+        ).gradient
     predicted, measured = [], []
     for _ in range(settings.directions):
         direction = (torch.rand(origin.shape, generator=generator, device=origin.device) < 0.5).float() * 2 - 1
         predicted.append((gradient * direction).flatten(1).sum(dim=1))
         measured.append((value(origin + step * direction) - value(origin - step * direction)) / (2 * step))
-    return check_agreement(torch.stack(predicted), torch.stack(measured))
+    return check_agreement(torch.stack(predicted), torch.stack(measured), name)
 
 
 def measure_draws(bench: Bench, calls: int = 12, copies: int = 12, images: int = 4) -> Check:
+    model = scaled(bench.model, bench.spread)
     throw_anew(bench.model, bench.seed)
     shown, labels = bench.images[:images].repeat(copies, 1, 1, 1), bench.labels[:images].repeat(copies)
     with torch.no_grad():
-        values = torch.stack([smooth_margin(bench.model(shown), labels) for _ in range(calls)])
+        values = torch.stack([smooth_margin(model(shown), labels) for _ in range(calls)])
     return check_draws(values.unflatten(1, (copies, images)), bench.settings.significance)
 
 
 def measure_unbounded(bench: Bench, eps: float) -> Check:
     """From the image itself: a random start in so large a ball would destroy the image without any gradient."""
-    adversarial = bench.run(replace(bench.attack, eps=eps * bench.widest, alpha=None, start="clean"))
+    size = eps * bench.widest
+    adversarial = bench.run(replace(bench.attack, eps=size, alpha=None, decay=False, momentum=0.0, start="clean"))
     logits = bench.logits(adversarial, seed=bench.seed + 1)[0]
     right = logits.argmax(dim=1) == bench.labels
     return check_unbounded(right, logits.shape[1], eps, bench.settings.significance)

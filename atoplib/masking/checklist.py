@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from atoplib.masking.bench import (
     measure_draws,
     measure_eot,
     measure_gradients,
+    measure_modes,
     measure_unbounded,
     noise_of_size,
     own_generators,
@@ -28,6 +30,7 @@ from atoplib.progress import Report
 from atoplib.verdicts import is_random
 
 FEWEST_IMAGES = 8  # eight images to none are the fewest on which a comparison can fail at the default significance
+MOMENTUM = 0.75  # of the falling steps that the main attack's schedule is compared with
 SHORT_SCHEDULE = 2000  # of Square's shares: large squares for the few queries that a check can afford
 
 BlackBox = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -72,13 +75,15 @@ def masking_checklist(
     classifier = getattr(model, "classifier", None) if classifier is None else classifier
     checks: list[Check] = []
     with own_generators(images.device):
-        check_attack(model, images, labels)
+        given = model
+        model, images, labels = check_attack(model, images, labels)
         if classifier is not None:
-            check_attack(classifier, images, labels)
+            classifier, _, _ = check_attack(classifier, images, labels)
         if len(images) < FEWEST_IMAGES:
             raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}; 64 are usual")
         bench = Bench(model, images, labels, settings, is_random(model, images, max_batch=max_batch), seed, max_batch)
-        planned = _plan(bench, classifier, black_box)
+        search = None if black_box is None else partial(black_box, given)
+        planned = _plan(bench, classifier, search)
         for position, check in enumerate(planned, start=1):
             checks.append(check())
             if progress is not None:
@@ -86,7 +91,9 @@ def masking_checklist(
     return tuple(checks)
 
 
-def _plan(bench: Bench, classifier: nn.Module | None, black_box: BlackBox | None) -> list[Callable[[], Check]]:
+def _plan(
+    bench: Bench, classifier: nn.Module | None, black_box: Callable[[Tensor, Tensor], Tensor] | None
+) -> list[Callable[[], Check]]:
     """The checks that can be made of this model, each still to be run; they share the main attack."""
     settings, attack = bench.settings, bench.attack
     common = {"num_draws": bench.num_draws, "significance": settings.significance}
@@ -99,19 +106,40 @@ def _plan(bench: Bench, classifier: nn.Module | None, black_box: BlackBox | None
             found["wrong"], found["wrong again"] = bench.wrong(found["main"]), bench.wrong(found["restart"])
         return found["wrong"]
 
+    def counted(name: str, make: Callable[[], Tensor]) -> Tensor:
+        if name not in found:
+            found[name] = bench.wrong(make())
+        return found[name]
+
     def challenge(name: str, make: Callable[[], Tensor]) -> Callable[[], Check]:
         def check() -> Check:
             wrong = main()
-            return check_challenger(name, bench.wrong(make()), wrong, found["wrong again"], **common)
+            return check_challenger(name, counted(name, make), wrong, found["wrong again"], **common)
 
         return check
+
+    def larger_steps() -> Tensor:
+        return bench.run(replace(attack, alpha=settings.eps, decay=False, momentum=0.0))
+
+    def margin_loss() -> Tensor:
+        return bench.run(attack, loss=smooth_margin)
+
+    def falling_steps() -> Tensor:
+        schedule = replace(attack, steps=2 * settings.steps, alpha=settings.eps, decay=True, momentum=MOMENTUM)
+        return bench.run(schedule, loss=smooth_margin, seed=bench.seed + 2000)
 
     def steps() -> Check:
         efforts = {max(1, settings.steps // 2): None, settings.steps: main(), 2 * settings.steps: None}
         for effort in efforts:
             if efforts[effort] is None:
                 efforts[effort] = bench.wrong(bench.run(replace(attack, steps=effort)))
-        return check_effort("steps", "steps", efforts, **common)
+        others = {
+            "another start": found["wrong again"],
+            "equal steps": counted("larger steps", larger_steps),
+            "margin": counted("margin loss", margin_loss),
+            "falling steps with momentum": counted("falling steps", falling_steps),
+        }
+        return check_effort("steps", "steps", efforts, **common, others=others)
 
     def draws() -> Check:
         return measure_eot(bench, main())
@@ -129,7 +157,7 @@ def _plan(bench: Bench, classifier: nn.Module | None, black_box: BlackBox | None
     def search() -> Tensor:
         throw_anew(bench.model, bench.seed)
         if black_box is not None:
-            result = black_box(bench.model, bench.images, bench.labels)
+            result = black_box(bench.images, bench.labels)
             check_budget(result, bench.images, settings.eps, settings.norm)
             return result
         return square(
@@ -141,15 +169,24 @@ def _plan(bench: Bench, classifier: nn.Module | None, black_box: BlackBox | None
             max_batch=bench.max_batch,
         )
 
-    one_step = replace(attack, steps=1, alpha=None, start="clean")
-    plan = [lambda: measure_gradients(bench), lambda: measure_agreement(bench)]
+    def attacked() -> Tensor:
+        main()
+        return found["main"]
+
+    one_step = replace(attack, steps=1, alpha=None, decay=False, momentum=0.0, start="clean")
+    plan = [
+        lambda: measure_gradients(bench),
+        lambda: measure_modes(bench, attacked()),
+        lambda: measure_agreement(bench, bench.images),
+        lambda: measure_agreement(bench, attacked(), "finite differences, attacked"),
+    ]
     if bench.random:
         plan.append(lambda: measure_draws(bench))
     plan += [lambda eps=eps: measure_unbounded(bench, eps) for eps in unbounded_sizes(bench)]
     plan += [steps, draws, starts] if bench.random else [steps, starts]
     plan.append(challenge("one step", lambda: bench.run(one_step)))
-    plan.append(challenge("larger steps", lambda: bench.run(replace(attack, alpha=settings.eps))))
-    plan.append(challenge("margin loss", lambda: bench.run(attack, loss=smooth_margin)))
+    plan.append(challenge("larger steps", larger_steps))
+    plan.append(challenge("margin loss", margin_loss))
     plan.append(challenge("noise", lambda: bench.hardest(noise())))
     if black_box is not None or settings.queries:
         plan.append(challenge("black box", search))

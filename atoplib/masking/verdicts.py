@@ -16,8 +16,10 @@ from torch import Tensor
 from atoplib.verdicts import wilson_interval
 
 OUTCOMES = ("passed", "suspicious", "failed")
-AGREEMENT = {"failed": 0.5, "suspicious": 0.9}  # of gradient and loss: correlations that are too small
+AGREEMENT = {"failed": 0.9, "suspicious": 0.97}  # of gradient and loss: correlations that are too small
 VANISHED = {"failed": 0.1, "suspicious": 0.0}  # shares of images without a usable gradient that are too large
+SAME = 1e-3  # of the logits' spread: two computations of one function may differ by so much
+CONVERGED = 0.01  # share of the images that other attacks may break beside the main one where that is called converged
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,33 @@ def check_gradients(gradients: Float[Tensor, "batch 3 height width"]) -> Check:
     return Check("gradients", verdict, text)
 
 
-def check_agreement(predicted: Float[Tensor, "directions batch"], measured: Float[Tensor, "directions batch"]) -> Check:
+def check_modes(
+    with_gradient: Float[Tensor, "batch classes"], without: Float[Tensor, "batch classes"], spread: float
+) -> Check:
+    """Logits must be the same whether or not a gradient is asked for: an attack sees the one, a decision rests on the other.
+
+    Args:
+        spread: of the logits over the classes; a difference beyond ``SAME`` of it counts. Failed and suspicious as in
+            ``check_gradients``.
+    """
+    off = ~((with_gradient - without).abs().amax(dim=1) <= SAME * spread)  # so that NaN counts, too
+    count, images = int(off.sum()), len(off)
+    low, _ = wilson_interval(count, images)
+    verdict = next((name for name in ("failed", "suspicious") if low > VANISHED[name]), "passed")
+    text = f"where a gradient is asked for, the same sample gives {count} of {images} images other logits"
+    return Check("same answers", verdict, text)
+
+
+def check_agreement(
+    predicted: Float[Tensor, "directions batch"],
+    measured: Float[Tensor, "directions batch"],
+    name: str = "finite differences",
+) -> Check:
     """What the gradient predicts for small steps must be what the loss does: correlation over images and directions.
 
-    The 95 % bound counts images only, since the directions of one image share its gradient. Failed where the correlation
-    is surely below 0.5, suspicious where it is surely below 0.9.
+    In random directions it estimates the cosine between the gradient and the true one: a bias as long as the gradient itself
+    leaves 0.71. The 95 % bound counts images only, since the directions of one image share its gradient. Failed where the
+    correlation is surely below 0.9, suspicious where it is surely below 0.97.
     """
     x, y = predicted.flatten().double(), measured.flatten().double()
     x, y = x - x.mean(), y - y.mean()
@@ -126,23 +150,33 @@ def check_agreement(predicted: Float[Tensor, "directions batch"], measured: Floa
     high = tanh(atanh(within) + 1.645 / sqrt(max(1, predicted.shape[1] - 3)))
     verdict = next((name for name in ("failed", "suspicious") if high < AGREEMENT[name]), "passed")
     text = f"small steps change the margin as the gradient says with a correlation of {correlation:.2f} (at most {high:.2f})"
-    return Check("finite differences", verdict, text)
+    return Check(name, verdict, text)
 
 
 def check_draws(values: Float[Tensor, "calls copies batch"], significance: float) -> Check:
     """Copies of an image in one batch must get draws of their own, or EOT averages one draw with itself.
 
-    ``values`` of an image in one call must not be more alike than those of different calls (Kruskal & Wallis 1952, summed
-    over the images).
+    ``values`` of an image in one call must not be more alike than those of different calls (Kruskal & Wallis 1952, corrected
+    for ties and summed over the images). An image whose values are all equal says nothing.
     """
     calls, copies, images = values.shape
     number = calls * copies
-    ranks = values.flatten(0, 1).argsort(dim=0).argsort(dim=0).double().unflatten(0, (calls, copies)) + 1
-    distance = (ranks.mean(dim=1) - (number + 1) / 2).square().sum(dim=0)
-    p_value = float(chdtrc(images * (calls - 1), float(12 * copies * distance.sum() / (number * (number + 1)))))
+    ranks = _mid_ranks(values.flatten(0, 1)) - (number + 1) / 2
+    variance = ranks.square().sum(dim=0) / (number - 1)
+    distance = copies * ranks.unflatten(0, (calls, copies)).mean(dim=1).square().sum(dim=0)
+    telling = variance > 0
+    p_value = float(chdtrc(max(1, int(telling.sum())) * (calls - 1), float((distance / variance)[telling].sum())))
     verdict = outcome_of(p_value, significance)
     relation = "independent" if verdict == "passed" else "alike, so EOT averages fewer draws than it says"
     return Check("draws", verdict, f"copies of an image in one batch get draws that are {relation} ({p_text(p_value)})")
+
+
+def _mid_ranks(values: Float[Tensor, "number images"]) -> Float[Tensor, "number images"]:
+    """Ranks from 1 within each column; equal values share their mean rank, for their order in memory means nothing."""
+    columns = values.double().T.contiguous()
+    ordered = columns.sort(dim=1).values
+    below, upto = (torch.searchsorted(ordered, columns, right=right) for right in (False, True))
+    return ((below + upto + 1).double() / 2).T
 
 
 def check_unbounded(right: Bool[Tensor, " batch"], classes: int, eps: float, significance: float) -> Check:
@@ -178,24 +212,43 @@ def check_challenger(
 
 
 def check_effort(
-    name: str, unit: str, wrong: dict[int, Int[Tensor, " batch"]], num_draws: int, significance: float
+    name: str,
+    unit: str,
+    wrong: Mapping[int, Int[Tensor, " batch"]],
+    num_draws: int,
+    significance: float,
+    *,
+    others: Mapping[str, Int[Tensor, " batch"]] | None = None,
 ) -> Check:
     """More of ``unit`` (steps, draws, starts) must not make the attack weaker; that it still helps is said.
 
     Args:
         wrong: wrong draws an image, of ``num_draws``, by the effort, in ascending order.
+        others: the same under attacks that differ in something else (schedule, loss, start). One schedule alone never shows
+            that an attack has converged: that is said only where these break no more than ``CONVERGED`` of the images beside
+            those that the last effort breaks.
     """
     efforts = list(wrong)
     pairs = list(zip(efforts, efforts[1:], strict=False))
     weaker = min(1.0, len(pairs) * min(paired_p_value(wrong[less], wrong[more]) for less, more in pairs))
     stronger = paired_p_value(wrong[efforts[-1]], wrong[efforts[-2]])
     found = ", ".join(f"{effort}: {_errors(wrong[effort], num_draws)}" for effort in efforts)
-    state = "more still help, so a robust accuracy at this budget is too high" if stronger < significance else "converged"
     verdict = outcome_of(weaker, significance)
-    text = f"errors by {unit}: {found}; " + (
-        state if verdict == "passed" else f"more make the attack weaker ({p_text(weaker)})"
-    )
-    return Check(name, verdict, text)
+    if verdict != "passed":
+        state = f"more make the attack weaker ({p_text(weaker)})"
+    elif stronger < significance:
+        state = "more still help, so a robust accuracy at this budget is too high"
+    elif others:
+        missed = 2 * wrong[efforts[-1]] <= num_draws
+        broken = {other: int((missed & (2 * counts > num_draws)).sum()) for other, counts in others.items()}
+        union = int((missed & torch.stack([2 * counts > num_draws for counts in others.values()]).any(dim=0)).sum())
+        state = f"more do not help, but others break images that it misses ({union} of {int(missed.sum())}: "
+        state += ", ".join(f"{other} {count}" for other, count in broken.items()) + "), so a robust accuracy is too high"
+        if union <= CONVERGED * len(missed):
+            state = f"converged, beside {', '.join(others)}, too"
+    else:
+        state = "more do not help"
+    return Check(name, verdict, f"errors by {unit}: {found}; {state}")
 
 
 def p_text(p_value: float) -> str:
