@@ -361,7 +361,7 @@ def test_the_surface_shows_the_numbers_of_the_cell_that_is_picked_by_mouse_or_ke
     surface.get_by_label("defence").select_option("AToP")
     surface.wait_for_function("() => document.querySelectorAll('.atop-surface button').length === 5")
     buttons.last.hover()
-    assert "robust accuracy, white-box: 50.0 % [25.0, 75.0]" in buttons.last.get_attribute("title")
+    surface.wait_for_selector('.atop-surface button:last-child[title*="robust accuracy, white-box: 50.0 % [25.0, 75.0]"] >> nth=-1')
     numbers = surface.locator("[role=status]").last
     buttons.last.click()
     surface.wait_for_selector(".atop-chosen:has-text('90.0') >> nth=0")

@@ -440,7 +440,11 @@ class Explorer:
             self._mirroring = before
 
     def _mirror(self, view: compute.View | None = None) -> None:
-        """Set the controls to what the knobs say, and disable those that do not apply."""
+        """Set the controls to what the knobs say, and disable those that do not apply.
+
+        With a ``view``, which comes from the worker's thread, values stay as they are: somebody may be moving a slider whose newer
+        value still waits for the lock, and to set the older one would undo a key press.
+        """
         knobs = self.knobs
         with self.worker.lock, self._as_mirror():
             radius = 255 * knobs.eps if knobs.norm == "linf" else knobs.eps
@@ -454,7 +458,8 @@ class Explorer:
             eps = self.controls["eps"]
             eps.description, eps.step, eps.readout_format = f"eps ({unit})", step, shown
             eps.max = max(highest, radius)
-            eps.value = radius
+            if view is None:
+                eps.value = radius
             if self.controls["norm"].options != tuple(self._norms(knobs)):
                 self.controls["norm"].options = self._norms(knobs)
             ceilings = {
@@ -470,8 +475,9 @@ class Explorer:
                 name: getattr(knobs, name) for name in self.controls if name not in ("eps", "missing_rate", "shown_step")
             }
             values["missing_rate"] = round(100 * knobs.missing_rate)
-            for name, value in values.items():
-                self.controls[name].value = value
+            if view is None:
+                for name, value in values.items():
+                    self.controls[name].value = value
             dataset = self.scene.datasets[knobs.dataset]
             options = [("all", ALL), *((name, number) for number, name in enumerate(dataset.classes))]
             if self.class_filter.options != tuple(options):
