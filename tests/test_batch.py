@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from atoplib.batch import Job, RecipeError, cli, find_recipe, main, make_plan, read_recipe
 from atoplib.batch.cli import parse_overrides
@@ -448,8 +449,8 @@ def test_more_images_than_a_folder_has_are_refused_before_anything_is_trained(tm
         for index in range(2 * count):
             folder = tmp_path / "images" / split / f"class{index % 2}"
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / f"{index}.png").write_bytes(b"not read yet")
-    path = recipe(tmp_path, "notebooks: {01_train_classifier: , 05_visualize: , 06_compare: {max_test: 128}}")
+            Image.new("RGB", (32, 32)).save(folder / f"{index}.png")
+    path = recipe(tmp_path, "notebooks: {01_train_classifier: {batch_size: 4}, 05_visualize: , 06_compare: {max_test: 128}}")
     arguments = [str(path), "--workspace", str(tmp_path), "--dry-run", "-p", "dataset", f"folder:{tmp_path / 'images'}"]
     assert main(arguments) == 1
     assert "max_test of 06_compare is 128, but folder:" in (said := capsys.readouterr().err)

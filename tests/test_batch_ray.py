@@ -60,7 +60,7 @@ if (run / "state").exists():
     value, step = json.loads((run / "state").read_text())
 write("manifest.json", {"status": "running"})
 try:
-    while step < 100:
+    while step < 300:  # half a minute: a loaded machine needs some seconds to pass a Ctrl-C on
         time.sleep(0.1)
         value, step = hashlib.sha256(value.encode()).hexdigest(), step + 1
         with open(run / "steps", "a") as file:

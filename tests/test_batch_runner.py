@@ -13,6 +13,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
+from PIL import Image
 
 from atoplib.batch import (
     Job,
@@ -378,10 +379,16 @@ def test_the_command_reports_failures_at_the_end_and_writes_the_table_of_the_res
 
 
 def test_a_notebook_that_fails_stops_the_recipe_with_its_own_error(tmp_path, capsys):
-    code = main(["mnist", "--smoke", "--workspace", str(tmp_path), "-p", "dataset", f"folder:{tmp_path / 'nowhere'}"])
+    for split in ("train", "test"):  # of each split the first image alone is one, so that no early check sees what is wrong
+        for label in ("a", "b"):
+            (folder := tmp_path / "broken" / split / label).mkdir(parents=True)
+            for number in range(200):
+                (folder / f"{number:03d}.png").write_bytes(b"no image")
+        Image.new("RGB", (32, 32)).save(tmp_path / "broken" / split / "a" / "000.png")
+    code = main(["mnist", "--smoke", "--workspace", str(tmp_path), "-p", "dataset", f"folder:{tmp_path / 'broken'}"])
     assert code == 1
     printed = capsys.readouterr().err
-    assert f"{FIRST} failed: In [4]: FileNotFoundError: " in printed and "nowhere" in printed
+    assert f"{FIRST} failed: In [4]: ValueError: " in printed and "broken" in printed
     (folder,) = (path for path in (tmp_path / "runs" / "mnist-smoke").iterdir() if path.is_dir())
     cells = nbformat.read(folder / "notebook.part.ipynb", as_version=4).cells
     assert any(output.output_type == "error" for cell in cells for output in cell.get("outputs", []))
@@ -392,6 +399,8 @@ def test_the_overview_tells_how_it_stands(tmp_path, papermill, no_pages):
     papermill(f"{WELL}; time.sleep(0.3)")
     shown = io.StringIO()
     run_jobs(jobs[:4], Settings(), Overview(jobs[:4], out=io.StringIO(), live=False))
+    for job in jobs[:4]:  # as the notebooks do
+        write_json(job.run_dir / "parameters.json", job.parameters.as_dict())
     overview = Overview(jobs, workers=2, out=shown, live=True)
     for job in jobs[:4]:
         overview.ended(job, "done before", 0.0)

@@ -13,9 +13,12 @@ from atoplib.batch.plan import Job, make_plan
 from atoplib.batch.recipe import Recipe, RecipeError, find_recipe, read_recipe
 from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import (
+    axes_of,
+    comparable_groups,
     comparison,
     complete_runs,
     crossed,
+    group_name,
     markdown_table,
     run_row,
     score_rows,
@@ -33,11 +36,14 @@ __all__ = [
     "Recipe",
     "RecipeError",
     "Settings",
+    "axes_of",
+    "comparable_groups",
     "comparison",
     "complete_runs",
     "crossed",
     "execute",
     "find_recipe",
+    "group_name",
     "main",
     "make_plan",
     "markdown_table",

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from atoplib.batch import ledger
+from atoplib.batch.early import check_early, check_names
 from atoplib.batch.engines import ENGINES, Settings
 from atoplib.batch.overview import Overview, format_bytes
 from atoplib.batch.plan import Job, check_images, make_plan, report_job, select
-from atoplib.batch.recipe import RecipeError, find_recipe, read_recipe
+from atoplib.batch.recipe import RecipeError, find_recipe, read_recipe, stated_cost
 from atoplib.batch.results import write_results
 from atoplib.batch.runner import Outcome, run_jobs
 from atoplib.batch.table import write_table
@@ -90,8 +91,8 @@ def settings_of(options: argparse.Namespace) -> Settings:
         raise RecipeError(f"--{error}") from error
 
 
-def described(jobs: Sequence[Job], settings: Settings) -> Iterator[str]:
-    """The plan as ``--dry-run`` prints it."""
+def described(jobs: Sequence[Job], settings: Settings, stated: str = "") -> Iterator[str]:
+    """The plan as ``--dry-run`` prints it; ``stated`` is the cost that the recipe itself states, for runs never made."""
     costs = ledger.Costs(jobs)
     width = max(len(job.label) for job in jobs)
     total, unknown, done = 0.0, 0, set()
@@ -114,6 +115,8 @@ def described(jobs: Sequence[Job], settings: Settings) -> Iterator[str]:
     if left:
         known = f"about {format_seconds(total / settings.jobs)} with --jobs {settings.jobs}" if left > unknown else "unknown"
         yield f"time: {known}" + (f", without the {unknown} runs of unknown cost" if 0 < unknown < left else "")
+        if unknown and stated:
+            yield f"the recipe says of its cost: {stated}"
     yield f"disk: {format_bytes(sum(ledger.folder_bytes(job.run_dir) for job in jobs))} used, {format_bytes(free)} free"
 
 
@@ -249,11 +252,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 "the workspace of a batch is given by --workspace DIR (make: WORKSPACE=DIR), not as a parameter"
             )
         overrides = {**overrides, "workspace": str(workspace_dir(options.workspace))}
+        check_names(recipe, overrides)
         jobs = make_plan(recipe, notebooks_dir, overrides)
         jobs = select(jobs, options.only) if options.only else jobs
+        results = Path(options.results).expanduser() if options.results else None
+        check_early(jobs, here=options.engine == "local", results=results)
         check_images(jobs)
         if options.dry_run:
-            print("\n".join(described(jobs, settings)))
+            asked = {"smoke", "dataset", "image_size", "max_train", "max_test"} & set(overrides)
+            stated = "" if asked or options.only else stated_cost(recipe.source)  # it was stated for what the recipe says
+            print("\n".join(described(jobs, settings, stated)))
             return 0
         with limited(options.minutes):
             return run_plan(jobs, settings, notebooks_dir, options, grid=recipe.size > 1)

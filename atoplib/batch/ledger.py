@@ -24,6 +24,7 @@ from atoplib.runs import PLACES, locked, read_json, recorded_inputs
 
 NOTES = "batch.json"
 SPLITS = ("train", "test", "val")  # of a folder of images
+SAME_WORK = ("dataset", "image_size")  # runs on other data or larger images say nothing about a cost
 REPLACED = "replaced"  # folder of the experiment for runs whose code or inputs have changed since
 
 
@@ -193,14 +194,16 @@ class Costs:
         self.known.setdefault((job.run_dir.parent, job.stage), []).append((job.parameters.as_dict(), seconds))
 
     def expected(self, job: Job) -> float | None:
-        """What a job will take in seconds: as the run of the same notebook whose parameters differ least; None if there is
-        none.
+        """What a job will take in seconds: as the run of the same notebook on the same data whose parameters differ least;
+        None if there is none.
         """
         earlier = self.known.get((job.run_dir.parent, job.stage), [])
         compared, least, seconds = self.nearest.get(job.run_dir, (0, math.inf, None))
         if compared < len(earlier):  # asked four times a second, of hundreds of jobs: each run is compared once
             own = {name: value for name, value in job.parameters.as_dict().items() if name not in (*PLACES, "seed")}
             for other, cost in earlier[compared:]:
+                if any(other.get(name) != own[name] for name in SAME_WORK):
+                    continue
                 distance = sum(other.get(name) != value for name, value in own.items())
                 if distance < least:
                     least, seconds = distance, cost

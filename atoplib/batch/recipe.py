@@ -94,6 +94,21 @@ def read_recipe(source: Path) -> Recipe:
         raise RecipeError(f"{source}: {error}") from error
 
 
+def stated_cost(source: Path) -> str:
+    """What the comments at the head of a recipe say after ``cost``, on one line; "" where they say nothing."""
+    head = [line[1:] for line in source.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    found: list[str] = []
+    for line in head:
+        first, _, rest = line.strip().partition(" ")
+        if found and line.startswith(" " * 8):
+            found.append(line.strip())
+        elif found:
+            break
+        elif first == "cost":
+            found.append(rest.strip())
+    return " ".join(found)
+
+
 def parse_recipe(content: Any, source: Path) -> Recipe:
     """The recipe in what YAML holds; raises RecipeError as ``read_recipe`` does, without the path."""
     if not isinstance(content, dict) or set(content) - {"shared", "grid", "notebooks"} or not content.get("notebooks"):

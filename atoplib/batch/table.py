@@ -18,6 +18,10 @@ Row = dict[str, Any]
 NOT_TUNED = "none (AP)"
 ORDER = (*TRANSFORMS, NOT_TUNED, "ft_clean", "ft_adv", *SEES)
 CHANGES = ("transform", "missing_rate", "noise_std", "num_masks")  # of 04_attack: measured otherwise than trained
+COMPARABLE = ("dataset", "image_size", "image", "max_test", "smoke", "protocol", "attack", "norm")
+"""Parameters that say what was measured; accuracies stand side by side only where they agree, and the images do."""
+TECHNICAL = ("attack_batch", "max_batch", "dtype", "device", "processes", "keep_every", "keep_images", "masking_images")
+"""Parameters that change how something is computed, not what a comparison is about."""
 HEAD = ("run", "stage", "status", "seconds", "device", "revision")
 
 
@@ -153,13 +157,43 @@ def cell(value: Any) -> str:
 
 def comparison(rows: Sequence[Row]) -> list[Row]:
     """The rows of ``score_rows`` to print: a line a run and defence, its varied parameters, a column an attack."""
-    axes = varied([row["parameters"] for row in rows])
+    axes = axes_of(rows)
     lines: dict[tuple[str, str], Row] = {}
     for row in rows:
         line = lines.setdefault((row["run"], row["defence"]), {name: row["parameters"].get(name) for name in axes})
         line["defence"] = row["defence"]
         line[f"{row['attack']} %"] = f"{100 * row['accuracy']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
     return list(lines.values())
+
+
+def comparable_groups(rows: Sequence[Row]) -> list[list[Row]]:
+    """The rows of ``score_rows`` by what was measured: data set, images, protocol and norm agree in a group. The group of
+    the most runs comes first, of several such the one with more images.
+    """
+    images = {row["run"]: max(other["images"] for other in rows if other["run"] == row["run"]) for row in rows}
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        key = [images[row["run"]], row["parameters"].get("stage"), *(row["parameters"].get(name) for name in COMPARABLE)]
+        groups.setdefault(repr(key), []).append(row)
+    return sorted(groups.values(), key=lambda group: (-len({row["run"] for row in group}), -images[group[0]["run"]]))
+
+
+def group_name(group: Sequence[Row]) -> str:
+    """What one of ``comparable_groups`` measured, in words."""
+    its = group[0]["parameters"]
+    which = its["image"] if its.get("image") is not None else None
+    images = f"image {which}" if which is not None else f"{max(row['images'] for row in group)} images"
+    attack = its.get("attack") if its.get("attack") not in (None, "none") else f"protocol {its.get('protocol')}"
+    runs = ", ".join(dict.fromkeys(row["run"] for row in group))
+    return f"{images} of {Path(str(its.get('dataset'))).name} by {attack}, {its.get('norm', 'all norms')} ({runs})"
+
+
+def axes_of(rows: Sequence[Row]) -> list[str]:
+    """The parameters over which the rows of one of ``comparable_groups`` are drawn: those in which they differ, but for
+    technical ones and for how many images were loaded.
+    """
+    left_out = (*TECHNICAL, *COMPARABLE, "max_train", "experiment")
+    return [name for name in varied([row["parameters"] for row in rows]) if name.rpartition(".")[2] not in left_out]
 
 
 def training_rows(run_dirs: Iterable[Path]) -> list[Row]:

@@ -7,6 +7,7 @@ can be deleted at any time; what is missing in it is made again. `sources` (the 
 
 from atoplib.data.batches import Dataset, Split, augment, channel_statistics, epoch_batches, fingerprint, to_float
 from atoplib.data.cache import Progress
+from atoplib.data.facts import Facts, facts_of
 from atoplib.data.folder import IMAGE_SUFFIXES, count_test_images
 from atoplib.data.images import JPEG_QUALITY, read_image
 from atoplib.data.sources import DATASETS, IMAGENETTE_IMAGES, SMALL_SET_BYTES, load_dataset
@@ -18,12 +19,14 @@ __all__ = [
     "JPEG_QUALITY",
     "SMALL_SET_BYTES",
     "Dataset",
+    "Facts",
     "Progress",
     "Split",
     "augment",
     "channel_statistics",
     "count_test_images",
     "epoch_batches",
+    "facts_of",
     "fingerprint",
     "load_dataset",
     "read_image",

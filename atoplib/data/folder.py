@@ -16,6 +16,8 @@ from atoplib.data.images import read_image
 from atoplib.data.request import Request, Source, subset
 
 IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"))
+NOT_OF_THE_DATA = frozenset(("@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin", "thumbs.db"))
+"""What network drives, archives and file systems put into folders, in lower case; thumbnails are in some of them."""
 OTHER_IMAGES = frozenset((".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg"))  # that are not read
 
 
@@ -39,11 +41,20 @@ class Listing(NamedTuple):
 
 def folder_sources(request: Request) -> tuple[list[Source], tuple[str, ...]]:
     """Return the training and the test images of folder:PATH and the classes. Raises as load_dataset does."""
-    given = request.name.removeprefix("folder:")
+    listings = folder_listings(request.name)
+    return listing_sources(request, listings), listings[0].classes
+
+
+def folder_listings(name: str) -> list[Listing]:
+    """List the training and the test images of folder:PATH, labels by the classes of both; nothing is decoded.
+
+    Raises as load_dataset does.
+    """
+    given = name.removeprefix("folder:")
     root = Path(given).expanduser()
     layout = "a folder holds train/CLASS/IMAGE and test/CLASS/IMAGE (or val/ in place of test/)"
     if not given.strip() or not root.is_dir():
-        raise FileNotFoundError(f"{request.name!r} names no folder that exists: write folder:PATH, where {layout}")
+        raise FileNotFoundError(f"{name!r} names no folder that exists: write folder:PATH, where {layout}")
     test = next((split for split in ("test", "val") if (root / split).is_dir()), None)
     missing = [text for text, found in (("train/", (root / "train").is_dir()), ("test/ or val/", test)) if not found]
     if missing:
@@ -60,7 +71,7 @@ def folder_sources(request: Request) -> tuple[list[Source], tuple[str, ...]]:
         )
     renumber = np.asarray([classes.index(name) for name in test_listing.classes], dtype=np.int64)
     test_listing = test_listing._replace(classes=classes, labels=renumber[test_listing.labels])
-    return listing_sources(request, [train_listing, test_listing]), classes
+    return [train_listing, test_listing]
 
 
 def count_test_images(name: str) -> int:
@@ -171,14 +182,19 @@ def _image_files(folder: Path, prefix: str, inside: str, passed_over: list[str])
 
 
 def _entries(folder: Path, inside: str) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as found:  # names that begin with a dot are notes of file managers and notebooks
-        entries = sorted((entry for entry in found if not entry.name.startswith(".")), key=lambda entry: entry.name)
+    with os.scandir(folder) as found:
+        entries = sorted((entry for entry in found if _of_the_data(entry.name)), key=lambda entry: entry.name)
     for entry in entries:
         if entry.is_symlink():
             _check_link(entry.path, inside)
             if entry.is_dir():  # could lead round in a circle, or hold training images a second time
                 raise ValueError(f"{entry.path} is a link to a folder: copy the folder, or remove the link")
     return entries
+
+
+def _of_the_data(name: str) -> bool:
+    # names that begin with a dot are notes of file managers and notebooks
+    return not name.startswith(".") and name.lower() not in NOT_OF_THE_DATA
 
 
 def _check_link(path: str, inside: str) -> None:

@@ -72,7 +72,11 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         if not sixteen_bit:
             raise _UnknownRange(f"has {values.dtype} pixels, whose range is not known")
         # 65535 / 257 = 255; PIL's own conversion would clip instead of scale.
-        return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")
+        scaled = ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+        clear = image.info.get("transparency")  # one value of 16 bits; compared before it is rounded away
+        if isinstance(clear, int):
+            scaled[values == clear] = 255
+        return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         layer = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")

@@ -75,13 +75,14 @@ def load_dataset(
     elif name in _LOADERS:
         sources, classes = _LOADERS[name](request)
     else:
-        raise ValueError(_unknown_name(name))
+        raise ValueError(unknown_name(name))
     small = sum(source.pixels.nbytes for source in sources) <= SMALL_SET_BYTES
     train, test = (_to_split(source, device if small else None) for source in sources)
     return Dataset(name, train, test, classes)
 
 
-def _unknown_name(name: str) -> str:
+def unknown_name(name: str) -> str:
+    """What is said of a name that no data set has."""
     close = difflib.get_close_matches(name.lower(), DATASETS, n=1)
     hint = f" Did you mean {close[0]!r}?" if close else ""
     return f"there is no data set {name!r}: the names are {', '.join(DATASETS)}.{hint}"

@@ -1,7 +1,6 @@
 """What every notebook takes, and how it is checked and shrunk; runs and weights that a field names."""
 
 import ast
-import difflib
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -11,7 +10,7 @@ from typing import Any, ClassVar, Self
 import torch
 
 from atoplib.data import Dataset, load_dataset
-from atoplib.parameters.checking import ParameterError, convert
+from atoplib.parameters.checking import ParameterError, convert, suggestion
 from atoplib.pretrained import weights_path
 from atoplib.runs import find_run, workspace_dir
 
@@ -26,6 +25,7 @@ MADE_BY = {
 """The notebook that makes a defence, and the name of the checkpoint in its run."""
 LATEST = {"undefended": {"adversarial": False, "purifier_run": ""}, "at": {"adversarial": True, "purifier_run": ""}}
 """Parameters of the run that is meant by ``latest``, by defence."""
+WEIGHTS = (".safetensors", ".pth", ".pt")  # how files of weights end
 INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 
 
@@ -118,8 +118,7 @@ class Parameters:
         types_of = {item.name: item.type for item in fields(cls)}
         for name in values:
             if name not in types_of:
-                near = difflib.get_close_matches(str(name), types_of, n=1)
-                hint = f" (did you mean {near[0]!r}?)" if near else ""
+                hint = suggestion(str(name), types_of)
                 raise ParameterError(f"{cls.STAGE} has no parameter {name!r}{hint}; allowed: {', '.join(sorted(types_of))}")
         converted = {name: convert(name, value, types_of[name]) for name, value in values.items()}
         try:
@@ -187,7 +186,7 @@ class Parameters:
         """The file that a field of ``from_run`` names: of a run, one that comes with the kit, or a file itself.
 
         Args:
-            which: the field's value; also the path of a ``.safetensors`` file.
+            which: the field's value; also the path of a file of weights (``WEIGHTS``), of the kit or of another program.
             defence: a key of ``MADE_BY``.
             wanted: parameters of the run that is meant by ``latest``, beside the data set and its image size.
 
@@ -198,7 +197,7 @@ class Parameters:
         kit = self.kit(which)
         if kit is not None:
             return weights_path(kit, defence)
-        if which.endswith(".safetensors"):
+        if which.endswith(WEIGHTS):
             path = Path(which).expanduser()
             if not path.is_file():
                 raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")

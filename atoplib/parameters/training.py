@@ -8,6 +8,7 @@ from atoplib.attacks import PGDSettings
 from atoplib.classifiers import build_classifier
 from atoplib.losses import Objective
 from atoplib.parameters.base import Parameters, from_run
+from atoplib.parameters.checking import check_foreign
 from atoplib.purifiers import build_purifier
 from atoplib.training import FineTuningAttack, TrainingSettings
 from atoplib.training.processes import share_of
@@ -106,9 +107,18 @@ class TrainClassifier(Training):
 
 @dataclass(frozen=True, kw_only=True)
 class PurifierTraining(Training):
-    """What both purifier notebooks take: the random transform and the GAN term."""
+    """What both purifier notebooks take: the classifier, the random transform and the GAN term.
+
+    Attributes:
+        classifier, classifier_options, mean, std: of somebody's weights, as ``checkpoints.load_foreign`` takes them; "" for
+            those of the kit, which say themselves what they belong to.
+    """
 
     classifier_run: str = from_run(TrainClassifier.STAGE)
+    classifier: str = ""
+    classifier_options: dict = field(default_factory=dict)
+    mean: list | None = None
+    std: list | None = None
     transform: str = "rt2"
     missing_rate: float = 0.1
     noise_std: float = 0.05
@@ -121,6 +131,7 @@ class PurifierTraining(Training):
     def __post_init__(self) -> None:
         super().__post_init__()
         _ = self.transform_settings, self.objective
+        check_foreign(self.classifier_run, self.classifier, self.classifier_options, self.mean, self.std)
         if self.discriminator_width < 1:
             raise ValueError(f"discriminator_width must be at least 1, got {self.discriminator_width}")
 

@@ -11,6 +11,7 @@ from torch import nn
 from atoplib.checkpoints import load_built, load_checkpoint
 from atoplib.classifiers import build_classifier, fold_batch_norms
 from atoplib.data import Dataset, channel_statistics
+from atoplib.defences import foreign_arguments, load_network
 from atoplib.flops import training_total
 from atoplib.front import load_front
 from atoplib.parameters import LATEST, FinetuneAtop, PretrainPurifier, PurifierTraining, TrainClassifier
@@ -125,6 +126,8 @@ def frozen_classifier(p: PurifierTraining) -> tuple[nn.Module, Mapping[str, Any]
     to run first.
     """
     path = p.checkpoint(p.classifier_run, "undefended", **LATEST["undefended"])
+    if p.classifier:
+        return load_network(path, device=p.torch_device, **foreign_arguments(p)), {}, path
     return *load_checkpoint(path, kind="classifier", device=p.torch_device), path
 
 
