@@ -102,7 +102,7 @@ class PlannedAttack:
         values = {name: value for name, value in defaults.items() if name in attack.options} | values
         if not random and "eot_samples" in attack.options:
             if self.equal_passes:
-                values["restarts"] = values.get("eot_samples", 1)
+                values["restarts"] = values.get("restarts", 1) * values.get("eot_samples", 1)
             values["eot_samples"] = 1
         return attack.settings(**values)
 
@@ -198,6 +198,7 @@ def adjusted(
 
 
 _DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3, "decay": True, "cycles": 2, "joint": True, "momentum": 0.75}
+_FLOW = {"steps": 25, "eot_samples": 3, "restarts": 4}  # more starts and targets find more than longer means in as many passes
 _FIRST_STEP = 1.0  # of a step that decays, in units of eps
 _STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
 _LEE_KIM_L2_STEP = 0.005 / 0.5  # likewise at l2 eps 0.5, 200 of which cross the ball twice; _STEP orbits in it
@@ -302,7 +303,7 @@ PROTOCOLS: dict[str, Protocol] = {
                     equal_passes=True,
                 ),
                 PlannedAttack(
-                    "StAdv + EOT-{eot_samples}", "stadv", "flow", settings={"steps": 30, "eot_samples": 10}, equal_passes=True
+                    "StAdv + EOT-{eot_samples}", "stadv", "flow", settings=_FLOW, equal_passes=True
                 ),
                 PlannedAttack("Square linf", "square", settings={"queries": 500}),
             ),
