@@ -361,7 +361,10 @@ def test_the_surface_shows_the_numbers_of_the_cell_that_is_picked_by_mouse_or_ke
     surface.get_by_label("defence").select_option("AToP")
     surface.wait_for_function("() => document.querySelectorAll('.atop-surface button').length === 5")
     buttons.last.hover()
-    surface.wait_for_selector('.atop-surface button:last-child[title*="robust accuracy, white-box: 50.0 % [25.0, 75.0]"] >> nth=-1')
+    surface.wait_for_function(  # a title is renewed after the hover
+        "text => [...document.querySelectorAll('.atop-surface button')].at(-1).title.includes(text)",
+        arg="robust accuracy, white-box: 50.0 % [25.0, 75.0]",
+    )
     numbers = surface.locator("[role=status]").last
     buttons.last.click()
     surface.wait_for_selector(".atop-chosen:has-text('90.0') >> nth=0")
