@@ -1,18 +1,36 @@
-"""AToP: adversarial training on purification (Lin et al., ICLR 2024): transforms, purifiers, losses, evaluation."""
+"""Adversarial training on purification (AToP, ICLR 2024, arXiv 2401.16352): transforms, purifiers, losses,
+attacks, evaluation.
 
-from typing import TYPE_CHECKING, Any
+The first four names are a whole first hour; the modules below are what the notebooks use. ``import atoplib``
+loads none of them before it is asked for."""
 
-if TYPE_CHECKING:
-    from atoplib.pretrained import load_pretrained
+import importlib
+from typing import Any
 
-__all__ = ["__version__", "load_pretrained"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_FUNCTIONS = {
+    "load_pretrained": "pretrained",
+    "load_images": "data",
+    "evaluate": "evaluation",
+    "explore": "explorer",
+}
+_MODULES = (
+    "attacks", "certification", "checkpoints", "classifiers", "contract", "data", "decisions", "defences",
+    "evaluation", "explorer", "figures", "hashing", "losses", "masking", "parameters", "pipeline",
+    "pretrained", "progress", "purifiers", "runs", "training", "transforms",
+)  # fmt: skip
+
+__all__ = [*_FUNCTIONS, *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    """``load_pretrained`` from here, which imports torch only when it is asked for."""
-    if name == "load_pretrained":
-        from atoplib.pretrained import load_pretrained
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"atoplib.{_FUNCTIONS[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"atoplib.{name}")
+    raise AttributeError(f"module 'atoplib' has no attribute {name!r}; it has {', '.join(sorted(__all__))}")
 
-        return load_pretrained
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

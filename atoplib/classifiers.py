@@ -1,22 +1,24 @@
-"""Image classifiers: (B, 3, H, W) in [0, 1] -> logits. Normalisation is the first layer, so no attack ever needs to know it.
+"""Image classifiers: (B, 3, H, W) in [0, 1] -> logits. Normalisation is the first layer, so no attack ever
+needs to know it.
 
-Any other ``torch.nn.Module`` of that signature takes a classifier's place; wrap one that expects normalised input as
-``nn.Sequential(Normalize(mean, std), model)``.
+Any other ``torch.nn.Module`` of that signature takes a classifier's place; wrap one that expects normalised
+input as ``nn.Sequential(Normalize(mean, std), model)``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from inspect import signature
+from pkgutil import resolve_name
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
-
-from atoplib.contract import copy_of, has_hooks, of_known_layers, same_answers
 
 
 class Normalize(nn.Module):
-    """Subtract ``mean`` and divide by ``std``, one value a channel, both in the units of the input ([0, 1])."""
+    """Subtract ``mean`` and divide by ``std``, one value a channel, both for images in [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
@@ -30,7 +32,8 @@ class Normalize(nn.Module):
 
     @staticmethod
     def _for_each_pixel(values: Tensor, images: Tensor) -> Tensor:
-        """Spread over one image in the layout of these: three values a pixel are no loop that a processor can vectorise."""
+        """Spread over one image in the layout of these: three values a pixel are no loop that a processor can
+        vectorise."""
         channels_last = images.is_contiguous(memory_format=torch.channels_last)
         form = torch.channels_last if channels_last else torch.contiguous_format
         return values.expand(1, *images.shape[1:]).contiguous(memory_format=form)
@@ -44,7 +47,8 @@ def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride:
 
 
 def _pooled_relu(x: Tensor) -> Tensor:
-    """2x2 maximum of relu(x), with its gradients bit by bit: pooled first, which leaves the relu a quarter of the values."""
+    """2x2 maximum of relu(x), with its gradients bit by bit: pooled first, which leaves the relu a quarter of
+    the values."""
     return F.relu(F.max_pool2d(x, 2), inplace=True)
 
 
@@ -54,16 +58,20 @@ def _residual_part(width: int) -> nn.Sequential:
 
 
 class SmallResNet(nn.Module):
-    """A fast ResNet for 32 px: widths w, 2w, 4w, 8w at 32, 16, 8 and 4 px, residual blocks where they pay most.
+    """A fast ResNet for 32 px: widths w, 2w, 4w, 8w at 32, 16, 8 and 4 px, residual blocks where they pay
+    most.
 
-    Each change of resolution is a max-pooling after a convolution: on CIFAR-10 that learns faster than strides do, for the
-    same work. ``stem_stride=2`` leaves the full resolution at once, for digits. ``width=24`` costs 0.107 GFLOP an image.
+    Each change of resolution is a max-pooling after a convolution: on CIFAR-10 that learns faster than
+    strides do, for the same work. ``stem_stride=2`` leaves the full resolution at once, for digits.
+    ``width=24`` costs 0.107 GFLOP an image.
     """
 
     def __init__(self, num_classes: int, width: int = 24, stem_stride: int = 1) -> None:
         super().__init__()
         if width < 1 or stem_stride < 1:
-            raise ValueError(f"width and stem_stride must be at least 1, got width={width}, stem_stride={stem_stride}")
+            raise ValueError(
+                f"width and stem_stride must be at least 1, got width={width}, stem_stride={stem_stride}"
+            )
         self.stem = conv_norm(3, width, stride=stem_stride)
         self.down1 = conv_norm(width, 2 * width)
         self.block1 = _residual_part(2 * width)
@@ -82,43 +90,9 @@ class SmallResNet(nn.Module):
         return self.head(x.mean(dim=(2, 3)))
 
 
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy in which each convolution takes up the batch normalisation that follows it in the same ``nn.Sequential``.
-
-    The same function up to rounding, for a model that is not trained any more: attacks need a tenth less time. It is done
-    for exact types without hooks or parametrisations, and kept where the copy gives the same logits on probe images
-    (``contract.same_answers``); otherwise the copy is as the model is (the model itself, where it cannot be copied).
-
-    Raises:
-        ValueError: for a model in train mode, whose normalisation is no fixed function.
-    """
-    if any(part.training for part in model.modules()):
-        raise ValueError("only a model in eval mode can be folded; call model.eval()")
-    copied, pairs = copy_of(model), []
-    if copied is model:
-        return model
-    for block in copied.modules():
-        if type(block) is nn.Sequential:
-            pairs += [(block, place) for place in range(len(block) - 1) if _can_be_folded(block[place], block[place + 1])]
-    for block, place in pairs:
-        block[place], block[place + 1] = fuse_conv_bn_eval(block[place], block[place + 1]), nn.Identity()
-    copied.eval()  # the new parts, too
-    return copied if not pairs or same_answers(model, copied) else copy_of(model)
-
-
-def _can_be_folded(convolution: nn.Module, norm: nn.Module) -> bool:
-    exact = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
-    return exact and not has_hooks(convolution) and not has_hooks(norm)
-
-
-def to_channels_last(model: nn.Module) -> nn.Module:
-    """The model itself, its weights channels-last, which is faster; as it was, where a part of it is not of an exact type of
-    the kit, torch or torchvision: somebody's network may flatten by ``view``, which takes contiguous images alone."""
-    return model.to(memory_format=torch.channels_last) if of_known_layers(model) else model
-
-
 class WideBlock(nn.Module):
-    """Pre-activation residual block of a wide ResNet (Zagoruyko & Komodakis 2016, figure 1d, without dropout)."""
+    """Pre-activation residual block of a wide ResNet (Zagoruyko & Komodakis 2016, figure 1d, without
+    dropout)."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -129,7 +103,9 @@ class WideBlock(nn.Module):
         same = in_channels == out_channels and stride == 1
         self.shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
 
-    def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out_channels h w"]:
+    def forward(
+        self, x: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch out_channels h w"]:
         activated = F.relu(self.norm1(x))
         residual = self.conv2(F.relu(self.norm2(self.conv1(activated))))
         return residual + (x if self.shortcut is None else self.shortcut(activated))
@@ -156,56 +132,85 @@ class WideResNet(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
-def resnet_32px(depth: int, num_classes: int) -> nn.Module:
-    """torchvision's ResNet-18/34/50 in the form used at 32 px: a 3x3 stem of stride 1 and no max-pooling."""
-    model = resnet_large(depth, num_classes)
+def _torchvision_resnet(depth: int, num_classes: int) -> nn.Module:
+    """torchvision's ResNet with the ImageNet stem, freshly initialised, for images of 128 px and more."""
+    # Here: the other classifiers do without its three seconds of import.
+    from torchvision.models import get_model
+
+    return get_model(f"resnet{depth}", weights=None, num_classes=num_classes)
+
+
+def _resnet_32px(depth: int, num_classes: int) -> nn.Module:
+    """The form used at 32 px: a 3x3 stem of stride 1 and no max-pooling."""
+    model = _torchvision_resnet(depth, num_classes)
     model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
     model.maxpool = nn.Identity()
     return model
 
 
-def resnet_large(depth: int, num_classes: int) -> nn.Module:
-    """torchvision's ResNet with the ImageNet stem, freshly initialised, for images of 128 px and more."""
-    from torchvision.models import (
-        get_model,  # here, because the other classifiers do without its three seconds of import
-    )
-
-    return get_model(f"resnet{depth}", weights=None, num_classes=num_classes)
-
-
 CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "small_resnet": SmallResNet,
-    "resnet18": lambda num_classes: resnet_32px(18, num_classes),
-    "resnet34": lambda num_classes: resnet_32px(34, num_classes),
-    "resnet50": lambda num_classes: resnet_32px(50, num_classes),
     "wide_resnet_28_10": lambda num_classes: WideResNet(num_classes, 28, 10),
     "wide_resnet_70_16": lambda num_classes: WideResNet(num_classes, 70, 16),
-    "resnet18_large": lambda num_classes: resnet_large(18, num_classes),
-    "resnet34_large": lambda num_classes: resnet_large(34, num_classes),
-    "resnet50_large": lambda num_classes: resnet_large(50, num_classes),
+    **{f"resnet{depth}": partial(_resnet_32px, depth) for depth in (18, 34, 50)},
+    **{f"resnet{depth}_large": partial(_torchvision_resnet, depth) for depth in (18, 34, 50)},
 }
 
 
-def build_classifier(
-    name: str, *, num_classes: int, mean: Sequence[float], std: Sequence[float], **options: int
-) -> nn.Sequential:
-    """Build the classifier ``name``, with normalisation as its first layer.
+def build(
+    name: str, *, num_classes: int, mean: Sequence[float] | None, std: Sequence[float] | None, **options: Any
+) -> nn.Module:
+    """Build the classifier ``name``, freshly initialised, with normalisation as its first layer.
 
     Args:
-        name: a key of ``CLASSIFIERS``. ``*_large`` read images of 128 px and more, the others 32 px.
+        name: a key of ``CLASSIFIERS`` (``*_large`` for images of 128 px and more, the others for 32 px), or
+            ``"package.module:function"``, which is called with the options, and with ``num_classes`` if it
+            takes that.
         num_classes: number of logits, at least 2.
-        mean, std: per channel, of images in [0, 1] (``data.channel_statistics``).
+        mean, std: per channel, of images in [0, 1] (``data.channel_statistics``); None: no normalisation.
         options: what the architecture itself takes, such as ``width`` of ``small_resnet``.
 
     Raises:
         ValueError: for an unknown name, an option that the architecture lacks, or fewer than two classes.
     """
-    if name not in CLASSIFIERS:
-        raise ValueError(f"unknown classifier {name!r}; allowed: {', '.join(CLASSIFIERS)}")
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2, got {num_classes}")
+    if ":" not in name and name not in CLASSIFIERS:
+        raise ValueError(
+            f"unknown classifier {name!r}; allowed: {', '.join(CLASSIFIERS)}, or 'package.module:function'"
+        )
+    network = build_custom(CLASSIFIERS.get(name, name), options, num_classes, name)
+    return network if mean is None or std is None else nn.Sequential(Normalize(mean, std), network)
+
+
+def build_custom(
+    factory: str | Callable[..., nn.Module],
+    options: Mapping[str, Any],
+    num_classes: int | None = None,
+    name: str = "",
+) -> nn.Module:
+    """The network that a callable or ``"package.module:function"`` makes with these options.
+
+    ``num_classes`` is handed on where the factory takes it and the options do not name it; ``name`` is what
+    an error calls the factory.
+
+    Raises:
+        ValueError: where it cannot be found, cannot build, or makes no ``nn.Module``.
+    """
+    name = name or (factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory)))
     try:
-        network = CLASSIFIERS[name](num_classes, **options)
-    except TypeError as error:
-        raise ValueError(f"classifier {name!r} does not take the options {options}: {error}") from error
-    return nn.Sequential(Normalize(mean, std), network)
+        function = resolve_name(factory) if isinstance(factory, str) else factory
+        takes = signature(function).parameters
+        if num_classes is not None and (
+            "num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
+        ):
+            options = {"num_classes": num_classes, **options}
+        network = function(**options)
+    except Exception as error:  # somebody's code, or a name that does not exist
+        raise ValueError(
+            f"{name} cannot build a network with the options {dict(options)}: {error} (a factory is a "
+            "function or 'package.module:function', such as 'torchvision.models:resnet18')"
+        ) from error
+    if not isinstance(network, nn.Module):
+        raise ValueError(f"{name} must return a torch.nn.Module, but it returned a {type(network).__name__}")
+    return network

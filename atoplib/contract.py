@@ -1,7 +1,7 @@
-"""The border: what comes from outside (model, images, labels) is adapted and checked here, once, in one sentence each.
+"""The border: what comes from outside (model, images, labels) is adapted, checked and frozen here, once.
 
-Inside, a model is a module (B, C, H, W) float32 in [0, 1] -> float32 logits (B, classes). Any other network becomes one by
-``adapt``; ``prepare`` also checks that it, the images and the labels can be attacked. Nothing of the kit is imported here.
+Inside, a model is a module (B, C, H, W) float32 in [0, 1] -> float32 logits (B, classes). Any other network
+becomes one by ``adapt``; ``prepare`` also checks that it, the images and the labels can be attacked.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -12,18 +12,15 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-PROBABILITY_TOLERANCE = 5e-3  # of the sum of one image's outputs; a softmax in bfloat16 misses 1 by nearly as much
-SAME_FUNCTION = 1e-4  # largest difference of two networks' answers on probe images, relative to the largest answer
-PROBE_SIZES = ((32, 32), (28, 28), (64, 64), (224, 224), (96, 96), (128, 128), (24, 40), (299, 299))  # most usual first
+PROBABILITY_TOLERANCE = 5e-3  # of the sum of an image's outputs; a softmax in bfloat16 misses 1 by as much
+SAME_FUNCTION = 1e-4  # largest difference of two networks' answers, relative to the largest answer
+# Of probe images, the most usual first.
+PROBE_SIZES = ((32, 32), (28, 28), (64, 64), (224, 224), (96, 96), (128, 128), (24, 40), (299, 299))
 NORMALISATION = "atoplib.classifiers", "Normalize"
-TRUSTED = ("atoplib.", "torch.nn.modules.", "torchvision.models.")  # whose layers take images in any memory format
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+KNOWN = ("atoplib.", "torch.nn.modules.", "torchvision.models.")  # layers that take any memory format
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class ContractError(ValueError):
@@ -31,11 +28,11 @@ class ContractError(ValueError):
 
 
 class Adapted(nn.Module):
-    """Any network or callable as (B, C, H, W) float32 in [0, 1] -> float32 logits (B, classes); made by ``adapt``.
+    """Any network or callable as a model of the kit; made by ``adapt``.
 
-    The images are copied for every pass, contiguous (a network may flatten by ``view``, and may work in place), in the
-    dtype of the network's own weights. float64 images give float64 logits. Everything else is the network's: its mode,
-    its random numbers (``reseed``, ``fixed_draws``) and any other attribute.
+    A network is given a copy of the images for every pass, contiguous (it may flatten by ``view``, and may
+    work in place), in the dtype of its own weights; float64 images give float64 logits. A plain function is
+    called as it is. Mode, random numbers (``reseed``, ``fixed_sample``), any attribute are the network's.
     """
 
     def __init__(self, network: Callable[[Tensor], Any]) -> None:
@@ -52,7 +49,8 @@ class Adapted(nn.Module):
 
     @training.setter
     def training(self, mode: bool) -> None:
-        """Nothing of its own is switched: ``train`` and ``eval`` switch the network, which is a part of this one."""
+        """Nothing of its own is switched: ``train`` and ``eval`` switch the network, which is a part of this
+        one."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -63,35 +61,44 @@ class Adapted(nn.Module):
                 raise
             return getattr(network, name)
 
-    def forward(self, images: Float[Tensor, "batch channels height width"], *others: Any) -> Float[Tensor, "..."]:
-        own = floating_dtype(self.network) or images.dtype
-        given = torch.empty_like(images, dtype=own, memory_format=torch.contiguous_format)
-        given = given.copy_(images)
-        logits = first_tensor(self.network(given, *others))
+    def forward(
+        self, images: Float[Tensor, "batch channels height width"], *others: Any
+    ) -> Float[Tensor, "..."]:
+        if not isinstance(self.network, nn.Module):
+            return _first_tensor(self.network(images, *others))
+        dtype = _floating_dtype(self.network) or images.dtype
+        inputs = torch.empty_like(images, dtype=dtype, memory_format=torch.contiguous_format).copy_(images)
+        logits = _first_tensor(self.network(inputs, *others))
         return logits.to(torch.promote_types(images.dtype, torch.float32))
 
 
 def adapt(model: Callable[[Tensor], Any]) -> nn.Module:
     """A model as the kit calls it: images (B, C, H, W) float32 in [0, 1] -> float32 logits (B, classes).
 
-    Modules of the kit's own types in float32, and what was adapted before, come back as they are; anything else in a thin
-    wrapper (``Adapted``) that shares its weights and its mode.
+    Modules of the kit's own types in float32, and what was adapted before, come back as they are; anything
+    else in a thin wrapper (``Adapted``) that shares its weights and its mode.
 
     Raises:
         ContractError: for what cannot be called.
     """
-    if isinstance(model, Adapted) or (isinstance(model, nn.Module) and of_the_kit(model)):
+    if isinstance(model, Adapted) or (isinstance(model, nn.Module) and _keeps_contract(model)):
         return model
     if not callable(model):
-        raise ContractError(f"a model must be a module or a function, images -> logits, but this is a {type(model).__name__}")
+        raise ContractError(
+            f"a model must be a module or a function, images -> logits, not a {type(model).__name__}"
+        )
     return Adapted(model)
 
 
-def of_the_kit(model: nn.Module) -> bool:
-    """Whether a module keeps the contract by itself: an exact type of the kit, or its normalisation and then nothing but
-    layers of the kit, torch and torchvision; with weights in float32."""
+def _keeps_contract(model: nn.Module) -> bool:
+    """Whether a module keeps the contract by itself: of the kit's own type, or its normalisation and then
+    known layers alone; in float32, its output changed by no hook and no forward of its own."""
     kind = type(model)
-    if floating_dtype(model) not in (None, torch.float32):
+    if (
+        _floating_dtype(model) not in (None, torch.float32)
+        or model._forward_hooks
+        or "forward" in vars(model)
+    ):
         return False
     if kind.__module__.startswith("atoplib."):
         return True
@@ -100,153 +107,37 @@ def of_the_kit(model: nn.Module) -> bool:
 
 
 def of_known_layers(model: nn.Module) -> bool:
-    """Whether every part is of an exact type of the kit, torch or torchvision, none of which cares for memory formats."""
-    return all(type(part).__module__.startswith(TRUSTED) for part in model.modules())
+    """Whether every part is of an exact type of the kit, torch or torchvision, none of which cares for memory
+    formats, and does what its type does."""
+    return all(type(part).__module__.startswith(KNOWN) and not is_changed(part) for part in model.modules())
 
 
-def floating_dtype(model: Any) -> torch.dtype | None:
+def is_changed(module: nn.Module) -> bool:
+    """Whether hooks, parametrisations (spectral and weight norm, pruning) or a forward that was replaced in
+    this very module change what its type does."""
+    hooked = any(getattr(module, name, None) for name in HOOKS)
+    return hooked or hasattr(module, "parametrizations") or "forward" in vars(module)
+
+
+def _floating_dtype(model: nn.Module) -> torch.dtype | None:
     """The floating dtype of a module's first weight (or buffer); None where it has none."""
-    if not isinstance(model, nn.Module):
-        return None
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                return tensor.dtype
-    return None
+    tensors = (tensor for group in (model.parameters(), model.buffers()) for tensor in group)
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
-def first_tensor(output: Any) -> Tensor:
-    """The logits in whatever a network returns: itself, ``logits`` of a dict or an object, the first of a tuple or list.
-
-    Raises:
-        ContractError: where there is none.
-    """
+def _first_tensor(output: Any) -> Tensor:
+    """The logits in what a network returns: itself, ``logits`` of a dict or object, the first of a tuple."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping):
-        if "logits" in output or len(output) == 1:
-            return first_tensor(output["logits"] if "logits" in output else next(iter(output.values())))
+    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(output, tuple | list) and output and inner is None:
+        inner = output[0]
+    if inner is None:
         raise ContractError(
-            f"the model returns a dict with the keys {sorted(map(str, output))}, but none is called logits; wrap it in a "
-            f"module that returns the logits alone"
+            f"the model returns a {type(output).__name__}; allowed are logits (batch, classes), a tuple or "
+            "list that begins with them, or a dict or object with logits; wrap it in a module that returns so"
         )
-    if hasattr(output, "logits"):
-        return first_tensor(output.logits)
-    if isinstance(output, tuple | list) and output:
-        return first_tensor(output[0])
-    raise ContractError(
-        f"the model returns a {type(output).__name__}; allowed are logits (batch, classes), a tuple or list that begins with "
-        f"them, or a dict or object with logits"
-    )
-
-
-def check_eval_mode(model: nn.Module) -> None:
-    """Raise ContractError if a model or a part of it is in train mode: batch statistics and dropout falsify a decision."""
-    wrong = next((name or "the model itself" for name, part in model.named_modules() if part.training), None)
-    if wrong is not None:
-        raise ContractError(f"the model must be in eval mode to be attacked, but {wrong} is in train mode; call model.eval()")
-
-
-def check_same_device(model: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Raise ContractError unless model, images and labels are on one device; a model without weights is on any."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    if devices and images.device not in devices:
-        names = " and ".join(sorted(str(device) for device in devices))
-        raise ContractError(f"the model is on {names}, but the images are on {images.device}; move them with images.to(...)")
-    if labels.device != images.device:
-        raise ContractError(f"the images are on {images.device}, but the labels are on {labels.device}; move them together")
-
-
-def as_tensors(images: Any, labels: Any, device: torch.device) -> tuple[Tensor, Tensor]:
-    """numpy arrays and lists as tensors on ``device``: images in float32, labels in int64; tensors as they are."""
-    if not isinstance(images, Tensor):
-        array = np.asarray(images)
-        images = torch.from_numpy(array.astype(np.float32) if array.dtype.kind == "f" else array.copy()).to(device)
-    if not isinstance(labels, Tensor):
-        array = np.asarray(labels)
-        labels = torch.from_numpy(array.astype(np.int64) if array.dtype.kind in "iu" else array.copy()).to(device)
-    return images, labels
-
-
-def check_labels(labels: Tensor, count: int) -> None:
-    """Raise ContractError unless there is one class, an int64, for each of ``count`` images."""
-    if labels.ndim != 1:
-        advice = "labels.squeeze(1)" if labels.ndim == 2 and labels.shape[1] == 1 else "labels.argmax(dim=1) if they are one-hot"
-        raise ContractError(f"labels must be one class an image, of shape ({count},), got {tuple(labels.shape)}: use {advice}")
-    if len(labels) != count:
-        raise ContractError(f"{count} images, but {len(labels)} labels")
-    if labels.dtype != torch.int64:
-        raise ContractError(f"labels must be int64, got {labels.dtype}; use labels.long() if they are whole numbers")
-
-
-def check_images(images: Tensor) -> None:
-    """Raise ContractError unless these are images (B, C, H, W), floating, at least one, in [0, 1], without NaN."""
-    if images.ndim != 4:
-        raise ContractError(f"images must have the shape (batch, channels, height, width), got {tuple(images.shape)}")
-    if len(images) == 0:
-        raise ContractError("there are no images to attack")
-    if not images.is_floating_point():
-        raise ContractError(f"images must be floating numbers in [0, 1], got {images.dtype}; use images.float() / 255 for bytes")
-    if images.dtype in (torch.float16, torch.bfloat16):
-        raise ContractError(
-            f"images must be float32, got {images.dtype}, whose steps are as large as perturbations; use images.float() (the "
-            f"model may keep its dtype)"
-        )
-    low, high = float(images.min()), float(images.max())
-    if not (low >= 0 and high <= 1):
-        raise ContractError(f"images must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}")
-
-
-def check_logits(logits: Tensor, images: Tensor) -> None:
-    """Raise ContractError unless these are finite logits (B, classes) of at least two classes, and no probabilities."""
-    if logits.ndim == 1 or (logits.ndim == 2 and logits.shape[1] == 1):
-        raise ContractError(
-            f"the model returns one logit an image, {tuple(logits.shape)}, but one for each class is needed: make two of z by "
-            f"torch.cat([torch.zeros_like(z), z], dim=1) with z of shape (batch, 1), which is the same decision"
-        )
-    if logits.ndim != 2 or len(logits) != len(images):
-        raise ContractError(f"the model must return logits of shape (batch, classes), got {tuple(logits.shape)}")
-    if not logits.is_floating_point() or not torch.isfinite(logits).all():
-        raise ContractError("the model returns logits that are not finite; an attack would follow no gradient")
-    if (logits >= 0).all() and (logits.float().sum(dim=1) - 1).abs().max() < PROBABILITY_TOLERANCE:
-        raise ContractError(
-            "the model returns probabilities (none below 0, their sum 1), whose gradients vanish where it is sure; "
-            "an attack needs the logits before the softmax"
-        )
-
-
-def check_model(model: nn.Module, images: Tensor, *, differentiable: bool = False) -> int:
-    """The number of a model's classes, from one pass on the first image.
-
-    Raises:
-        ContractError: if it cannot take the images, returns no usable logits, or (with ``differentiable``) passes no
-            gradient to the images.
-    """
-    probe = images[:1].detach().clone().requires_grad_(differentiable)
-    try:
-        with torch.set_grad_enabled(differentiable):
-            logits = model(probe)
-    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
-        advice = "" if images.shape[1] != 3 else "; one of a single channel needs a layer in front: images.mean(1, keepdim=True)"
-        raise ContractError(
-            f"the model cannot take images of shape {tuple(images.shape[1:])}: {_first_line(error)}. Give it images of its "
-            f"own size and channels{advice}"
-        ) from error
-    check_logits(logits.detach(), probe)
-    if differentiable:
-        try:
-            reached = logits.requires_grad and torch.autograd.grad(logits.sum(), probe, allow_unused=True)[0] is not None
-        except RuntimeError as error:
-            raise ContractError(f"{NOT_DIFFERENTIABLE} ({_first_line(error)})") from error
-        if not reached:
-            raise ContractError(NOT_DIFFERENTIABLE)
-    return logits.shape[1]
-
-
-NOT_DIFFERENTIABLE = (
-    "the model is not differentiable: no gradient arrives at the images. Use BPDA (attacks.BPDA for a pipeline, "
-    "attacks.IdentityBackward(preprocess, classifier) for another defence), or an attack without gradients (square, spsa)"
-)
+    return _first_tensor(inner)
 
 
 def prepare(
@@ -256,7 +147,10 @@ def prepare(
     *,
     differentiable: bool = False,
 ) -> tuple[nn.Module, Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-    """A model, images and labels from outside, as an attack can use them; the model makes one pass on one image.
+    """A model, images and labels from outside, as an attack can use them; costs one pass on one image.
+
+    A callable that is no module (``partial(pipeline, sample=t)`` in a training step, where every pass counts)
+    is not probed, and nothing is checked that would wait for the GPU: values of images, range of labels.
 
     Args:
         model: in eval mode, images -> logits (``adapt``); may be random.
@@ -265,68 +159,234 @@ def prepare(
         differentiable: whether the attack needs the gradient to the images.
 
     Raises:
-        ContractError (a ValueError): with what is wrong and what to do, for a model in train mode, or that returns a single
-            logit, probabilities, or what is not finite; images outside [0, 1]; labels that are not (N,) int64 of the
-            model's classes; more than one device; with ``differentiable``, a model that no gradient passes.
+        ContractError (a ValueError): for a model in train mode, or that returns a single logit,
+            probabilities, or what is not finite; images outside [0, 1]; labels that are not (N,) int64 of its
+            classes; several devices; with ``differentiable``, a model that no gradient passes.
     """
-    adapted = adapt(model)
-    check_eval_mode(model if isinstance(model, nn.Module) else adapted)
+    adapted, is_module = adapt(model), isinstance(model, nn.Module)
+    check_eval_mode(adapted)
     weights = (*adapted.parameters(), *adapted.buffers())
-    images, labels = as_tensors(images, labels, weights[0].device if weights else torch.device("cpu"))
-    check_same_device(adapted, images, labels)
-    check_images(images)
+    device = weights[0].device if weights else torch.device("cpu")
+    images, labels = _as_tensor(images, "f", np.float32, device), _as_tensor(labels, "iu", np.int64, device)
+    _require(
+        not weights or images.device in {tensor.device for tensor in weights},
+        f"the model is on {device}, the images are on {images.device}; use images.to({str(device)!r})",
+    )
+    _require(
+        labels.device == images.device,
+        f"the images are on {images.device}, the labels on {labels.device}; move them together",
+    )
+    check_images(images, values=is_module)
     check_labels(labels, len(images))
-    classes = check_model(adapted, images, differentiable=differentiable)
-    if int(labels.min()) < 0 or int(labels.max()) >= classes:
-        raise ContractError(
-            f"labels must lie in 0..{classes - 1} for this model, got {int(labels.min())}..{int(labels.max())}"
+    if is_module:
+        classes = _check_answer(adapted, images[:1], differentiable)
+        low, high = int(labels.min()), int(labels.max())
+        _require(
+            low >= 0 and high < classes,
+            f"labels must lie in 0..{classes - 1} for this model, got {low}..{high}",
         )
     return adapted, images, labels
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks or parametrisations (spectral and weight norm, pruning) of this very module change what it does."""
-    return any(getattr(module, name, None) for name in HOOKS) or hasattr(module, "parametrizations")
+def _as_tensor(values: Any, kinds: str, dtype: type, device: torch.device) -> Tensor:
+    """Tensors as they are; arrays and lists on ``device``, those of numpy's ``kinds`` in ``dtype``."""
+    if isinstance(values, Tensor):
+        return values
+    array = np.asarray(values)
+    return torch.from_numpy(array.astype(dtype) if array.dtype.kind in kinds else array.copy()).to(device)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ContractError(message)
+
+
+def check_eval_mode(model: nn.Module) -> None:
+    """Raise ContractError where a part is in train mode: batch statistics and dropout falsify a decision."""
+    wrong = [name.removeprefix("network.") for name, part in model.named_modules() if part.training]
+    name = "the model itself" if wrong and wrong[0] in ("", "network") else "".join(wrong[:1])
+    _require(not wrong, f"the model must be in eval mode, but {name} is in train mode; call model.eval()")
+
+
+def check_images(images: Tensor, *, values: bool = True) -> None:
+    """Raise ContractError unless these are images (B, C, H, W), B > 0, with ``values`` also in [0, 1]."""
+    shape = tuple(images.shape)
+    _require(images.ndim == 4, f"images must have the shape (batch, channels, height, width), got {shape}")
+    _require(len(images) > 0, "there are no images to attack")
+    _require(
+        images.dtype in (torch.float32, torch.float64),
+        f"images must be float32 in [0, 1], got {images.dtype}; use images.float(), for bytes "
+        "images.float() / 255 (the steps of half precision are as large as perturbations)",
+    )
+    if values:
+        low, high = float(images.min()), float(images.max())
+        _require(
+            low >= 0 and high <= 1,
+            f"images must lie in [0, 1] without NaN, got values from {low:.4g} to {high:.4g}",
+        )
+
+
+def check_labels(labels: Tensor, count: int) -> None:
+    """Raise ContractError unless there is one class, an int64, for each of ``count`` images."""
+    _require(
+        labels.shape == (count,),
+        f"labels must be one class an image, ({count},), got {tuple(labels.shape)}: use labels.squeeze(1), "
+        "or labels.argmax(dim=1) if they are one-hot",
+    )
+    _require(
+        labels.dtype == torch.int64,
+        f"labels must be int64, got {labels.dtype}; use labels.long() if they are whole numbers",
+    )
+
+
+def check_logits(logits: Tensor, images: Tensor) -> None:
+    """Raise ContractError unless these are finite logits (B, classes), two or more, and no probabilities."""
+    _require(
+        logits.ndim != 1 and logits.shape[1:] != (1,),
+        f"the model returns one logit an image, {tuple(logits.shape)}, but one for each class is needed: "
+        "make two of z by torch.cat([torch.zeros_like(z), z], dim=1) with z of shape (batch, 1), the same "
+        "decision",
+    )
+    _require(
+        logits.ndim == 2 and len(logits) == len(images),
+        f"the model must return logits of shape (batch, classes), got {tuple(logits.shape)}",
+    )
+    _require(
+        logits.is_floating_point() and bool(torch.isfinite(logits).all()),
+        "the model returns logits that are not finite; an attack would follow no gradient",
+    )
+    of_one = (logits.float().sum(dim=1) - 1).abs().max() < PROBABILITY_TOLERANCE
+    _require(
+        not (of_one and (logits >= 0).all()),
+        "the model returns probabilities (none below 0, their sum 1), whose gradients vanish where it is "
+        "sure; an attack needs the logits before the softmax",
+    )
+
+
+def _check_answer(model: nn.Module, image: Tensor, differentiable: bool) -> int:
+    """The number of a model's classes, from one pass on one image; ContractError where it cannot be used."""
+    probe = image.detach().clone().requires_grad_(differentiable)
+    try:
+        with torch.set_grad_enabled(differentiable):
+            logits = model(probe)
+    except (RuntimeError, IndexError, TypeError, AttributeError) as error:
+        raise ContractError(
+            f"the model cannot take images of shape {tuple(image.shape[1:])}: {first_line(error)}. Give it "
+            "images of its own size and channels; one of a single channel needs a layer in front: "
+            "images.mean(1, keepdim=True)"
+        ) from error
+    check_logits(logits.detach(), probe)
+    if differentiable:
+        try:
+            torch.autograd.grad(logits, probe, torch.ones_like(logits))
+        except RuntimeError as error:
+            raise ContractError(
+                "the model is not differentiable: no gradient arrives at the images. Use BPDA "
+                "(attacks.bpda(model) for a pipeline), or an attack without gradients (square, spsa): "
+                f"{first_line(error)}"
+            ) from error
+    return logits.shape[1]
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """A copy of a trained model to attack: the same function up to rounding, frozen, in less time.
+
+    Batch normalisations are folded into convolutions, and known layers are channels-last, each where that is
+    proved to be the same function (``fold_batch_norms``, ``to_channels_last``). A pipeline freezes itself
+    (``freeze_for_attack``). A model that cannot be copied is frozen in place.
+
+    Raises:
+        ValueError: in train mode.
+    """
+    if hasattr(model, "freeze_for_attack"):
+        return model.freeze_for_attack()
+    frozen = to_channels_last(fold_batch_norms(model))
+    for weight in frozen.parameters():  # a scripted module has no requires_grad_
+        weight.requires_grad_(False)
+    return frozen
+
+
+def fold_batch_norms(model: nn.Module) -> nn.Module:
+    """A copy whose convolutions take up the batch normalisation behind them in the same ``nn.Sequential``.
+
+    The same function up to rounding, for a model that is not trained any more: attacks need a tenth less
+    time. It is done for exact types without hooks, parametrisations or a forward of their own, and kept where
+    the copy gives the same logits on probe images (``same_answers``); otherwise the copy is as the model is
+    (the model itself, where it cannot be copied).
+
+    Raises:
+        ValueError: for a model in train mode, whose normalisation is no fixed function.
+    """
+    if any(part.training for part in model.modules()):
+        raise ValueError("only a model in eval mode can be folded; call model.eval()")
+    copied = copy_of(model)
+    if copied is model:
+        return model
+    blocks = [block for block in copied.modules() if type(block) is nn.Sequential and not is_changed(block)]
+    pairs = [(block, i) for block in blocks for i in range(len(block) - 1) if _can_fold(*block[i : i + 2])]
+    for block, i in pairs:
+        block[i], block[i + 1] = fuse_conv_bn_eval(block[i], block[i + 1]), nn.Identity()
+    copied.eval()  # the new parts, too
+    return copied if not pairs or same_answers(model, copied) else copy_of(model)
+
+
+def _can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
+    exact = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
+    return exact and not is_changed(convolution) and not is_changed(norm)
+
+
+def to_channels_last(model: nn.Module) -> nn.Module:
+    """The model itself, channels-last, which is faster, where it is ``of_known_layers``: somebody's network
+    may flatten by ``view``, which takes contiguous images alone."""
+    return model.to(memory_format=torch.channels_last) if of_known_layers(model) else model
 
 
 def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy; or the model itself, where it cannot be copied (compiled, or weights that a hook computes)."""
+    """A deep copy; the model itself, where it cannot be copied (compiled, or weights that a hook
+    computes)."""
     if any(hasattr(part, "_orig_mod") for part in model.modules()):
         return model
     try:
-        return deepcopy(model)
+        with torch.no_grad():  # the copy of a scripted module would remember where its weights come from
+            return deepcopy(model)
     except Exception:  # whatever somebody's network, its generators and handles raise
         return model
 
 
 def same_answers(
-    first: nn.Module, second: nn.Module, probes: Iterable[Float[Tensor, "batch channels height width"]] | None = None
+    first: nn.Module,
+    second: nn.Module,
+    probes: Iterable[Float[Tensor, "batch channels height width"]] | None = None,
 ) -> bool:
     """Whether two networks give the same answers, up to rounding, on the first of ``probes`` that both take.
 
-    ``probes`` are fixed images in [0, 1] of usual sizes, where none are given.
-
-    False where there is no such size, and for a network whose own random numbers differ from call to call.
+    Those are batches of images in [0, 1]; None: ``probe_images`` of usual sizes. False where they take none.
     """
-    tensors = (*first.parameters(), *first.buffers())
-    device = tensors[0].device if tensors else torch.device("cpu")
+    weights = (*first.parameters(), *first.buffers())
+    device = weights[0].device if weights else torch.device("cpu")
     for images in (probe_images(4, 3, *size) for size in PROBE_SIZES) if probes is None else probes:
         try:
-            answers = [_answer(network, images.to(device)) for network in (first, second)]
+            expected, answer = (_answer(network, images.to(device)) for network in (first, second))
         except Exception:  # not an image of a size that it takes
             continue
-        expected, answer = answers
-        return (
-            expected.shape == answer.shape
-            and bool(expected.isfinite().all())
-            and float((answer - expected).abs().max()) <= SAME_FUNCTION * max(float(expected.abs().max()), 1e-6)
-        )
+        if expected.shape != answer.shape or not expected.isfinite().all():
+            return False
+        tolerance = SAME_FUNCTION * max(float(expected.abs().max()), 1e-6)
+        return float((answer - expected).abs().max()) <= tolerance
     return False
 
 
 def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
-    """The same values in [0, 1] in every process."""
-    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    """The same images in [0, 1] in every process; of all values, dark, bright, black and white in turn."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    images[1::4], images[2::4] = 0.1 * images[1::4], 1 - 0.1 * images[2::4]
+    images[3::4] = images[3::4].round()
+    return images
 
 
 @torch.no_grad()
@@ -335,7 +395,3 @@ def _answer(network: nn.Module, images: Tensor) -> Tensor:
     with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
         torch.manual_seed(0)
         return adapt(network)(images).float()
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

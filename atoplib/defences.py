@@ -1,91 +1,240 @@
-"""Defences from checkpoints: a classifier alone, or a purifier in front of the classifier that it belongs to."""
+"""The defences that a notebook's parameters name: which weights are meant, and the modules that they make.
 
-from collections.abc import Iterable, Mapping
+A parameter such as ``classifier_run`` names a run: ``latest``, the name of one of this experiment, a path,
+``pretrained`` (the weights that come with the kit; ``pretrained:cifar10`` those of another data set), or a
+file of weights, of the kit or of another program.
+"""
+
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from atoplib.checkpoints import CheckpointError, has_own_header, load_checkpoint, load_foreign, read_header
-from atoplib.classifiers import fold_batch_norms, to_channels_last
-from atoplib.parameters import Attacking
-from atoplib.pipeline import AToPPipeline, for_attacks, load_pipeline
+from atoplib import checkpoints, classifiers, runs
+from atoplib.checkpoints import CheckpointError
+from atoplib.contract import freeze
+from atoplib.decisions import pick_device
+from atoplib.hashing import NO_IDENTITY
+from atoplib.parameters import WEIGHTS, Parameters
+from atoplib.pipeline import load_pipeline
+from atoplib.pretrained import DATASETS, FOLDER, available, pretrained_path
+
+STAGES: dict[str, tuple[str, dict[str, Any]]] = {
+    "undefended": ("01_train_classifier", {"adversarial": False, "purifier_run": ""}),
+    "AT": ("01_train_classifier", {"adversarial": True, "purifier_run": ""}),
+    "AP": ("02_pretrain_purifier", {}),
+    "AToP": ("03_finetune_atop", {}),
+}
+"""Which notebook makes each defence, and the parameters of its run that ``latest`` means."""
+FIELDS = {"undefended": "classifier_run", "AP": "ap_run", "AToP": "atop_run", "AT": "at_run"}
+"""The parameter that names each defence."""
 
 
-FOREIGN_PARAMETERS = {"classifier": "factory", "classifier_options": "options", "mean": "mean", "std": "std"}
-"""What a notebook's parameters call the arguments of ``checkpoints.load_foreign``."""
+class Defences(dict[str, nn.Module]):
+    """Modules by name, images in [0, 1] -> logits, frozen, to be attacked.
+
+    Attributes:
+        sources: the file of each one's weights.
+        missing: a sentence for each that was left out, which says what makes it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sources: dict[str, Path] = {}
+        self.missing: dict[str, str] = {}
+
+    def add(
+        self, name: str, p: Parameters, path: Path, classifier: Path, device: torch.device | str | None = None
+    ) -> None:
+        """Load one from its weights: those of a classifier (``path`` itself), or of a purifier in front of
+        it."""
+        device = pick_device(p.device) if device is None else device
+        network = _classifier(p, classifier, device)
+        seed = p.as_dict().get("seed", 0)
+        if path != classifier:
+            network = freeze(load_pipeline(path, network, device=device, seed=seed))
+        self[name] = network
+        self.sources[name] = path
 
 
-def load_network(path: Path, *, device: torch.device | str = "cpu", **foreign: Any) -> nn.Module:
-    """A classifier as it was saved: by the kit; or by another program, with ``foreign``, the arguments of ``load_foreign``.
+def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None) -> Parameters:
+    """The parameters with every ``latest`` replaced by what it means now: the name of a run; or, where the
+    experiment has none yet, ``pretrained`` if the kit has weights for the data set, which ``notify`` is
+    told.
+    """
+    p = runs.resolve(p)
+    absent = {}
+    for name, rule in p.run_fields.items():
+        if not rule.several and getattr(p, name) == "latest":
+            made = {key: wanted for key, (stage, wanted) in STAGES.items() if stage == rule.stage}
+            defence = next(key for key, wanted in made.items() if wanted.items() >= rule.wanted.items())
+            if p.image_size in (None, 32) and (DATASETS.get(p.dataset), defence.lower()) in available():
+                absent[name] = "pretrained"
+                notify(f"{name}: no run of {rule.stage} yet, so the kit's weights for {p.dataset} are used.")
+    return p.replace(**absent)
+
+
+def find_weights(p: Parameters, which: str, defence: str = "undefended") -> Path:
+    """The file of weights that a parameter names.
+
+    Args:
+        which: the parameter's value.
+        defence: a key of ``STAGES``, or the name of another defence of the kit (``frozen``).
 
     Raises:
-        FileNotFoundError, CheckpointError: as ``checkpoints.load_checkpoint`` or ``load_foreign``; for another program's
-            weights without a factory, too.
+        FileNotFoundError: if there is no such run or file; the message says which notebook to run first.
+        ValueError: if no such weights come with the kit.
     """
-    if path.suffix == ".safetensors" and has_own_header(path):
-        return load_checkpoint(path, kind="classifier", device=device)[0]
-    if ":" in str(foreign.get("factory") or "") or callable(foreign.get("factory")):
-        return load_foreign(path, device=device, **foreign)
-    if path.suffix == ".safetensors":
-        return load_checkpoint(path, kind="classifier", device=device)[0]  # its errors say what is wrong with the file
-    raise CheckpointError(
-        f"{path} was written by another program, so it does not say which network it belongs to: name what builds it by "
-        f"classifier: 'package.module:function' (and classifier_options, mean, std)"
-    )
+    word, _, dataset = which.partition(":")
+    if word == "pretrained":
+        return pretrained_path(dataset or p.dataset, defence)
+    if which.endswith(WEIGHTS):
+        path = Path(which).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")
+        return path
+    stage, wanted = STAGES[defence]
+    kind = "classifier" if stage == "01_train_classifier" else "purifier"
+    return runs.find_run(p, which, stage, **wanted) / f"{kind}.safetensors"
 
 
-def load_classifier(path: Path, *, device: torch.device | str = "cpu", **foreign: Any) -> nn.Module:
-    """A frozen classifier, images (B, 3, H, W) in [0, 1] -> logits, its batch norms folded into its convolutions where that
-    is proved to be the same function, faster.
-
-    Raises FileNotFoundError and CheckpointError as ``load_network``, whose arguments these are.
-    """
-    return to_channels_last(fold_batch_norms(load_network(path, device=device, **foreign)))
-
-
-def foreign_arguments(p: Any) -> Mapping[str, Any]:
-    """What a notebook's parameters say about weights of another program, for ``load_network``."""
-    given = {name: getattr(p, parameter, None) for parameter, name in FOREIGN_PARAMETERS.items()}
-    return {name: value for name, value in given.items() if value not in (None, "", (), [])}
-
-
-def load_defence(
-    weights: Path, classifier: Path, *, device: torch.device | str = "cpu", seed: int = 0, **foreign: Any
-) -> nn.Module | AToPPipeline:
-    """A defence, images (B, 3, H, W) in [0, 1] -> logits, ready to be attacked.
+def load_classifier(
+    p: Parameters, which: str | None = None, *, device: torch.device | str | None = None
+) -> nn.Module:
+    """A trained classifier, images in [0, 1] -> logits, frozen and in eval mode, faster than in its
+    training.
 
     Args:
-        weights: the checkpoint of a purifier, which is put in front of ``classifier``; or that of a classifier, which is
-            the whole defence.
-        seed: of the pipeline's dice.
-        foreign: for a classifier of another program, as ``load_network`` takes it.
+        p: ``classifier`` (``package.module:function``), ``classifier_options``, ``mean`` and ``std``, where
+            it has them, belong to a network that the kit cannot build by itself.
+        which: names it; None: ``p.classifier_run``.
 
-    Raises FileNotFoundError and CheckpointError as ``pipeline.load_pipeline`` and ``load_network``.
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: as ``find_weights``, ``checkpoints.load`` and
+            ``load_foreign``.
     """
-    if weights.suffix != ".safetensors" or not has_own_header(weights) or read_header(weights)["kind"] == "classifier":
-        return load_classifier(weights, device=device, **foreign)
-    network = load_network(classifier, device=device, **foreign)
-    return for_attacks(load_pipeline(weights, network, device=device, seed=seed))
+    which = p.classifier_run if which is None else which
+    network = _classifier(p, find_weights(p, which), device)
+    network.source = which
+    return network
 
 
-def load_pipelines(p: Attacking, names: Iterable[str] | None = None) -> dict[str, AToPPipeline]:
-    """The purifiers that a notebook's parameters name, each in front of its classifier (``Attacking.classifier_of``), made
-    ready to be attacked (``pipeline.for_attacks``), their dice seeded with ``p.seed``.
+def _classifier(p: Parameters, path: Path, device: torch.device | str | None) -> nn.Module:
+    device = pick_device(p.device) if device is None else device
+    values = p.as_dict()
+    factory = values.get("classifier") or ""
+    try:
+        header = checkpoints.read_header(path)
+    except CheckpointError:
+        if ":" not in factory:
+            raise CheckpointError(
+                f"{path} was not written by atoplib, so it does not say which network it belongs to: name "
+                f"what builds it by classifier: 'package.module:function' (and classifier_options, mean, std)"
+            ) from None
+        options, norm = values.get("classifier_options"), {name: values.get(name) for name in ("mean", "std")}
+        return freeze(checkpoints.load_foreign(path, factory, options, device=device, **norm))
+    build = None
+    if ":" in str(header.get("architecture")) and header["architecture"] == factory:
+        build = lambda: classifiers.build(factory, **header["options"])  # noqa: E731
+    return freeze(checkpoints.load(path, kind="classifier", device=device, build=build)[0])
+
+
+def load_purifier(
+    p: Parameters, which: str | None = None, *, device: torch.device | str | None = None
+) -> tuple[nn.Module, Mapping[str, Any]]:
+    """A pre-trained purifier as it was saved, and the header of its checkpoint (``transform``,
+    ``architecture``, ...).
 
     Args:
-        names: ``AP``, ``AToP``, or both; None takes those of ``p.purifiers``.
+        which: names it; None: ``p.purifier_run``.
 
-    Raises FileNotFoundError and ValueError as ``Attacking.weights``, CheckpointError as ``pipeline.load_pipeline``.
+    Raises:
+        FileNotFoundError, CheckpointError, ValueError: as ``find_weights`` and ``checkpoints.load``.
     """
-    return {
-        name: load_defence(
-            p.weights(name.lower()),
-            p.classifier_of(name.lower()),
-            device=p.torch_device,
-            seed=p.seed,
-            **foreign_arguments(p),
+    path = find_weights(p, p.purifier_run if which is None else which, "AP")
+    return checkpoints.load(path, kind="purifier", device=pick_device(p.device) if device is None else device)
+
+
+def facts(p: Parameters) -> dict[str, Any]:
+    """What a checkpoint says of how it was made, beside its weights: the data set and the parameters,
+    without places."""
+    parameters = {name: value for name, value in p.as_dict().items() if name not in NO_IDENTITY}
+    return {"dataset": p.dataset, "parameters": parameters}
+
+
+def source_of(network: nn.Module) -> str:
+    """What names a loaded classifier again: the run or file that ``load_classifier`` took it from, or
+    ``custom: CLASS``."""
+    return getattr(network, "source", f"{checkpoints.CUSTOM}{type(network).__name__}")
+
+
+def training_flops(path: Path) -> int | None:
+    """FLOPs of the training of saved weights and of all that it started from; None where the file does not
+    say."""
+    try:
+        metrics = checkpoints.read_header(path).get("metrics", {})
+    except CheckpointError:  # of another program
+        return None
+    own, before = metrics.get("train_flops"), metrics.get("start_flops", 0)
+    return None if own is None or before is None else own + before
+
+
+def load_defences(
+    p: Parameters, names: tuple[str, ...] | None = None, *, device: torch.device | str | None = None
+) -> Defences:
+    """The defences that a notebook's parameters name: a classifier alone, or a pipeline in front of the
+    classifier that its purifier belongs to (for AToP the one that ``p.atop_classifier_run`` names, ``own``:
+    for which it was fine-tuned).
+
+    Args:
+        p: resolved (``resolve``). ``others``, where it has that, names further ones: {NAME: RUN}, or {NAME:
+            {"purifier": RUN, "classifier": RUN}}.
+        names: of ``FIELDS``; None takes all that ``p`` has a field for.
+
+    Raises:
+        FileNotFoundError, ValueError: for the undefended classifier or one of ``others``; what else there
+            is not is ``missing``.
+    """
+    values, found = p.as_dict(), Defences()
+    for name in [name for name in FIELDS if FIELDS[name] in values] if names is None else names:
+        try:
+            path = find_weights(p, values[FIELDS[name]], name)
+            found.add(name, p, path, _classifier_path(p, path, name), device)
+        except (FileNotFoundError, ValueError) as error:
+            if name == "undefended":
+                raise
+            found.missing[name] = f"{name} is left out: {error}"
+    for name, given in values.get("others", {}).items():
+        parts = given if isinstance(given, Mapping) else {"purifier": given}
+        classifier = find_weights(p, parts.get("classifier", p.classifier_run))
+        path = find_weights(p, parts["purifier"], "AP") if "purifier" in parts else classifier
+        found.add(name, p, path, classifier, device)
+    return found
+
+
+def _classifier_path(p: Parameters, path: Path, defence: str) -> Path:
+    """The weights of the classifier that a defence's weights are composed with; of a classifier,
+    themselves."""
+    if STAGES[defence][0] == "01_train_classifier":
+        return path
+    which = p.as_dict().get("atop_classifier_run", "own") if defence == "AToP" else p.classifier_run
+    if which != "own":
+        return find_weights(p, which)
+    own = checkpoints.read_header(path).get("classifier", "undefended")
+    if path.parent == FOLDER:
+        return pretrained_path(path.stem.rpartition("-")[0], own)
+    if own.startswith(checkpoints.CUSTOM):
+        raise ValueError(
+            f"{defence} was fine-tuned for a custom classifier ({own.removeprefix(checkpoints.CUSTOM)}): "
+            f"attack it as a module, AToPPipeline(transform, purifier, classifier), or name another one "
+            f"by atop_classifier_run"
         )
-        for name in (p.purifiers if names is None else names)
-    }
+    try:
+        return find_weights(p, own)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{defence} was fine-tuned for the classifier of {own}, which {runs.experiment_dir(p)} does not "
+            f"hold any more; name another by atop_classifier_run"
+        ) from error

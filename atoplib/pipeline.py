@@ -1,20 +1,21 @@
-"""The defence as one module: random transform -> purifier -> frozen classifier."""
+"""The defence as one module: random transform -> purifier -> frozen classifier; and its mixture with a
+classifier."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atoplib.checkpoints import CheckpointError, load_checkpoint
-from atoplib.classifiers import fold_batch_norms, to_channels_last
-from atoplib.contract import adapt, copy_of
-from atoplib.purifiers import FrozenGatedUNet, GatedUNet, frozen_unet, stage_outputs
-from atoplib.shares import WHOLE, Share
-from atoplib.transforms import Draw, TransformSettings, assemble, corrupt, sample_draw, visible_part
+from atoplib import checkpoints
+from atoplib.contract import adapt, copy_of, fold_batch_norms, freeze, to_channels_last
+from atoplib.purifiers import FrozenGatedUNet, GatedUNet, frozen_unet
+from atoplib.transforms import Transform, TransformSample, assemble, corrupt, sample_transform, visible_part
 
 AVERAGES = ("images", "logits")
 
@@ -22,25 +23,47 @@ AVERAGES = ("images", "logits")
 class AToPPipeline(nn.Module):
     """f(g(t(x))): (B, 3, H, W) in [0, 1] -> logits, differentiable end to end (Lin et al. 2024, figure 1).
 
-    Every forward pass throws new dice, a draw of its own for each image of the batch; so a batch that holds an image k
-    times gets k independent draws. The dice come from a generator of the pipeline's own on the images' device, never from
-    the global one.
+    Every forward pass takes a new sample of t, its own for each image of the batch; so a batch that holds an
+    image k times gets k independent samples.
 
     Args:
         transform: what destroys the perturbation.
-        purifier: any module (B, 5, H, W) -> (B, 3, H, W) in [-1, 1], or a tuple of stages, the result last. One that throws
-            dice of its own says so by ``noise_planes``, and is given that many standard normal planes an image.
-        classifier: any module (B, 3, H, W) in [0, 1] -> logits (``contract.adapt``). It is frozen: no gradient to its
-            weights, and it stays in eval mode whatever mode the pipeline is put in.
-        seed: of the pipeline's generator.
+        purifier: any module (B, 5, H, W) -> (B, 3, H, W) in [-1, 1], or a tuple of such, the result last. One
+            that is random itself says so by ``noise_planes``, and is also given that many standard normal
+            planes an image.
+        classifier: any module (B, 3, H, W) in [0, 1] -> logits (``contract.adapt``). It is frozen in place:
+            no gradient to its weights, and it stays in eval mode whatever mode the pipeline is put in.
+        copies: samples of t whose results are averaged in every forward pass; gradients flow through all of
+            them.
+        average: ``images`` (the purified images, classified once) or ``logits``.
+        seed: of a random generator of the pipeline's own on the images' device; None: torch's global
+            generator.
+
+    Raises:
+        ValueError: for copies < 1 or an unknown average.
     """
 
-    def __init__(self, transform: TransformSettings, purifier: nn.Module, classifier: nn.Module, *, seed: int = 0) -> None:
+    _fixed_seed: int | None = None
+
+    def __init__(
+        self,
+        transform: Transform,
+        purifier: nn.Module,
+        classifier: Callable[[Tensor], Any],
+        *,
+        copies: int = 1,
+        average: str = "images",
+        seed: int | None = 0,
+    ) -> None:
         super().__init__()
-        self.transform = transform
+        if copies < 1:
+            raise ValueError(f"copies must be at least 1, got {copies}")
+        if average not in AVERAGES:
+            raise ValueError(f"unknown average {average!r}; allowed: {', '.join(AVERAGES)}")
+        self.transform, self.copies, self.average, self.seed = transform, copies, average, seed
         self.purifier = purifier
         self.classifier = adapt(classifier).requires_grad_(False).eval()
-        self.seed = seed
+        self.training = purifier.training
         self._generators: dict[torch.device, torch.Generator] = {}
 
     def train(self, mode: bool = True) -> "AToPPipeline":
@@ -49,181 +72,208 @@ class AToPPipeline(nn.Module):
         self.classifier.eval()
         return self
 
-    def extra_repr(self) -> str:
-        return f"transform={self.transform}"
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, whose random numbers start from the seed: a generator cannot be copied."""
+        return {**self.__dict__, "_generators": {}}
 
-    def reseed(self, seed: int, share: Share = WHOLE) -> None:
-        """Start the pipeline's random numbers anew from ``seed``; ``share`` says which part of a batch it will be given."""
+    def extra_repr(self) -> str:
+        return f"transform={self.transform}, copies={self.copies}, average={self.average}"
+
+    def reseed(self, seed: int | None) -> None:
+        """Start the pipeline's random numbers anew from ``seed``."""
         self.seed = seed
-        self._share = share
         self._generators.clear()
 
     @contextmanager
-    def fixed_draws(self, seed: int) -> Iterator[None]:
-        """Within the block every call on a batch of one shape uses the same draw, a function of ``seed`` alone."""
-        kept, outer = self._generators, self._fixed_seed
-        self._generators, self._fixed_seed = {}, seed
+    def fixed_sample(self, seed: int) -> Iterator[None]:
+        """Within the block every call on a batch of one shape uses the same sample, a function of ``seed``
+        alone."""
+        outer, self._fixed_seed = self._fixed_seed, seed
         try:
             yield
         finally:
-            self._generators, self._fixed_seed = kept, outer
+            self._fixed_seed = outer
 
-    _fixed_seed: int | None = None
-    _share: Share = WHOLE
-
-    def draw(self, images: Float[Tensor, "batch 3 height width"]) -> Draw:
-        """Throw the dice for these images, the next of the pipeline's sequence (or the fixed ones)."""
-        device = images.device
+    def _generator(self, device: torch.device) -> torch.Generator | None:
         if self._fixed_seed is not None:
-            generator = torch.Generator(device).manual_seed(self._fixed_seed)
-        else:
-            if device not in self._generators:
-                self._generators[device] = torch.Generator(device).manual_seed(self.seed)
-            generator = self._generators[device]
-        draw = sample_draw(
-            self.transform, images.shape, generator=generator, device=device, dtype=images.dtype, share=self._share
+            return torch.Generator(device).manual_seed(self._fixed_seed)
+        if self.seed is None:
+            return None
+        if device not in self._generators:
+            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self._generators[device]
+
+    def sample(self, images: Float[Tensor, "batch 3 height width"]) -> TransformSample:
+        """A new sample of t for these images (or the fixed one); with several copies, for the batch copy by
+        copy."""
+        return sample_transform(
+            self.transform,
+            (self.copies * len(images), *images.shape[1:]),
+            generator=self._generator(images.device),
+            device=images.device,
+            dtype=images.dtype,
+            noise_planes=getattr(self.purifier, "noise_planes", 0),
         )
-        if not self.purifier_noise:
-            return draw
-        shape = draw.masks.shape[0] * draw.masks.shape[1], self.purifier_noise, *images.shape[2:]
-        inner = self._share.throw(torch.randn, shape, generator=generator, device=device).to(images.dtype)
-        return draw._replace(inner=inner.unflatten(0, draw.masks.shape[:2]))
 
-    @property
-    def purifier_noise(self) -> int:
-        """Standard normal planes that the purifier wants for each image: 0 for one that throws no dice."""
-        return getattr(self.purifier, "noise_planes", 0)
-
-    def rebuild(
-        self, given: Float[Tensor, "copies 5 height width"], draw: Draw
-    ) -> tuple[Float[Tensor, "copies 3 height width"], ...]:
-        """What the purifier makes of the planes of ``transforms.corrupt``, every stage of it, [-1, 1], the result last."""
-        own = () if draw.inner is None else (draw.inner.flatten(0, 1),)
-        return stage_outputs(self.purifier(given, *own))
-
-    def purify_stages(
-        self, images: Float[Tensor, "batch 3 height width"], draw: Draw
+    def outputs(
+        self, images: Float[Tensor, "batch 3 height width"], sample: TransformSample | None = None
     ) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
-        """Every stage of the purifier's output for one draw, [-1, 1], the result last."""
-        if isinstance(self.purifier, FrozenGatedUNet):
-            outputs = (self.purifier.rebuild(visible_part(images, draw), draw.masks.flatten(0, 1)),)
-        else:
-            outputs = self.rebuild(corrupt(images, draw), draw)
-        return tuple(assemble(stage.to(torch.promote_types(stage.dtype, torch.float32)), draw) for stage in outputs)
+        """Every output of the purifier (coarse, fine), in [-1, 1], the result last; with several copies their
+        mean.
+
+        ``sample`` is one that ``sample`` returned for this batch, or one with a single row an image; None: a
+        new one.
+        """
+        return tuple(self._mean(output, images) for output in self._each(images, sample))
 
     def purify(
-        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+        self, images: Float[Tensor, "batch 3 height width"], sample: TransformSample | None = None
     ) -> Float[Tensor, "batch 3 height width"]:
-        """g(t(x)), in and out in [0, 1] (out as far as g keeps its range); a ``draw`` given is used instead of new dice."""
-        result = self.purify_stages(images, self.draw(images) if draw is None else draw)[-1]
-        return to_unit(result)
+        """g(t(x)), in and out in [0, 1] (out as far as g keeps its range); ``sample`` as in ``outputs``."""
+        return to_unit(self.outputs(images, sample)[-1])
 
     def forward(
-        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
+        self, images: Float[Tensor, "batch 3 height width"], sample: TransformSample | None = None
     ) -> Float[Tensor, "batch classes"]:
-        return self.classifier(self.purify(images, draw))
+        if self.average == "images":
+            return self.classifier(self.purify(images, sample))
+        return self._mean(self.classifier(to_unit(self._each(images, sample)[-1])), images)
+
+    def _each(self, images: Tensor, sample: TransformSample | None) -> tuple[Tensor, ...]:
+        """The outputs for every copy, copy by copy: (copies * batch, 3, height, width), at least float32."""
+        sample = self.sample(images) if sample is None else sample
+        if self.copies > 1 and sample.masks.shape[1] == self.copies * len(images):
+            images = images.repeat(self.copies, 1, 1, 1)
+        if isinstance(self.purifier, FrozenGatedUNet):
+            result = self.purifier.rebuild(visible_part(images, sample), sample.masks.flatten(0, 1))
+        else:
+            noise = () if sample.purifier_noise is None else (sample.purifier_noise.flatten(0, 1),)
+            result = self.purifier(corrupt(images, sample), *noise)
+        outputs = (result,) if isinstance(result, Tensor) else tuple(result)
+        return tuple(assemble(o.to(torch.promote_types(o.dtype, torch.float32)), sample) for o in outputs)
+
+    def _mean(self, values: Tensor, images: Tensor) -> Tensor:
+        return values if len(values) == len(images) else values.unflatten(0, (self.copies, -1)).mean(dim=0)
+
+    def with_transform(self, **changes: Any) -> "AToPPipeline":
+        """The same purifier and classifier (the weights are shared) behind a transform with some settings
+        changed."""
+        changed = _shallow_copy(self)
+        changed.transform = replace(self.transform, **changes)
+        return changed
+
+    def freeze_for_attack(self) -> "AToPPipeline":
+        """A copy to attack: the same function and gradients up to rounding, frozen, in less time.
+
+        The classifier takes up its batch normalisations, a ``GatedUNet`` becomes a ``FrozenGatedUNet``, known
+        layers are channels-last: each where it is proved to be the same function on probe images
+        (``contract``), else a plain copy. Its samples are those of a pipeline that was just given the seed of
+        this one.
+
+        Raises:
+            ValueError: in train mode.
+        """
+        if self.training:
+            raise ValueError("only a pipeline in eval mode can be frozen for attacks; call pipeline.eval()")
+        frozen = _shallow_copy(self)
+        unet = frozen_unet(self.purifier) if type(self.purifier) is GatedUNet else None
+        frozen.purifier = to_channels_last(copy_of(self.purifier) if unet is None else unet)
+        frozen.classifier = to_channels_last(fold_batch_norms(self.classifier))
+        return frozen.requires_grad_(False).eval()
 
 
-class AveragedPipeline(AToPPipeline):
-    """f(mean_i g(t_i(x))): the mean over several independent draws t_i, masks and noise, as one module to attack.
+def _shallow_copy(pipeline: AToPPipeline) -> AToPPipeline:
+    """A pipeline with the same parts, whose parts, settings and random numbers can be replaced by
+    themselves."""
+    copied = copy(pipeline)
+    copied._modules = dict(pipeline._modules)
+    return copied
 
-    The average is inside: every forward pass throws ``copies`` dice for each image, and gradients flow through all of them.
-    With ``copies`` = 1 it is the pipeline itself.
+
+class FrozenPurifier(nn.Module):
+    """g(t(x)) of a trained pipeline, images in [0, 1] -> purified, for a classifier that is trained on
+    purified images."""
+
+    def __init__(self, pipeline: AToPPipeline) -> None:
+        super().__init__()
+        self.pipeline = pipeline.requires_grad_(False).eval()
+
+    def forward(
+        self, images: Float[Tensor, "batch 3 height width"], sample: TransformSample | None = None
+    ) -> Float[Tensor, "batch 3 height width"]:
+        return self.pipeline.purify(images, sample)
+
+
+class Mixed(nn.Module):
+    """log((1 - alpha) * softmax(natural(x)) + alpha * softmax(s * defended(x))): a compromise of accuracy and
+    robustness.
+
+    Any two models, images in [0, 1] -> logits of the same classes, both put into eval mode; differentiable
+    through both, random where one is. For attacks by one branch's gradient alone there are ``mixed.natural``
+    and ``mixed.defended``.
 
     Args:
-        transform, purifier, classifier, seed: as ``AToPPipeline`` takes them.
-        copies: draws that are averaged, at least 1; so many times the cost of a pass.
-        average: ``images`` (purified images, read once) or ``logits`` (each is read, then the logits are averaged).
+        alpha: weight of the defended model, in [0, 1].
+        scale: s > 0 of the defended model's logits; above 1 it counts where it is confident, which robust
+            models are more often when they are correct.
 
     Raises:
-        ValueError: for copies < 1 or an unknown average.
+        ValueError: for alpha or scale out of range.
+
+    Source: Bai et al. 2024, "MixedNUTS", with its transformation of the robust logits reduced to the scale.
     """
 
     def __init__(
-        self,
-        transform: TransformSettings,
-        purifier: nn.Module,
-        classifier: nn.Module,
-        *,
-        copies: int = 1,
-        average: str = "images",
-        seed: int = 0,
+        self, natural: nn.Module, defended: nn.Module, alpha: float = 0.5, scale: float = 1.0
     ) -> None:
-        super().__init__(transform, purifier, classifier, seed=seed)
-        if copies < 1:
-            raise ValueError(f"copies must be at least 1, got {copies}")
-        if average not in AVERAGES:
-            raise ValueError(f"unknown average {average!r}; allowed: {', '.join(AVERAGES)}")
-        self.copies = copies
-        self.average = average
+        super().__init__()
+        if not 0 <= alpha <= 1 or not 0 < scale < float("inf"):
+            raise ValueError(
+                f"alpha must lie in [0, 1] and scale be above 0 and finite, got alpha={alpha}, scale={scale}"
+            )
+        self.natural, self.defended = adapt(natural), adapt(defended)
+        self.alpha, self.scale = alpha, scale
+        self.eval()
+
+    def freeze_for_attack(self) -> "Mixed":
+        """The same mixture of the branches as ``contract.freeze`` makes them."""
+        return Mixed(freeze(self.natural), freeze(self.defended), self.alpha, self.scale)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, copies={self.copies}, average={self.average}"
+        return f"alpha={self.alpha}, scale={self.scale}"
 
-    def purify(
-        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """The mean of g(t_i(x)), in and out in [0, 1]; a ``draw`` given is used alone, without an average."""
-        return self._mean(self._each(images)) if draw is None else super().purify(images, draw)
-
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"], draw: Draw | None = None
-    ) -> Float[Tensor, "batch classes"]:
-        if draw is not None or self.average == "images":
-            return super().forward(images, draw)
-        return self._mean(self.classifier(self._each(images)))
-
-    def _each(self, images: Tensor) -> Tensor:
-        """Every copy purified, copy by copy: (copies * batch, 3, height, width)."""
-        return super().purify(images.repeat(self.copies, 1, 1, 1))
-
-    def _mean(self, values: Tensor) -> Tensor:
-        return values.unflatten(0, (self.copies, -1)).mean(dim=0)
+    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        # The mixture of log-probabilities, so that what is 0 in float32 keeps a gradient.
+        weights = torch.tensor([1 - self.alpha, self.alpha], dtype=images.dtype, device=images.device).log()
+        natural = self.natural(images).log_softmax(dim=1)
+        defended = (self.scale * self.defended(images)).log_softmax(dim=1)
+        return torch.stack([weights[0] + natural, weights[1] + defended]).logsumexp(dim=0)
 
 
 def load_pipeline(
-    purifier_path: Path, classifier: nn.Module, *, device: torch.device | str = "cpu", seed: int = 0
+    purifier_path: Path, classifier: nn.Module, *, device: torch.device | str = "cpu", seed: int | None = 0
 ) -> AToPPipeline:
     """The pipeline of a saved purifier, in eval mode, with the random transform that it was trained with.
 
     Args:
-        purifier_path: a checkpoint whose header holds ``transform``, the fields of ``TransformSettings``.
+        purifier_path: a checkpoint whose header holds ``transform``, the fields of ``Transform``.
         classifier: any module, images in [0, 1] -> logits, on ``device``.
 
     Raises:
-        FileNotFoundError, CheckpointError: as ``checkpoints.load_checkpoint``, or if the header names no transform.
+        FileNotFoundError, CheckpointError: as ``checkpoints.load``, or if the header names no transform.
     """
-    purifier, header = load_checkpoint(purifier_path, kind="purifier", device=device)
+    purifier, header = checkpoints.load(purifier_path, kind="purifier", device=device)
     try:
-        transform = TransformSettings(**header["transform"])
+        transform = Transform(**header["transform"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{purifier_path} does not say which random transform it belongs to ({error})") from error
+        raise checkpoints.CheckpointError(
+            f"{purifier_path} does not say which random transform it belongs to ({error})"
+        ) from error
     purifier = purifier.to(memory_format=torch.channels_last)
     return AToPPipeline(transform, purifier, classifier, seed=seed).eval()
 
 
-def for_attacks(pipeline: AToPPipeline) -> AToPPipeline:
-    """A copy of a trained pipeline to attack: the same function and gradients up to rounding, frozen, in less time.
-
-    The classifier takes up its batch normalisations (``fold_batch_norms``), a ``GatedUNet`` becomes a ``FrozenGatedUNet``
-    where that gives the same images, any other purifier is copied as it is; no weight gets a gradient, and what consists of
-    known layers is channels-last. The copy throws the dice that a pipeline throws that was just given the seed of this one.
-
-    Raises:
-        ValueError: for a pipeline in train mode.
-    """
-    if pipeline.training:
-        raise ValueError("only a pipeline in eval mode can be prepared for attacks; call pipeline.eval()")
-    copied = copy(pipeline)
-    copied._modules = dict(pipeline._modules)
-    copied._generators = {}
-    frozen = frozen_unet(pipeline.purifier) if type(pipeline.purifier) is GatedUNet else None
-    copied.purifier = to_channels_last(copy_of(pipeline.purifier) if frozen is None else frozen)
-    copied.classifier = to_channels_last(fold_batch_norms(pipeline.classifier))
-    return copied.requires_grad_(False).eval()
-
-
 def to_unit(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-    """From the purifier's [-1, 1] to the [0, 1] that classifiers read. Not clipped: a purifier without tanh may overshoot
-    by a little, and a clip would zero gradients that an attack needs."""
+    """From the purifier's [-1, 1] to the [0, 1] that classifiers take. Not clipped: a purifier without tanh
+    may overshoot by a little, and a clip would zero gradients that an attack needs."""
     return (images + 1) / 2

@@ -13,13 +13,15 @@ class NotPlainYAML(ValueError):
 class Loader(yaml.SafeLoader):
     """Plain data only, each name once; no aliases, of which a few lines could make gigabytes.
 
-    Of YAML 1.1's readings that surprise, those of numbers are refused (``construct_yaml_int``), and yes, no, on and off are
-    text, as in YAML 1.2.
+    Of YAML 1.1's readings that surprise, those of numbers are refused (``construct_yaml_int``), and yes, no,
+    on and off are text, as in YAML 1.2.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}) is not allowed: write the value out")
+            raise yaml.YAMLError(
+                f"an alias (*{self.peek_event().anchor}) is not allowed: write the value out"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -31,7 +33,9 @@ class Loader(yaml.SafeLoader):
         return content
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
-        """A whole number; YAMLError for one that YAML 1.1 would take for octal or for base 60, or that is none in 1.1."""
+        """A whole number; YAMLError for one that YAML 1.1 would take for octal or for base 60, or that is
+        none in 1.1.
+        """
         self._refuse_surprise(node)
         return super().construct_yaml_int(node)
 
@@ -54,8 +58,8 @@ class Loader(yaml.SafeLoader):
 
     def _refuse(self, node: yaml.ScalarNode, meaning: str) -> None:
         raise yaml.YAMLError(
-            f"{node.value} at line {node.start_mark.line + 1} could mean {meaning}: write a decimal number without leading "
-            f"zeros, or text in quotes"
+            f"{node.value} at line {node.start_mark.line + 1} could mean {meaning}: write a decimal "
+            f"number without leading zeros, or text in quotes"
         )
 
 
@@ -85,6 +89,6 @@ def load_yaml(text: str) -> Any:
         return yaml.load(text, Loader)
     except RecursionError as error:
         raise NotPlainYAML("it cannot be read as YAML: it is nested too deeply") from error
-    # ValueError, TypeError, ...: what dates that do not exist, numbers of a million digits and the like raise.
+    # ValueError, TypeError, ...: of dates that do not exist, numbers of a million digits and the like.
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, LookupError) as error:
         raise NotPlainYAML(f"it cannot be read as YAML: {error}") from error

@@ -1,11 +1,18 @@
-"""Progress of long work: what is done, how fast, how long it still takes. The library calls back; this shows it."""
+"""Progress of long work: what is done, how fast, how long it still takes. The library calls back; this shows
+it by tqdm.
+"""
 
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
-Report = Callable[[int, int, str, Mapping[str, float]], None]
-"""Called as ``report(done, total, unit, numbers)``; ``numbers`` may hold a loss, an accuracy, ..."""
+from tqdm import tqdm
+
+Report = Callable[..., None]
+"""Called as ``report(done, total, unit, numbers)``; ``numbers`` is a mapping such as {"loss": 0.3}, or may be
+left out.
+"""
 
 
 def format_seconds(seconds: float) -> str:
@@ -18,48 +25,61 @@ def format_seconds(seconds: float) -> str:
     return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
 
 
-class ProgressLine:
-    """One line that renews itself, in a terminal or a notebook cell; executed headless, its last state is kept.
+class Progress:
+    """One line that renews itself, in a terminal or a notebook cell; executed headless, its last state is
+    kept.
 
     Args:
         title: what is being done.
+        listener: called with every renewed line, too (``Run.progress`` leaves it where a batch can read it).
         every: seconds between two renewals.
-        listener: called with every renewed line, too (a run writes it where a batch can read it).
     """
 
-    def __init__(self, title: str, *, every: float = 0.5, listener: Callable[[str], None] | None = None) -> None:
-        self.title = title
-        self.every = every
-        self.listener = listener
-        self.started = time.monotonic()
-        self.first: int | None = None
-        self.last_shown = 0.0
-        self.display = None
+    def __init__(
+        self, title: str, listener: Callable[[str], None] | None = None, *, every: float = 0.5
+    ) -> None:
+        self.title, self.listener, self.every = title, listener, every
+        self.first: int | None = None  # what was done before: a resumed training has not done it now
+        self.started = self.last_shown = 0.0
+        self.display: Any = None
 
-    def __call__(self, done: int, total: int, unit: str = "it", numbers: Mapping[str, float] | None = None) -> None:
+    def __call__(
+        self, done: int, total: int, unit: str = "it", numbers: Mapping[str, float] | str | None = None
+    ) -> None:
         """Report that ``done`` of ``total`` units are finished."""
         now = time.monotonic()
         if self.first is None:
             self.first, self.started = done, now
-        if now - self.last_shown < self.every and done < total:
+        if done < total and self.last_shown and now - self.last_shown < self.every:
             return
         self.last_shown = now
-        self.show(self.line(done, total, unit, numbers or {}, now - self.started))
+        self._show(self.line(done, total, unit, numbers or {}, now - self.started))
 
-    def line(self, done: int, total: int, unit: str, numbers: Mapping[str, float], elapsed: float) -> str:
-        """The text of the line."""
-        rate = (done - (self.first or 0)) / elapsed if elapsed > 0 else 0.0
-        left = f", {format_seconds((total - done) / rate)} left" if rate and done < total else ""
-        speed = f", {rate:.3g} {unit}/s" if rate else ""
-        values = "".join(f", {name} {value:.3g}" for name, value in numbers.items())
-        percent = 100 * done // max(1, total)
-        return f"{self.title}: {percent:3d} % ({done}/{total} {unit}){values}{speed}, {format_seconds(elapsed)}{left}"
+    def line(
+        self, done: int, total: int, unit: str, numbers: Mapping[str, float] | str, elapsed: float
+    ) -> str:
+        """The text of the line: percent, rate and time left, and further numbers."""
+        more = (
+            numbers
+            if isinstance(numbers, str)
+            else ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
+        )
+        return tqdm.format_meter(
+            done,
+            total,
+            elapsed,
+            initial=self.first or 0,
+            ncols=None,
+            unit=f" {unit}",
+            prefix=self.title,
+            postfix=more or None,
+        )
 
-    def show(self, line: str) -> None:
-        """Replace the line that is on screen."""
+    def _show(self, line: str) -> None:
         if self.listener is not None:
             self.listener(line)
-        if "ipykernel" in sys.modules:
+        ipython = sys.modules.get("IPython")
+        if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
             from IPython.display import display
 
             data = {"text/plain": line}

@@ -1,8 +1,8 @@
 """Random transforms RT1, RT2, RT3: destroy the perturbation before the purifier rebuilds the image.
 
-A transform has two halves, so that an attack and a loss can share one draw (Lin et al. 2024, section 3.1):
-``sample_draw`` throws the dice, ``corrupt`` applies them to images, and ``assemble`` puts together what the purifier
-made of them. All of it is differentiable in the images, lives on their device and loops over nothing.
+A transform has two halves, so that an attack and a loss can share one sample of it (Lin et al. 2024, section
+3.1): ``sample_transform`` draws masks and noise, ``corrupt`` applies them to images, and ``assemble`` puts
+together what the purifier made of them. All of it is differentiable in the images and lives on their device.
 """
 
 from dataclasses import dataclass
@@ -13,20 +13,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atoplib.shares import WHOLE, Share
-
 TRANSFORMS = ("none", "rt1", "rt2", "rt3")
 
 
 @dataclass(frozen=True)
-class TransformSettings:
+class Transform:
     """What destroys the perturbation.
 
     Attributes:
-        name: ``none`` hands the image on as it is, ``rt1`` drops patches, ``rt2`` adds noise and drops patches, ``rt3``
-            adds noise and rebuilds every patch from the others.
-        missing_rate: share r of the patches that RT1 and RT2 drop: exactly floor(r * grid_size**2) of them, in [0, 1).
-        noise_std: sigma of the normal noise of RT2 and RT3 a pixel and channel, images in [0, 1].
+        name: ``none`` leaves the image as it is, ``rt1`` drops patches, ``rt2`` adds noise and drops patches,
+            ``rt3`` adds noise and rebuilds every patch from the others.
+        missing_rate: fraction r of the patches that RT1 and RT2 drop: exactly floor(r * grid_size**2), in [0,
+            1).
+        noise_std: sigma of the Gaussian noise of RT2 and RT3, for images in [0, 1].
         num_masks: RT3's number N of disjoint masks; each misses 1/N of the patches.
         grid_size: the image is cut into grid_size x grid_size patches.
     """
@@ -47,34 +46,38 @@ class TransformSettings:
         if self.grid_size < 1:
             raise ValueError(f"grid_size must be at least 1, got {self.grid_size}")
         if not 2 <= self.num_masks <= max(2, self.grid_size**2):
-            raise ValueError(f"num_masks must lie in [2, {self.grid_size**2}] for this grid, got {self.num_masks}")
+            raise ValueError(
+                f"num_masks must lie in [2, {self.grid_size**2}] for this grid, got {self.num_masks}"
+            )
 
 
-class Draw(NamedTuple):
-    """One throw of the dice for a batch of images.
+class TransformSample(NamedTuple):
+    """One sample of a transform for a batch of images: masks and noise of its own for each.
 
     Attributes:
         noise: added to the images, in their units ([0, 1]), or None.
         masks: 1 where a pixel is missing; RT3 has several masks, the others one.
         composite: keep only what the purifier filled in (RT3), instead of its whole output.
-        inner: standard normal planes of a purifier that throws dice of its own (``DiffusionPurifier``), or None.
+        purifier_noise: standard normal planes of a purifier that is random itself (``DiffusionPurifier``), or
+            None.
     """
 
-    noise: Float[Tensor, "batch 3 height width"] | None
-    masks: Float[Tensor, "masks batch 1 height width"]
+    noise: Float[Tensor, "rows 3 height width"] | None
+    masks: Float[Tensor, "masks rows 1 height width"]
     composite: bool
-    inner: Float[Tensor, "masks batch planes height width"] | None = None
+    purifier_noise: Float[Tensor, "masks rows planes height width"] | None = None
 
-    def of(self, rows: slice) -> "Draw":
-        """The draw of some of the batch's images."""
+    def rows(self, rows: slice) -> "TransformSample":
+        """The sample of some of the batch's images."""
         noise = None if self.noise is None else self.noise[rows]
-        return Draw(noise, self.masks[:, rows], self.composite, None if self.inner is None else self.inner[:, rows])
+        planes = None if self.purifier_noise is None else self.purifier_noise[:, rows]
+        return TransformSample(noise, self.masks[:, rows], self.composite, planes)
 
-    def repeated(self, count: int) -> "Draw":
-        """The draw of a single image, for ``count`` images alike."""
+    def repeated(self, count: int) -> "TransformSample":
+        """The sample of a single image, the same for ``count`` images."""
         noise = None if self.noise is None else self.noise.expand(count, -1, -1, -1)
-        inner = None if self.inner is None else self.inner.expand(-1, count, -1, -1, -1)
-        return Draw(noise, self.masks.expand(-1, count, -1, -1, -1), self.composite, inner)
+        planes = None if self.purifier_noise is None else self.purifier_noise.expand(-1, count, -1, -1, -1)
+        return TransformSample(noise, self.masks.expand(-1, count, -1, -1, -1), self.composite, planes)
 
 
 def patch_size(height: int, width: int, grid_size: int) -> tuple[int, int]:
@@ -87,10 +90,50 @@ def patch_size(height: int, width: int, grid_size: int) -> tuple[int, int]:
     return height // grid_size, width // grid_size
 
 
-def _ranks(batch: int, patches: int, generator: torch.Generator | None, device: torch.device, share: Share) -> Tensor:
-    """A random order of the patches for each image: (batch, patches), every row a permutation."""
-    scores = share.throw(torch.rand, (batch, patches), generator=generator, device=device)
-    return scores.argsort(dim=1).argsort(dim=1)
+def sample_transform(
+    transform: Transform,
+    shape: tuple[int, ...] | torch.Size,
+    *,
+    generator: torch.Generator | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    noise_planes: int = 0,
+) -> TransformSample:
+    """Draw one sample of a transform: a mask and noise of its own for each image.
+
+    Args:
+        shape: of the images, (batch, 3, height, width).
+        generator: on ``device``; torch's global one if None.
+        dtype: of noise and masks; drawn in float32 whatever it is, so it does not change the sample.
+        noise_planes: standard normal planes a copy of each image that the purifier wants for itself.
+
+    Raises:
+        ValueError: where the grid does not divide the image.
+
+    Source: Lin et al. 2024, section 3.1 (RT1, RT2, RT3).
+    """
+    batch, channels, height, width = shape
+    patches, place = transform.grid_size**2, {"generator": generator, "device": torch.device(device)}
+    patch_size(height, width, transform.grid_size)
+    noise = None
+    if transform.name in ("rt2", "rt3") and transform.noise_std > 0:
+        noise = (torch.randn(batch, channels, height, width, **place) * transform.noise_std).to(dtype)
+    if transform.name == "none":
+        missing = torch.zeros(1, batch, patches, device=device)
+    else:
+        # Ranks of uniform scores: every row is a random permutation of the patches.
+        ranks = torch.rand(batch, patches, **place).argsort(dim=1).argsort(dim=1)
+        if transform.name == "rt3":
+            numbers = torch.arange(transform.num_masks, device=device).view(-1, 1, 1)
+            missing = (ranks % transform.num_masks == numbers).float()
+        else:
+            missing = (ranks < floor(transform.missing_rate * patches)).float().unsqueeze(0)
+    masks = _to_pixels(missing.to(dtype), height, width, transform.grid_size)
+    planes = None
+    if noise_planes:
+        planes = torch.randn(len(masks) * batch, noise_planes, height, width, **place).to(dtype)
+        planes = planes.unflatten(0, (len(masks), batch))
+    return TransformSample(noise, masks, transform.name == "rt3", planes)
 
 
 def _to_pixels(patch_mask: Tensor, height: int, width: int, grid_size: int) -> Tensor:
@@ -101,90 +144,56 @@ def _to_pixels(patch_mask: Tensor, height: int, width: int, grid_size: int) -> T
     return cells.reshape(*patch_mask.shape[:-1], 1, height, width)
 
 
-def sample_draw(
-    settings: TransformSettings,
-    shape: tuple[int, ...] | torch.Size,
-    *,
-    generator: torch.Generator | None = None,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    share: Share = WHOLE,
-) -> Draw:
-    """Throw the dice of a transform: a mask and noise of its own for each image.
-
-    Args:
-        settings: which transform.
-        shape: of the images, (batch, 3, height, width).
-        generator: on ``device``; the global one if None.
-        dtype: of noise and masks; the dice are thrown in float32 whatever it is, so it does not change the draw.
-        share: of the batch that the images are, where several processes train together.
-
-    Returns:
-        noise and masks, on ``device``.
-
-    Raises:
-        ValueError: where the grid does not divide the image.
-
-    Source: Lin et al. 2024, section 3.1 (RT1, RT2, RT3).
-    """
-    batch, channels, height, width = shape
-    device = torch.device(device)
-    grid = settings.grid_size
-    patch_size(height, width, grid)
-    patches = grid * grid
-    noise = None
-    if settings.name in ("rt2", "rt3") and settings.noise_std > 0:
-        noise = share.throw(torch.randn, (batch, channels, height, width), generator=generator, device=device)
-        noise = (noise * settings.noise_std).to(dtype)
-    if settings.name == "none":
-        missing = torch.zeros(1, batch, patches, device=device)
-    elif settings.name == "rt3":
-        group = _ranks(batch, patches, generator, device, share) % settings.num_masks
-        numbers = torch.arange(settings.num_masks, device=device).view(-1, 1, 1)
-        missing = (group == numbers).float()
-    else:
-        count = floor(settings.missing_rate * patches)
-        missing = (_ranks(batch, patches, generator, device, share) < count).float().unsqueeze(0)
-    return Draw(noise, _to_pixels(missing.to(dtype), height, width, grid), settings.name == "rt3")
+def add_noise(
+    images: Float[Tensor, "batch 3 height width"], sample: TransformSample
+) -> Float[Tensor, "batch 3 height width"]:
+    """clip(x + n, 0, 1), images in [0, 1]; the images themselves where the sample has no noise."""
+    return images if sample.noise is None else (images + sample.noise).clamp(0, 1)
 
 
-def add_noise(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[Tensor, "batch 3 height width"]:
-    """clip(x + n, 0, 1), images in [0, 1]; the images themselves where the draw has no noise."""
-    return images if draw.noise is None else (images + draw.noise).clamp(0, 1)
+def visible_part(
+    images: Float[Tensor, "batch 3 height width"], sample: TransformSample
+) -> Float[Tensor, "copies 3 height width"]:
+    """The first three planes of ``corrupt``: noisy RGB on the [-1, 1] scale, a missing pixel 0. Arguments as
+    there."""
+    masks = sample.masks
+    if images.shape[0] != masks.shape[1] or images.shape[2:] != masks.shape[3:]:
+        raise ValueError(
+            f"the sample is one for {tuple(masks.shape[1:])}, the images are {tuple(images.shape)}"
+        )
+    noisy = add_noise(images, sample)
+    copies = noisy.repeat(len(masks), 1, 1, 1) if len(masks) > 1 else noisy
+    # (2 * noisy - 1) * (1 - mask) in fewer passes over memory; the factor is 2 or 0, exactly.
+    factor = torch.empty_like(copies, requires_grad=False).copy_(2 - 2 * masks.flatten(0, 1))
+    return (copies * factor).sub_(factor, alpha=0.5)
 
 
-def visible_part(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[Tensor, "copies 3 height width"]:
-    """The first three planes of ``corrupt``: noisy RGB on the [-1, 1] scale, a missing pixel 0. Arguments as there."""
-    if images.shape[0] != draw.masks.shape[1] or images.shape[2:] != draw.masks.shape[3:]:
-        raise ValueError(f"the draw was thrown for {tuple(draw.masks.shape[1:])}, the images are {tuple(images.shape)}")
-    noisy = add_noise(images, draw)
-    copies = noisy.repeat(len(draw.masks), 1, 1, 1) if len(draw.masks) > 1 else noisy
-    twice_seen = torch.empty_like(copies, requires_grad=False).copy_(2 - 2 * draw.masks.flatten(0, 1))  # 2 or 0, exactly
-    return (copies * twice_seen).sub_(twice_seen, alpha=0.5)  # (2 * noisy - 1) * seen in fewer passes over memory
-
-
-def corrupt(images: Float[Tensor, "batch 3 height width"], draw: Draw) -> Float[Tensor, "copies 5 height width"]:
+def corrupt(
+    images: Float[Tensor, "batch 3 height width"], sample: TransformSample
+) -> Float[Tensor, "copies 5 height width"]:
     """t(x): what the purifier is given, one copy of the batch a mask, mask by mask (copies = masks * batch).
 
     Args:
         images: in [0, 1].
-        draw: of the same batch, size and device.
+        sample: for the same batch, size and device; ValueError otherwise.
 
     Returns:
         masked RGB on the [-1, 1] scale, where a missing pixel is 0 (mid-grey); a plane of ones; the mask.
 
     Source: Lin et al. 2024, section 3.1; five planes as in Yu et al. 2019.
     """
-    masks = draw.masks.flatten(0, 1)
-    return torch.cat([visible_part(images, draw), torch.ones_like(masks), masks], dim=1)
+    masks = sample.masks.flatten(0, 1)
+    return torch.cat([visible_part(images, sample), torch.ones_like(masks), masks], dim=1)
 
 
-def assemble(outputs: Float[Tensor, "copies 3 height width"], draw: Draw) -> Float[Tensor, "batch 3 height width"]:
-    """x_hat from the purifier's outputs: the whole output for RT1 and RT2, sum_i m_i * g(t_i(x), m_i) for RT3.
+def assemble(
+    outputs: Float[Tensor, "copies 3 height width"], sample: TransformSample
+) -> Float[Tensor, "batch 3 height width"]:
+    """x_hat from the purifier's outputs: the whole output for RT1 and RT2, sum_i m_i * g(t_i(x), m_i) for
+    RT3.
 
     Range and units are those of ``outputs``. Source: Lin et al. 2024, section 3.1, equation of RT3.
     """
-    if not draw.composite and len(draw.masks) == 1:
+    if not sample.composite:
         return outputs
-    outputs = outputs.unflatten(0, draw.masks.shape[:2])
-    return (outputs * draw.masks).sum(dim=0) if draw.composite else outputs[0]
+    return (outputs.unflatten(0, sample.masks.shape[:2]) * sample.masks).sum(dim=0)

@@ -1,63 +1,52 @@
-"""Attacks on any module (B, 3, H, W) in [0, 1] -> logits, random or not. An attack knows nothing of what it attacks.
+"""Attacks on any model (B, C, H, W) in [0, 1] -> logits, random or not: one function each, all with one
+signature.
 
-Two know more, and say so: ``bpda`` and ``adaptive`` look into an ``AToPPipeline``. ``foreign`` runs torchattacks; it is
-imported by its own name only, so that nobody waits for a library that he does not use. ``suite`` has them all by name.
+``attack(model, images, labels, *, eps, norm="linf", ..., targets=None, seed=0, max_batch=256,
+callback=None)`` returns adversarial images in [0, 1]. ``ATTACKS`` has them all by name.
 """
 
-from atoplib.attacks.adaptive import AdaptiveSettings, adaptive
-from atoplib.attacks.apgd import APGDSettings, apgd
-from atoplib.attacks.attempts import Attempt, StepCallback, strongest_attempt
-from atoplib.attacks.autoattack import AutoAttackSettings, autoattack, autoattack_parts
-from atoplib.attacks.bpda import BPDA, HILL_PGD, HILL_VERDICT, IdentityBackward
-from atoplib.attacks.checks import check_attack, check_budget, require_eval_mode
-from atoplib.attacks.eot import InputGradient, input_gradient
-from atoplib.attacks.fab import FABSettings, fab
-from atoplib.attacks.losses import cross_entropy, dlr, margin, targeted_dlr
-from atoplib.attacks.norms import NORMS, project, random_start, steepest_step
-from atoplib.attacks.pgd import PGDSettings, ascend, fgsm, pgd
-from atoplib.attacks.spsa import SPSASettings, spsa
-from atoplib.attacks.square import SquareSettings, square
-from atoplib.attacks.stadv import StAdvSettings, check_flow, stadv
+from atoplib.attacks.apgd import apgd
+from atoplib.attacks.autoattack import autoattack
+from atoplib.attacks.bpda import IdentityBackward, bpda
+from atoplib.attacks.eot import EOTGradient, EOTWrapper, PassCounter, StepCallback, eot_gradient
+from atoplib.attacks.flow import flow
+from atoplib.attacks.minimum_norm import ddn, fmn, minimum_norms
+from atoplib.attacks.norms import NORMS, Ball
+from atoplib.attacks.pgd import fgsm, pgd, pgd_ensemble
+from atoplib.attacks.registry import ATTACKS, Attack, default_eps
+from atoplib.attacks.spsa import spsa
+from atoplib.attacks.square import square
+from atoplib.attacks.third_party import third_party
+from atoplib.attacks.unseen import CORRUPTIONS, corrupt, corruption, occlusion, rotation_translation
 
 __all__ = [
-    "BPDA",
-    "HILL_PGD",
-    "HILL_VERDICT",
+    "ATTACKS",
+    "CORRUPTIONS",
     "NORMS",
-    "APGDSettings",
-    "AdaptiveSettings",
-    "Attempt",
-    "AutoAttackSettings",
-    "FABSettings",
+    "Attack",
+    "Ball",
+    "EOTGradient",
+    "EOTWrapper",
     "IdentityBackward",
-    "InputGradient",
-    "PGDSettings",
-    "SPSASettings",
-    "SquareSettings",
-    "StAdvSettings",
+    "PassCounter",
     "StepCallback",
-    "adaptive",
     "apgd",
-    "ascend",
     "autoattack",
-    "autoattack_parts",
-    "check_attack",
-    "check_budget",
-    "check_flow",
-    "cross_entropy",
-    "dlr",
-    "fab",
+    "bpda",
+    "corrupt",
+    "corruption",
+    "ddn",
+    "default_eps",
+    "eot_gradient",
     "fgsm",
-    "input_gradient",
-    "margin",
+    "flow",
+    "fmn",
+    "minimum_norms",
+    "occlusion",
     "pgd",
-    "project",
-    "random_start",
-    "require_eval_mode",
+    "pgd_ensemble",
+    "rotation_translation",
     "spsa",
     "square",
-    "stadv",
-    "steepest_step",
-    "strongest_attempt",
-    "targeted_dlr",
+    "third_party",
 ]

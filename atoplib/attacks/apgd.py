@@ -1,65 +1,130 @@
-"""Auto-PGD: projected gradient ascent with momentum that halves its own step where it stalls, with EOT for random models."""
+"""Auto-PGD: projected gradient ascent whose step size adapts to how the loss rises, with EOT for random
+models."""
 
-from dataclasses import dataclass, fields, replace
+from functools import partial
+from math import ceil
+from types import SimpleNamespace
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from atoplib.attacks.attempts import Attempt, StepCallback, random_model_with_votes, strongest_attempt
-from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.eot import input_gradient
-from atoplib.attacks.losses import Loss, cross_entropy, dlr, likely_targets, targeted_dlr
-from atoplib.attacks.norms import check_ball, project, random_start, steepest_step
-from atoplib.verdicts import Model, Verdict, draw_logits
+from atoplib.attacks.eot import StepCallback, eot_gradient, make_generator
+from atoplib.attacks.losses import Loss, cross_entropy, dlr, likely_targets, target_margin, targeted_dlr
+from atoplib.attacks.norms import Ball, check_counts, check_settings
+from atoplib.attacks.queries import (
+    at_rows,
+    broken,
+    broken_samples,
+    check_rule,
+    prepare_attack,
+    strongest_attempt,
+)
+from atoplib.decisions import Model, sample_logits
+from atoplib.parameters import one_of
 
-LOSSES: dict[str, Loss] = {"ce": cross_entropy, "dlr": dlr, "targeted_dlr": targeted_dlr}
-STEP_SHARE = 0.75  # alpha of eq. 4: share of the new step, the rest is momentum
+RHO = 0.75  # a step size is halved unless the loss rose in more than this share of the steps looked at
+NEW_SHARE = 0.75  # alpha of eq. 4: share of the new step, the rest is momentum
+SPREAD = 4.0  # of the logits in the cross-entropy: standard deviation over the classes, in the median image
+L1_STAGES = ((3, 0.3), (2, 0.3), (1, 0.4))
+"""(multiple of eps, share of the steps); Croce & Hein 2021, section 4.3."""
 
 
-@dataclass(frozen=True)
-class APGDSettings:
-    """Auto-PGD (Croce & Hein 2020, algorithm 1).
+def apgd(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 100,
+    loss: str = "ce",
+    eot_samples: int = 1,
+    restarts: int = 1,
+    num_targets: int = 9,
+    rule: str = "any",
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Adversarial images by Auto-PGD; no result depends on the scale of the logits.
 
-    Attributes:
-        eps: radius of the ball, in units of the image ([0, 1]): 8/255 = 0.0314, l2 0.5.
-        norm: ``linf`` or ``l2``.
+    Restarts and targets follow one another, each on the images that are not broken yet. A run gives, for each
+    image: of a deterministic model the first misclassified point, with which the image leaves the batch; of a
+    random one the point of the highest mean loss, and an image leaves early only if no vote is correct at
+    that point (looked at whenever the step size is).
+
+    Args:
+        model: in eval mode, images in [0, 1] -> logits; may be random.
+        images: in [0, 1].
+        labels: true classes.
+        eps: radius in units of the image: 8/255 for linf, 0.5 for l2, 12 for l1.
+        norm: ``linf``, ``l2`` or ``l1`` (sparse steps, and radii that shrink from 3 eps).
         steps: iterations of a run, at least 1.
-        loss: ``ce``, ``dlr`` (at least 3 classes), or ``targeted_dlr`` (at least 4): one run for each target.
-        eot_samples: draws of a random model that each gradient is averaged over; a deterministic model gets one.
+        loss: ``ce`` (of logits at a fixed scale), ``dlr`` (at least 3 classes) or ``targeted_dlr`` (at least
+            4): one run for each target.
+        eot_samples: samples of a random model that each gradient is averaged over; a deterministic model gets
+            one.
         restarts: runs (for each target), each from a random start of its own.
-        num_targets: so many of the likeliest other classes are targets, or all of them if they are fewer.
-        rho: a step is halved unless the loss rose in more than this share of the steps since the last look.
-        verdict: when an image counts as broken; several draws for a random model.
+        num_targets: so many of the most likely other classes are targets, or all of them if they are fewer.
+        rule, votes: when an image counts as broken between runs (``decisions.correct``).
+        targets: class that each image is driven to, in place of ``loss``.
+        seed: of the random starts; None: torch's global generator. The model's own random numbers are not
+            reseeded.
+        max_batch: copies of images (images x samples) in memory at once.
+        callback: (step, steps, adversarial, loss of each image) after every step; steps of all runs together.
+
+    Returns:
+        adversarial images in [0, 1], within eps of ``images``; where none was found, the strongest candidate.
+
+    Raises:
+        ValueError: as ``contract.prepare``; for settings out of range; for too few classes; for a random
+            model that would be judged by a single sample.
+
+    Source: Croce & Hein 2020, algorithm 1 and section 4 (targets); l1: Croce & Hein 2021, "Mind the box",
+    section 4.
     """
+    check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts, num_targets=num_targets)
+    check_settings(loss=(loss, one_of("ce", "dlr", "targeted_dlr")))
+    model, images, labels = prepare_attack(model, images, labels, targets)
+    ball, generator = Ball(images, eps, norm), make_generator(seed, images.device)
+    random, votes = check_rule(model, images, rule, votes)
+    clean = sample_logits(model, images, num_samples=votes, max_batch=max_batch).mean(dim=0)
+    if targets is not None:
+        objective, columns = (targeted_dlr if clean.shape[1] > 3 else target_margin), (targets,)
+    elif loss == "targeted_dlr":
+        objective, columns = targeted_dlr, likely_targets(clean, labels, num_targets)
+    else:
+        objective, columns = (dlr if loss == "dlr" else _cross_entropy_at_fixed_scale(clean)), (None,)
 
-    eps: float
-    norm: str = "linf"
-    steps: int = 100
-    loss: str = "ce"
-    eot_samples: int = 1
-    restarts: int = 1
-    num_targets: int = 9
-    rho: float = 0.75
-    verdict: Verdict = Verdict()
+    def attempt(goals: Tensor | None, rows: Tensor, report: StepCallback | None) -> Tensor:
+        run = _run_l1 if norm == "l1" else _run
+        return run(
+            model, ball.rows(rows), labels[rows], objective=objective, goals=at_rows(goals, rows),
+            targets=at_rows(targets, rows), steps=steps, eot_samples=eot_samples if random else 1,
+            random=random, votes=votes, generator=generator, max_batch=max_batch, callback=report,
+        )  # fmt: skip
 
-    def __post_init__(self) -> None:
-        check_ball(self.eps, self.norm)
-        if self.loss not in LOSSES:
-            raise ValueError(f"unknown loss {self.loss!r}; allowed: {', '.join(LOSSES)}")
-        for name in ("steps", "eot_samples", "restarts", "num_targets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not 0 < self.rho < 1:
-            raise ValueError(f"rho must lie between 0 and 1, got {self.rho}; the paper has 0.75")
+    attempts = [(steps, partial(attempt, goals)) for goals in columns for _ in range(restarts)]
+    adversarial = strongest_attempt(
+        model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
+        callback=callback,
+    )  # fmt: skip
+    ball.check(adversarial)
+    return adversarial
 
 
-def checkpoints(steps: int) -> dict[int, int]:
-    """After which steps the step size is looked at, and how many steps each look judges: 22 % of ``steps``, then ever fewer.
+def checkpoints(steps: int, norm: str = "linf") -> dict[int, int]:
+    """After which steps the step size is looked at, and how many steps each look judges: 22 % of ``steps``,
+    then ever fewer; for l1 always 4 %.
 
-    Source: Croce & Hein 2020, section 3.2, rounded as in the authors' code.
+    Source: Croce & Hein 2020, section 3.2, and 2021, section 4.2, rounded as in the authors' code.
     """
-    window, shrink, least = (max(1, int(share * steps)) for share in (0.22, 0.03, 0.06))
+    shares = (0.04, 0, 0.04) if norm == "l1" else (0.22, 0.03, 0.06)
+    window, shrink, least = (int(share * steps) for share in shares)
+    window, shrink, least = max(1, window), max(norm != "l1", shrink), max(1, least)
     windows, step = {}, window
     while step <= steps:
         windows[step] = window
@@ -68,215 +133,145 @@ def checkpoints(steps: int) -> dict[int, int]:
     return windows
 
 
-def apgd(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
-    labels: Int[Tensor, " batch"],
-    settings: APGDSettings,
-    *,
-    generator: torch.Generator | None = None,
-    max_batch: int = 512,
-    callback: StepCallback | None = None,
-) -> Float[Tensor, "batch 3 height width"]:
-    """Adversarial images by Auto-PGD.
-
-    Restarts and targets follow one another, each on the images that the verdict still calls right. A run gives, for each
-    image: on a deterministic model the first point that is read wrongly, with which the image leaves the batch; otherwise
-    the point of the highest loss, in the mean over the draws. On a random model an image leaves its run early only if
-    every draw of the verdict is wrong at that point, looked at whenever the step size is.
-
-    Args:
-        model: in eval mode, images in [0, 1] -> logits; may be random.
-        images: in [0, 1].
-        labels: true classes.
-        generator: of the random starts, on the images' device; the model's own dice are not touched.
-        max_batch: copies of images (images x draws) that are in memory at once.
-        callback: (step, steps, adversarial, loss of each image) after every step; steps of all runs together.
-
-    Returns:
-        adversarial images in [0, 1], within eps of ``images``; where none was found, the strongest candidate.
-
-    Raises:
-        ValueError: as ``check_attack``; for too few classes; for a random model with a verdict of a single draw.
-
-    Source: Croce & Hein 2020, section 3 and algorithm 1; targets: section 4.
-    """
-    model, images, labels = check_attack(model, images, labels)
-    random = random_model_with_votes(model, images, settings.verdict)
-    eot_samples = settings.eot_samples if random else 1
-
-    def attempt(targets: Tensor | None) -> Attempt:
-        def run(positions: Tensor, report: StepCallback | None) -> Tensor:
-            return _climb(
-                model,
-                images[positions],
-                labels[positions],
-                None if targets is None else targets[positions],
-                replace(settings, eot_samples=eot_samples),
-                random=random,
-                generator=generator,
-                max_batch=max_batch,
-                callback=report,
-            )
-
-        return Attempt(settings.steps, run)
-
-    columns: tuple[Tensor | None, ...] = (None,)
-    if settings.loss == "targeted_dlr":
-        logits = draw_logits(model, images, num_draws=settings.verdict.num_draws, max_batch=max_batch).mean(dim=0)
-        columns = likely_targets(logits, labels, settings.num_targets).unbind(dim=1)
-    attempts = [attempt(targets) for targets in columns for _ in range(settings.restarts)]
-    adversarial = strongest_attempt(
-        model, images, labels, attempts, settings.verdict, max_batch=max_batch, callback=callback
-    )
-    check_budget(adversarial, images, settings.eps, settings.norm)
-    return adversarial
+def _cross_entropy_at_fixed_scale(logits: Tensor) -> Loss:
+    """The cross-entropy of logits times a constant, the same for all images and steps, that gives ``logits``
+    the spread ``SPREAD``: a model of large logits would saturate it, one of small logits make it linear."""
+    factor = SPREAD / logits.std(dim=1).median().clamp_min(torch.finfo(logits.dtype).tiny)
+    return lambda outputs, labels: cross_entropy(outputs.float() * factor, labels)
 
 
-@dataclass
-class _State:
-    """Where the climbs stand; entry i of every tensor belongs to image ``rows[i]`` of the batch."""
+def _run_l1(
+    model: Model, ball: Ball, labels: Tensor, *, steps: int, generator, callback, **options
+) -> Tensor:
+    """Three runs whose radii shrink to eps, each from where the one before ended; only the last may break an
+    image."""
+    kind = {"device": labels.device, "dtype": ball.images.dtype}
+    points = ball.images + torch.randn(ball.images.shape, generator=generator, **kind)
+    lengths, done = [ceil(share * steps) for _, share in L1_STAGES[:-1]], 0
 
-    rows: Tensor
-    images: Tensor
-    labels: Tensor
-    targets: Tensor | None
-    points: Tensor
-    previous: Tensor
-    gradient: Tensor
-    loss: Tensor
-    best: Tensor
-    best_gradient: Tensor
-    best_loss: Tensor
-    step_size: Tensor
-    rises: Tensor  # steps since the last look in which the loss rose
-    seen_loss: Tensor  # the best loss at the last look
-    halved: Tensor  # whether the step was halved at the last look
+    def report(step: int, _steps: int, x: Tensor, losses: Tensor) -> None:
+        callback(done + step, steps, ball.project(x), losses)
 
-    def only(self, keep: Tensor) -> "_State":
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return _State(**{name: None if value is None else value[keep] for name, value in values.items()})
-
-
-def _begin(images: Tensor, labels: Tensor, targets: Tensor | None, start: Tensor, eps: float) -> _State:
-    count, device = len(images), images.device
-    nothing = torch.zeros_like(start)
-    return _State(
-        rows=torch.arange(count, device=device),
-        images=images,
-        labels=labels,
-        targets=targets,
-        points=start,
-        previous=start,
-        gradient=nothing,
-        loss=torch.full((count,), torch.inf, device=device),
-        best=start,
-        best_gradient=nothing,
-        best_loss=torch.full((count,), -torch.inf, device=device),
-        step_size=torch.full((count,), 2 * eps, device=device),
-        rises=torch.zeros(count, device=device),
-        seen_loss=torch.full((count,), -torch.inf, device=device),
-        halved=torch.ones(count, dtype=torch.bool, device=device),
-    )
+    for (multiple, _), length in zip(L1_STAGES, [*lengths, steps - sum(lengths)], strict=True):
+        stage = Ball(ball.images, multiple * ball.eps, "l1")
+        points = stage.project(points)
+        if length > 0:
+            points = _run(
+                model, stage, labels, steps=length, start=points, leave=multiple == 1,
+                callback=callback and report, **options,
+            )  # fmt: skip
+        done += length
+    return points
 
 
-def _climb(
+def _run(
     model: Model,
-    images: Tensor,
+    ball: Ball,
     labels: Tensor,
-    targets: Tensor | None,
-    settings: APGDSettings,
     *,
+    objective: Loss,
+    goals: Tensor | None,
+    targets: Tensor | None,
+    steps: int,
+    eot_samples: int,
     random: bool,
-    generator: torch.Generator | None,
+    votes: int,
     max_batch: int,
     callback: StepCallback | None,
+    generator: torch.Generator | None = None,
+    start: Tensor | None = None,
+    leave: bool = True,
 ) -> Tensor:
-    """One run from one random start: algorithm 1 on all images at once, each with a step size of its own.
+    """One run: algorithm 1 on all images at once, each with a step size of its own.
 
-    The first step counts as a rise if its loss is above that of the start, as in the paper; the authors' code asks whether
-    it is above 0.
+    The first step counts as an increase if its loss is above that of the start, as in the paper; the authors'
+    code asks whether it is above 0.
     """
-    start = random_start(images, settings.eps, settings.norm, generator)
-    state = _begin(images, labels, targets, start, settings.eps)
-    result, losses = start.clone(), torch.zeros(len(images), device=images.device)
-    windows = checkpoints(settings.steps)
-    for step in range(settings.steps + 1):
+    points = ball.start(generator) if start is None else start
+    zeros, windows = points.new_zeros(len(points), dtype=torch.float32), checkpoints(steps, ball.norm)
+    state = SimpleNamespace(  # entry i of every tensor belongs to image rows[i] of the batch
+        rows=torch.arange(len(points), device=points.device), labels=labels, goals=goals, targets=targets,
+        points=points, previous=points, gradient=torch.zeros_like(points), loss=zeros + torch.inf,
+        best=points, best_gradient=torch.zeros_like(points), best_loss=zeros - torch.inf,
+        last_best_loss=zeros - torch.inf,
+        step_size=zeros + (1 if ball.norm == "l1" else 2) * ball.eps, increases=zeros, halved=zeros == 0,
+        density=zeros + 0.2, support=zeros + points[0].numel(),  # l1: share in a step; values changed
+    )  # fmt: skip
+    if start is not None:
+        state.support = (points != ball.images).flatten(1).sum(dim=1).float()
+        state.density = state.support / points[0].numel() / 1.5
+    result, losses = points.clone(), zeros.clone()
+    for step in range(steps + 1):
         if step > 0:
-            moved = _step(state, settings, STEP_SHARE if step > 1 else 1.0)
-            state.previous, state.points = state.points, moved
-        right = _evaluate(model, state, settings, max_batch)
-        if not random and torch.is_autocast_enabled(images.device.type):  # in float32, too?
-            right = right | (draw_logits(model, state.points, max_batch=max_batch)[0].argmax(dim=1) == state.labels)
-        kept = state.best
-        if not random:  # what breaks an image counts, whatever its loss
-            kept = torch.where(_like(right, kept), kept, state.points)
-        elif step in windows:
-            right = _any_right(model, state, settings.verdict, max_batch)
-        else:
-            right = torch.ones_like(right)
-        result[state.rows], losses[state.rows] = kept, state.loss
+            state.previous, state.points = state.points, _step(state, ball, NEW_SHARE if step > 1 else 1.0)
+        found = eot_gradient(
+            model, state.points, state.labels, loss=objective, eot_samples=eot_samples, targets=state.goals,
+            max_batch=max_batch,
+        )  # fmt: skip
+        state.increases = state.increases + (found.loss > state.loss)
+        state.gradient, state.loss = found.gradient, found.loss
+        better = found.loss > state.best_loss
+        at = better.view(-1, 1, 1, 1)
+        state.best = torch.where(at, state.points, state.best)
+        state.best_gradient = torch.where(at, state.gradient, state.best_gradient)
+        state.best_loss = torch.where(better, state.loss, state.best_loss)
+        result[state.rows], losses[state.rows] = state.best, state.loss
+        if random:
+            candidates, suspects = state.best, torch.full_like(better, step in windows)
+        else:  # what breaks an image counts, whatever its loss
+            candidates, suspects = state.points, broken_samples(found.logits, state.labels)[0]
+        gone = suspects & leave
+        if gone.any():  # by decisions in float32, whatever the attack computes in
+            gone[gone.clone()] = broken(
+                model, candidates[gone], state.labels[gone], targets=at_rows(state.targets, gone),
+                votes=votes, max_batch=max_batch,
+            )  # fmt: skip
+            result[state.rows[gone]] = candidates[gone]
         if callback is not None and step > 0:
-            callback(step, settings.steps, result.clone(), losses.clone())
-        if not right.all():
-            state = state.only(right)
+            callback(step, steps, result.clone(), losses.clone())
+        if gone.any():
+            ball = ball.rows(~gone)
+            state = SimpleNamespace(**{name: at_rows(each, ~gone) for name, each in vars(state).items()})
             if len(state.rows) == 0:
                 break
         if step in windows:
-            _look(state, settings.rho, windows[step])
+            _look(state, ball, windows[step])
     return result
 
 
-def _step(state: _State, settings: APGDSettings, share: float) -> Tensor:
-    """Eq. 3 and 4: a projected step along the gradient, mixed with the movement of the last step, projected again."""
-
-    def projected(points: Tensor) -> Tensor:
-        return project(points, state.images, settings.eps, settings.norm)
-
-    size = state.step_size.view(-1, 1, 1, 1)
-    ahead = projected(state.points + size * steepest_step(state.gradient, settings.norm))
-    momentum = state.points - state.previous
-    return projected(state.points + share * (ahead - state.points) + (1 - share) * momentum)
-
-
-def _evaluate(model: Model, state: _State, settings: APGDSettings, max_batch: int) -> Tensor:
-    """Gradient and loss at the new points, and the best of all points so far. Returns where any draw is right."""
-    found = input_gradient(
-        model,
-        state.points,
-        state.labels,
-        loss=LOSSES[settings.loss],
-        targets=state.targets,
-        eot_samples=settings.eot_samples,
-        max_batch=max_batch,
-    )
-    state.rises = state.rises + (found.loss > state.loss)
-    state.gradient, state.loss = found.gradient, found.loss
-    improved = found.loss > state.best_loss
-    state.best = torch.where(_like(improved, state.best), state.points, state.best)
-    state.best_gradient = torch.where(_like(improved, state.best), state.gradient, state.best_gradient)
-    state.best_loss = torch.where(improved, state.loss, state.best_loss)
-    return found.right > 0
+def _step(state: SimpleNamespace, ball: Ball, share: float) -> Tensor:
+    """Eq. 3 and 4: a projected step along the gradient, mixed with the movement of the last step, projected
+    again; for l1 the signs of the largest entries of the gradient, without momentum."""
+    size = state.step_size.to(state.points.dtype).view(-1, 1, 1, 1)
+    if ball.norm != "l1":
+        ahead = ball.project(state.points + size * ball.direction(state.gradient))
+        momentum = state.points - state.previous
+        return ball.project(state.points + share * (ahead - state.points) + (1 - share) * momentum)
+    flat = state.gradient.flatten(1)
+    count = flat.shape[1]
+    position = ((1 - state.density) * count).long().clamp(0, count - 1)
+    least = flat.abs().sort(dim=1).values.gather(1, position[:, None])
+    signs = torch.where(flat.abs() >= least, flat.sign(), 0)
+    signs = signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)
+    return ball.project(state.points + size * signs.view_as(state.points))
 
 
-def _any_right(model: Model, state: _State, verdict: Verdict, max_batch: int) -> Tensor:
-    """Whether any of the verdict's draws is right at the best point."""
-    logits = draw_logits(model, state.best, num_draws=verdict.num_draws, max_batch=max_batch)
-    return (logits.argmax(dim=2) == state.labels).any(dim=0)
+def _look(state: SimpleNamespace, ball: Ball, window: int) -> None:
+    """Adapt the step sizes, and go back to the best points where that restarts the search.
 
-
-def _look(state: _State, rho: float, window: int) -> None:
-    """Halve the step and go back to the best point where the loss rose in too few of the last ``window`` steps, or where
-    its best stood still although the step was not halved the last time (conditions 1 and 2 of section 3.2)."""
-    stalls = state.rises <= rho * window
-    stuck = ~state.halved & (state.best_loss <= state.seen_loss)
-    state.halved = stalls | stuck
-    state.step_size = torch.where(state.halved, state.step_size / 2, state.step_size)
-    state.points = torch.where(_like(state.halved, state.points), state.best, state.points)
-    state.gradient = torch.where(_like(state.halved, state.points), state.best_gradient, state.gradient)
-    state.seen_loss = state.best_loss
-    state.rises = torch.zeros_like(state.rises)
-
-
-def _like(mask: Tensor, images: Tensor) -> Tensor:
-    return mask.view(-1, *[1] * (images.ndim - 1))
+    The step is halved where the loss rose in too few of the last ``window`` steps, or where its best stood
+    still although the step was not halved the last time (conditions 1 and 2 of section 3.2). For l1: the step
+    is eps again where the best point has become sparser, and smaller by 1.5 (down to eps / 10) elsewhere.
+    """
+    if ball.norm == "l1":
+        support = (state.best != ball.images).flatten(1).sum(dim=1).float()
+        back = support / state.support < 0.95
+        state.density, state.support = support / state.best[0].numel() / 1.5, support
+        state.step_size = torch.where(back, ball.eps, state.step_size / 1.5).clamp(ball.eps / 10, ball.eps)
+    else:
+        stuck = ~state.halved & (state.best_loss <= state.last_best_loss)
+        back = state.halved = (state.increases <= RHO * window) | stuck
+        state.step_size = torch.where(back, state.step_size / 2, state.step_size)
+    state.points = torch.where(back.view(-1, 1, 1, 1), state.best, state.points)
+    state.gradient = torch.where(back.view(-1, 1, 1, 1), state.best_gradient, state.gradient)
+    state.last_best_loss, state.increases = state.best_loss, torch.zeros_like(state.increases)

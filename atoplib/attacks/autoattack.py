@@ -1,144 +1,150 @@
-"""AutoAttack: a fixed set of attacks without parameters to tune, each on the images that the ones before left standing."""
+"""AutoAttack: the original one for deterministic models, and one of our own parts, judged by votes, for
+random models."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from atoplib.attacks.apgd import APGDSettings, apgd
-from atoplib.attacks.attempts import Attempt, StepCallback, random_model_with_votes, strongest_attempt
-from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.fab import FABSettings, fab
-from atoplib.attacks.norms import check_ball
-from atoplib.attacks.square import SquareSettings, square
-from atoplib.verdicts import STANDING, Verdict, draw_logits, is_random
+from atoplib.attacks.apgd import apgd
+from atoplib.attacks.eot import StepCallback
+from atoplib.attacks.losses import margin
+from atoplib.attacks.norms import Ball, check_counts
+from atoplib.attacks.queries import check_rule, prepare_attack, strongest_attempt
+from atoplib.attacks.square import square
+from atoplib.decisions import Model, sample_logits
 
+ORIGINAL_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 PUBLISHED_SCHEDULE = 10_000  # of Square's shares; 5,000 queries run the first half of it
-LEAST_CLASSES = {"standard": 4, "rand": 3}
-"""The versions, and how many classes their losses (targeted DLR; DLR) need."""
-
-
-@dataclass(frozen=True)
-class AutoAttackSettings:
-    """AutoAttack (Croce & Hein 2020), whose numbers are meant to be left alone; fewer of them make a rough trial.
-
-    Attributes:
-        eps: radius of the ball, in units of the image ([0, 1]): 8/255 = 0.0314, l2 0.5.
-        norm: ``linf`` or ``l2``.
-        version: ``standard`` (APGD-CE, APGD-T, FAB-T, Square) for deterministic models; ``rand`` (APGD-CE, APGD-DLR,
-            gradients averaged over draws) for random ones.
-        steps: iterations of APGD and FAB, for each target.
-        num_targets: targets of APGD-T and FAB-T, the likeliest other classes.
-        queries: of Square.
-        eot_samples: draws that each gradient of ``rand`` is averaged over.
-        verdict: of ``rand``: when an image counts as broken and is spared the next attack. The authors' code asks a single
-            draw of the last step.
-    """
-
-    eps: float
-    norm: str = "linf"
-    version: str = "standard"
-    steps: int = 100
-    num_targets: int = 9
-    queries: int = 5000
-    eot_samples: int = 20
-    verdict: Verdict = Verdict(STANDING, 20)
-
-    def __post_init__(self) -> None:
-        check_ball(self.eps, self.norm)
-        if self.version not in LEAST_CLASSES:
-            raise ValueError(f"unknown version {self.version!r}; allowed: {', '.join(LEAST_CLASSES)}")
-        for name in ("steps", "num_targets", "queries", "eot_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-class Part(NamedTuple):
-    """One attack of the set: its function, the settings that it is called with, and the steps that it takes at most."""
-
-    attack: Callable[..., Tensor]
-    settings: Any
-    steps: int
-
-
-def autoattack_parts(settings: AutoAttackSettings) -> dict[str, Part]:
-    """The attacks of a version by name, in their order; each can be run alone.
-
-    Source: Croce & Hein 2020, section 5, in the composition of the authors' code since 2020-08.
-    """
-    eps, norm, steps, targets = settings.eps, settings.norm, settings.steps, settings.num_targets
-    square_settings = SquareSettings(eps, norm, settings.queries, verdict=Verdict(), schedule=PUBLISHED_SCHEDULE)
-    if settings.version == "rand":
-        rest = {"eot_samples": settings.eot_samples, "verdict": settings.verdict}
-        return {
-            "apgd-ce": Part(apgd, APGDSettings(eps, norm, steps, "ce", **rest), steps),
-            "apgd-dlr": Part(apgd, APGDSettings(eps, norm, steps, "dlr", **rest), steps),
-        }
-    targeted = APGDSettings(eps, norm, steps, "targeted_dlr", num_targets=targets)
-    return {
-        "apgd-ce": Part(apgd, APGDSettings(eps, norm, steps, "ce"), steps),
-        "apgd-t": Part(apgd, targeted, steps * targets),
-        "fab-t": Part(fab, FABSettings(eps, norm, steps, targets), steps * targets),
-        "square": Part(square, square_settings, settings.queries),
-    }
 
 
 def autoattack(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
-    settings: AutoAttackSettings,
     *,
-    generator: torch.Generator | None = None,
-    max_batch: int = 512,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 100,
+    num_targets: int | None = None,
+    queries: int | None = None,
+    eot_samples: int = 20,
+    rule: str = "any",
+    votes: int = 20,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
     callback: StepCallback | None = None,
-) -> Float[Tensor, "batch 3 height width"]:
+) -> Float[Tensor, "batch channels height width"]:
     """Adversarial images by AutoAttack.
 
+    A deterministic model is attacked by the authors' code, version standard (package ``pyautoattack``):
+    APGD-CE, APGD-T, FAB-T, Square. The authors' version for random models judges by a single sample of the
+    last step, so that we run APGD-CE, APGD-T (on the DLR loss without targets for three classes) and Square
+    ourselves, each on the images that the ones before left unbroken by votes.
+
     Args:
-        model: in eval mode, images in [0, 1] -> logits; random only for version ``rand``.
+        model: in eval mode, images in [0, 1] -> logits; may be random.
         images: in [0, 1].
         labels: true classes.
-        generator: of the attacks' own random numbers, on the images' device; the model's dice are not touched.
-        max_batch: copies of images (images x draws) that are in memory at once.
-        callback: (step, steps, adversarial, loss of each image) after every step; steps of all attacks together.
+        eps: radius in units of the image.
+        norm: ``linf``, ``l2`` or ``l1`` (of random models without Square).
+        steps: iterations of APGD and FAB, for each target; fewer than 100 make a rough trial, no AutoAttack.
+        num_targets: targets of APGD-T and FAB-T, the most likely other classes; None: 9, and 3 of random
+            models.
+        queries: of Square; None: 5000, and 1000 of random models.
+        eot_samples: samples of a random model that gradients are averaged over.
+        rule, votes: when an image of a random model counts as broken between the parts.
+        seed: of the attack's own random numbers; None: torch's global generator.
+        max_batch: copies of images (images x samples) in memory at once.
+        callback: (step, steps, adversarial, loss of each image) after every step; of the original after its
+            end.
 
     Returns:
-        adversarial images in [0, 1], within eps of ``images``: what broke an image, or else the candidate that came nearest
-        to it (of the largest margin loss), because a verdict of other draws may still fall otherwise.
+        adversarial images in [0, 1], within eps of ``images``; where the original found none, the image
+        itself.
 
     Raises:
-        ValueError: as ``check_attack``; for too few classes; for version ``standard`` on a random model, or ``rand`` on one
-            with a verdict of a single draw.
+        ValueError: as ``contract.prepare``; for too few classes; for a random model that would be judged by
+            one sample.
+        ImportError: where the original is needed and not installed.
 
-    Source: Croce & Hein 2020, section 5.
+    Source: Croce & Hein 2020, section 5, in the composition of the authors' code since 2020-08.
     """
-    model, images, labels = check_attack(model, images, labels)
-    classes, least = draw_logits(model, images[:1]).shape[2], LEAST_CLASSES[settings.version]
+    model, images, labels = prepare_attack(model, images, labels)
+    ball = Ball(images, eps, norm)
+    random, votes = check_rule(model, images, rule, votes)
+    classes, least = sample_logits(model, images[:1]).shape[2], 3 if random else 4
     if classes < least:
         raise ValueError(
-            f"version {settings.version!r} needs at least {least} classes, but the model has {classes}; "
-            "use apgd with loss 'ce'"
+            f"AutoAttack needs at least {least} classes here, but the model has {classes}; use apgd ('ce')"
         )
-    if settings.version == "standard" and is_random(model, images, max_batch=max_batch):
-        raise ValueError(
-            "version 'standard' of AutoAttack is for deterministic models, but this one is random: a single lucky draw "
-            "would count as an error; use version 'rand'"
-        )
-    random = settings.version == "rand" and random_model_with_votes(model, images, settings.verdict)
+    num_targets = min(num_targets or (3 if random else 9), classes - 1)
+    queries = queries or (1000 if random else 5000)
+    check_counts(steps=steps, num_targets=num_targets, queries=queries, eot_samples=eot_samples)
+    common = {"eps": eps, "norm": norm, "seed": seed, "max_batch": max_batch}
+    if random:
+        common |= {"rule": rule, "votes": votes}
+        by_gradient = partial(apgd, steps=steps, eot_samples=eot_samples, **common)
+        dlr, targets = ("targeted_dlr", num_targets) if classes > 3 else ("dlr", 1)
+        parts = [
+            (steps, by_gradient),
+            (steps * targets, partial(by_gradient, loss=dlr, num_targets=targets)),
+            (queries, partial(square, queries=queries, schedule=PUBLISHED_SCHEDULE, **common)),
+        ]
 
-    def attempt(part: Part) -> Attempt:
-        def run(positions: Tensor, report: StepCallback | None) -> Tensor:
-            chosen = (images[positions], labels[positions], part.settings)
-            return part.attack(model, *chosen, generator=generator, max_batch=max_batch, callback=report)
+        def attempt(attack: partial, rows: Tensor, report: StepCallback | None) -> Tensor:
+            return attack(model, images[rows], labels[rows], callback=report)
 
-        return Attempt(part.steps, run)
-
-    attempts = [attempt(part) for part in autoattack_parts(settings).values()]
-    verdict = settings.verdict if random else Verdict()
-    adversarial = strongest_attempt(model, images, labels, attempts, verdict, max_batch=max_batch, callback=callback)
-    check_budget(adversarial, images, settings.eps, settings.norm)
+        adversarial = strongest_attempt(
+            model, images, labels,
+            [(length, partial(attempt, attack)) for length, attack in parts[: 2 if norm == "l1" else 3]],
+            rule=rule, votes=votes, max_batch=max_batch, callback=callback,
+        )  # fmt: skip
+    else:
+        options = {"steps": steps, "num_targets": num_targets, "queries": queries}
+        adversarial = _original(model, images, labels, **options, **common)
+        if callback is not None:
+            logits = sample_logits(model, adversarial, max_batch=max_batch)[0]
+            callback(1, 1, adversarial.clone(), margin(logits, labels))
+    ball.check(adversarial)
     return adversarial
+
+
+def _original(
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    norm: str,
+    seed: int | torch.Generator | None,
+    max_batch: int,
+    steps: int,
+    num_targets: int,
+    queries: int,
+) -> Tensor:
+    """The authors' AutoAttack, version standard; torch's global generators, which it seeds, are left as they
+    were."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(
+            "AutoAttack of a deterministic model is the authors' own: pip install pyautoattack"
+        ) from error
+    device = images.device
+    if not isinstance(seed, int):
+        seed = int(torch.randint(2**31, (), generator=seed, device=device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        original = AutoAttack(model, norm=ORIGINAL_NORMS[norm], eps=eps, seed=seed, device=device)
+        original.square.n_queries, original.fab.n_iter = queries, steps
+        original.apgd_targeted.n_target_classes = original.fab.n_target_classes = num_targets
+        for attack in (original.apgd, original.apgd_targeted):
+            attack.n_iter = attack.n_iter_orig = steps
+            attack.n_iter_2, attack.n_iter_min, attack.size_decr = (
+                max(1, int(share * steps)) for share in (0.22, 0.06, 0.03)
+            )
+        found = original.run_standard_evaluation(images, labels, batch_size=max_batch)[0].detach()
+    moved = (found != images).flatten(1).any(dim=1).view(-1, 1, 1, 1)
+    # it clips to the ball in float32, up to rounding
+    return torch.where(moved, Ball(images, eps, norm).project(found), images)

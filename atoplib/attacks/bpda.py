@@ -1,7 +1,9 @@
-"""BPDA: the defence as it is on the way forward, the identity in its place on the way back.
+"""BPDA: the defence as it is on the way forward, the identity in its place on the way back (Athalye et al.
+2018, 4.1).
 
-A wrapper is a model like any other, so every attack runs on it: ``pgd(BPDA(pipeline), images, labels, HILL_PGD)``. The
-verdict belongs to the defence itself.
+What ``bpda`` returns is a model like any other, so that every attack runs on it: ``pgd(bpda(pipeline),
+images, labels, eps=8 / 255, steps=50, alpha=2 / 255, eot_samples=15)`` is the attack of Hill, Mitchell & Zhu
+2021, section 4 (they decide by the mean of 150 samples). The decision is the defence's own.
 """
 
 from collections.abc import Callable
@@ -10,19 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from atoplib.attacks.pgd import PGDSettings
-from atoplib.transforms import assemble, corrupt
-from atoplib.verdicts import Verdict, reseed
-
-THROUGH = ("both", "transform", "purifier")
-
-HILL_PGD = PGDSettings(eps=8 / 255, steps=50, alpha=2 / 255, eot_samples=15)
-HILL_VERDICT = Verdict("mean_softmax", num_draws=150)
-"""The setting of Hill, Mitchell & Zhu 2021, section 4: 50 steps of 2/255 from a random point, cross-entropy averaged over 15
-draws; the verdict is the mean over 150 (they average logits, ``Verdict`` the softmax)."""
-
 
 class _StraightThrough(torch.autograd.Function):
+    """``value``, bit by bit, whose gradient goes to ``source`` as if it were ``source``."""
+
     @staticmethod
     def forward(ctx, source: Tensor, value: Tensor) -> Tensor:
         return value.view_as(value)
@@ -32,98 +25,51 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def straight_through(source: Float[Tensor, "*shape"], value: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """``value``, bit by bit, whose gradient goes to ``source`` as if it were ``source`` (Athalye et al. 2018, section 4.1).
-
-    Raises:
-        ValueError: where the shapes differ, for then the identity is no approximation of anything.
-    """
-    if source.shape != value.shape:
-        raise ValueError(
-            f"the identity can stand in for a step that keeps its shape only, but {tuple(source.shape)} became "
-            f"{tuple(value.shape)}"
-        )
-    return _StraightThrough.apply(source, value)
-
-
 class IdentityBackward(nn.Module):
-    """``classifier(preprocess(x))`` with the identity backward through ``preprocess``: (B, 3, H, W) in [0, 1] -> logits.
+    """``classifier(preprocess(x))`` with the identity backward through ``preprocess``: (B, C, H, W) in [0, 1]
+    -> logits.
 
     Args:
         preprocess: any callable that keeps the images' shape; it need not be differentiable.
         classifier: any module, images -> logits.
+
+    Raises:
+        ValueError: where the shape changes, for then the identity is no approximation of anything.
     """
 
     def __init__(self, preprocess: Callable[[Tensor], Tensor], classifier: nn.Module) -> None:
         super().__init__()
+        # a method's module is a part of this one, so that its mode, device and random numbers are found
+        self.owner = owner if isinstance(owner := getattr(preprocess, "__self__", None), nn.Module) else None
         self.preprocess, self.classifier = preprocess, classifier
-        # a wrapper has no mode of its own; what it holds is not switched
-        self.training = classifier.training or getattr(preprocess, "training", False)
+        self.training = False  # a wrapper has no mode of its own; what it holds is not switched
 
-    def reseed(self, seed: int) -> None:
-        """Start the dice of ``preprocess`` anew, where it has any."""
-        reseed(self.preprocess, seed)
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         with torch.no_grad():
             processed = self.preprocess(images)
-        return self.classifier(straight_through(images, processed))
+        if processed.shape != images.shape:
+            raise ValueError(
+                "the identity can replace a step that keeps its shape only, but "
+                f"{tuple(images.shape)} became {tuple(processed.shape)}"
+            )
+        return self.classifier(_StraightThrough.apply(images, processed))
 
 
-class BPDA(nn.Module):
-    """An ``AToPPipeline`` with the identity backward through its transform, its purifier, or both.
+def bpda(pipeline: nn.Module) -> IdentityBackward:
+    """An ``AToPPipeline`` with the identity backward through transform and purifier; it is not copied.
 
-    The logits are the pipeline's own, bit by bit, and so are the dice: both draw from the same sequence.
-
-    Args:
-        pipeline: whose ``draw``, ``purify``, ``rebuild`` and ``classifier`` are used; it is not copied.
-        through: ``both``; ``transform`` (the purifier's true gradient, then the identity: masks and clipping stop nothing);
-            ``purifier`` (the identity, then the transform's true gradient: missing pixels get none).
+    The logits are the pipeline's own, bit by bit, and so are the random numbers: both sample from the same
+    sequence.
 
     Raises:
-        ValueError: for an unknown ``through``, or ``purifier`` with RT3, of which every input pixel is dropped: each patch
-            of its result was masked in the copy that it comes from, so the gradient would be zero everywhere. Also for a
-            pipeline that averages several draws.
-
-    Source: Athalye et al. 2018, section 4.1.
+        ValueError: for what is no pipeline, or one that averages logits over several samples (their mean is
+            that of no purified image).
     """
-
-    def __init__(self, pipeline: nn.Module, through: str = "both") -> None:
-        super().__init__()
-        if through not in THROUGH:
-            raise ValueError(f"unknown through {through!r}; allowed: {', '.join(THROUGH)}")
-        if through == "purifier" and pipeline.transform.name == "rt3":
-            raise ValueError(
-                "BPDA through the purifier alone has no gradient with rt3, which keeps only what was masked: "
-                "take through='both' or 'transform'"
-            )
-        if getattr(pipeline, "copies", 1) > 1:
-            raise ValueError(f"BPDA is for a pipeline of one draw a pass, but this one averages {pipeline.copies}")
-        self.pipeline, self.through = pipeline, through
-        self.training = pipeline.training
-
-    def reseed(self, seed: int) -> None:
-        """Start the pipeline's dice anew."""
-        self.pipeline.reseed(seed)
-
-    def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        return self.pipeline.classifier(self.purify(images))
-
-    def purify(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        """g(t(x)) as the pipeline computes it, with the gradient of ``through``."""
-        pipeline, draw = self.pipeline, self.pipeline.draw(images)
-        if self.through == "both":
-            with torch.no_grad():
-                purified = pipeline.purify(images, draw)
-            return straight_through(images, purified)
-        visible, rest = corrupt(images, draw).split((3, 2), dim=1)
-        if self.through == "transform":
-            scaled = (images * 2 - 1).repeat(len(draw.masks), 1, 1, 1)  # one copy a mask, as corrupt lays them out
-            visible = straight_through(scaled, visible.detach())
-            output = pipeline.rebuild(torch.cat([visible, rest], dim=1), draw)[-1]
-        else:
-            with torch.no_grad():
-                output = pipeline.rebuild(torch.cat([visible, rest], dim=1), draw)[-1]
-            output = straight_through(visible, output)
-        output = output.to(torch.promote_types(output.dtype, torch.float32))
-        return (assemble(output, draw) + 1) / 2
+    if not hasattr(pipeline, "purify") or not hasattr(pipeline, "classifier"):
+        raise ValueError(
+            f"bpda needs an AToPPipeline, but a {type(pipeline).__name__} has no purify and classifier; use "
+            "attacks.IdentityBackward(preprocess, classifier)"
+        )
+    if getattr(pipeline, "copies", 1) > 1 and pipeline.average == "logits":
+        raise ValueError("bpda cannot attack a pipeline that averages logits; build it with average='images'")
+    return IdentityBackward(pipeline.purify, pipeline.classifier)

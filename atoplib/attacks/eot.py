@@ -1,84 +1,121 @@
-"""Expectation over transformation (EOT): gradients averaged over the draws of a random model."""
+"""Expectation over transformation (EOT): gradients over samples of a random model, and a count of passes."""
 
+from collections.abc import Callable
 from math import log
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from atoplib.attacks.losses import Loss, cross_entropy
-from atoplib.verdicts import Model
+from atoplib.attacks.losses import LOSSES, MEAN_SOFTMAX, Loss
+from atoplib.attacks.norms import check_counts, check_settings
+from atoplib.contract import Adapted, adapt
+from atoplib.decisions import Model
+from atoplib.parameters import one_of
+
+StepCallback = Callable[[int, int, Tensor, Tensor], None]
+"""(step, steps, adversarial images, loss of each image), called after every step of an attack."""
 
 
-class InputGradient(NamedTuple):
-    """Means over the draws, for each image: gradient of the loss, the loss, and the share of draws that are right."""
+class EOTGradient(NamedTuple):
+    """Of each image: gradient of the loss and the loss over all samples, and the logits of every sample."""
 
-    gradient: Float[Tensor, "batch 3 height width"]
+    gradient: Float[Tensor, "batch channels height width"]
     loss: Float[Tensor, " batch"]
-    right: Float[Tensor, " batch"]
+    logits: Float[Tensor, "samples batch classes"]
 
 
-def input_gradient(
+def eot_gradient(
     model: Model,
-    images: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
     *,
-    loss: Loss = cross_entropy,
-    targets: Int[Tensor, " batch"] | None = None,
+    loss: Loss | str = "ce",
     eot_samples: int = 1,
-    joint: bool = False,
-    max_batch: int = 512,
-) -> InputGradient:
-    """Gradient of each image's loss, averaged over ``eot_samples`` draws of the model.
-
-    Draws and images stand in one batch, at most ``max_batch`` of them at once: memory depends on neither number. The model
-    must throw new dice for each image of its batch, as ``AToPPipeline`` does.
+    targets: Int[Tensor, " batch"] | None = None,
+    max_batch: int = 256,
+) -> EOTGradient:
+    """Gradient of each image's loss over ``eot_samples`` samples of the model; samples and images share
+    batches.
 
     Args:
-        model: images in [0, 1] -> logits.
-        loss: (logits, labels) -> one value an image; (logits, labels, targets), if there are targets.
-        targets: the class that a targeted loss drives each image to.
-        joint: raise -log of the mean probability of the true class over the draws, in place of ``loss``: the cross-entropy of a
-            defence that averages its draws. A mean of cross-entropies pulls most where a draw is wrong already; this one where
-            a draw is still right. ``max_batch`` is exceeded where it is below ``eot_samples``.
+        model: images in [0, 1] -> logits, random for each image of its batch by itself, or deterministic.
+        loss: a name of ``LOSSES`` or a function (logits, labels) -> one value an image, averaged over the
+            samples; or ``mean_softmax``: the cross-entropy of the mean probability over the samples, each
+            sample's logits scaled as in ``scaled_cross_entropy``. A mean of cross-entropies pulls most where
+            a sample is wrong already, this one where a sample is still correct.
+        targets: third argument of a targeted loss.
+        max_batch: copies of images that are in memory at once.
+
+    Raises:
+        ValueError: for an unknown loss.
 
     Source: Athalye et al. 2018, section 4.2.
     """
-    if joint:
-        return _joint_gradient(model, images, labels, eot_samples, max_batch)
-    total = torch.zeros_like(images)
-    value = torch.zeros(len(images), device=images.device)
-    right = torch.zeros(len(images), device=images.device)
+    if isinstance(loss, str):
+        check_settings(loss=(loss, one_of(*LOSSES)))
+    value_of = LOSSES.get(loss, loss)
     classes = (labels,) if targets is None else (labels, targets)
-    index = torch.arange(eot_samples * len(images), device=images.device) % len(images)
-    for part in index.split(max_batch):
-        copies = images.detach()[part].requires_grad_()
-        with torch.enable_grad():
-            logits = model(copies)
-            losses = loss(logits, *(chosen[part] for chosen in classes))
-            (gradient,) = torch.autograd.grad(losses.sum(), copies)
-        total.index_add_(0, part, gradient)
-        value.index_add_(0, part, losses.detach().to(value.dtype))
-        right.index_add_(0, part, (logits.detach().argmax(dim=1) == labels[part]).float())
-    return InputGradient(total / eot_samples, value / eot_samples, right / eot_samples)
-
-
-def _joint_gradient(
-    model: Model, images: Tensor, labels: Tensor, eot_samples: int, max_batch: int
-) -> InputGradient:
-    """``input_gradient`` of -log mean softmax: all draws of an image stand in one batch."""
     found = []
-    for part in torch.arange(len(images), device=images.device).split(max(1, max_batch // eot_samples)):
-        copies = images.detach()[part].repeat(eot_samples, 1, 1, 1)
-        if images.is_contiguous(memory_format=torch.channels_last):
-            copies = copies.contiguous(memory_format=torch.channels_last)
-        copies.requires_grad_()
-        with torch.enable_grad():
-            logits = model(copies).float().unflatten(0, (eot_samples, len(part)))
-            sure = logits.log_softmax(dim=2).gather(2, labels[part].expand(eot_samples, -1)[..., None])[..., 0]
-            losses = log(eot_samples) - sure.logsumexp(dim=0)
-            (gradient,) = torch.autograd.grad(losses.sum(), copies)
-        right = (logits.detach().argmax(dim=2) == labels[part]).float().mean(dim=0)
-        found.append((gradient.unflatten(0, (eot_samples, len(part))).sum(dim=0), losses.detach(), right))
-    return InputGradient(*(torch.cat(values) for values in zip(*found, strict=True)))
+    for rows in torch.arange(len(images), device=images.device).split(max(1, max_batch // eot_samples)):
+        passes = []
+        for part in rows.repeat(eot_samples).split(max_batch):
+            copies = images.detach()[part].requires_grad_()
+            with torch.enable_grad():
+                logits = model(copies)
+                values = value_of(logits, *(each[part] for each in classes))
+                (gradient,) = torch.autograd.grad(values.sum(), copies)
+            passes.append((gradient, values.detach().float(), logits.detach()))
+        gradients, values, logits = (
+            torch.cat(each).unflatten(0, (eot_samples, len(rows))) for each in zip(*passes, strict=True)
+        )
+        if loss == MEAN_SOFTMAX:  # the gradient of -log mean p is a mean of those of -log p, weighed by p
+            weights, value = (-values).softmax(dim=0), log(eot_samples) - (-values).logsumexp(dim=0)
+            gradient = (gradients * weights[..., None, None, None]).sum(dim=0)
+        else:
+            gradient, value = gradients.mean(dim=0), values.mean(dim=0)
+        found.append((gradient, value, logits))
+    gradients, values, logits = zip(*found, strict=True)
+    return EOTGradient(torch.cat(gradients), torch.cat(values), torch.cat(logits, dim=1))
+
+
+def make_generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator | None:
+    """The generator of an attack's own random numbers: a new one for a number, a given one, or None (torch's
+    global)."""
+    return torch.Generator(device).manual_seed(seed) if isinstance(seed, int) else seed
+
+
+class PassCounter(Adapted):
+    """A model that counts its passes, in images: ``gradient_passes`` (forward and backward) and
+    ``forward_passes`` (forward alone). Everything else is the model's."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__(adapt(model))
+        self.gradient_passes = self.forward_passes = 0
+
+    def forward(self, images: Float[Tensor, "batch channels height width"], *others: Any) -> Tensor:
+        if torch.is_grad_enabled() and images.requires_grad:
+            self.gradient_passes += len(images)
+        else:
+            self.forward_passes += len(images)
+        return self.network(images, *others)
+
+
+class EOTWrapper(nn.Module):
+    """A random model as other libraries can attack it: logits averaged over ``eot_samples`` samples, all in
+    one batch.
+
+    What they differentiate is a function of the mean logits (Athalye et al. 2018, section 4.2; Hill et al.
+    2021 average logits, too). The graph of all samples is in memory at once.
+    """
+
+    def __init__(self, model: Model, eot_samples: int) -> None:
+        super().__init__()
+        check_counts(eot_samples=eot_samples)
+        self.model, self.eot_samples = adapt(model), eot_samples
+        self.training = self.model.training
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        logits = self.model(images.repeat(self.eot_samples, 1, 1, 1)).float()
+        return logits.unflatten(0, (self.eot_samples, len(images))).mean(dim=0)

@@ -1,83 +1,188 @@
-"""What a norm means to an attack: a step, a projection, a random start, a size."""
+"""What a norm means to an attack: the ball around an image, its random start, steepest step, projection and
+size."""
+
+from typing import Any, Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atoplib.shares import WHOLE, Share
+from atoplib.parameters import Rule, above, at_least, one_of
 
-NORMS = ("linf", "l2")
+NORMS = ("linf", "l2", "l1")
+FINITE = 1e9  # no radius or step is larger
 ROUNDING = 3e-8  # of one value of an image in [0, 1] in float32, in the root mean square
+L1_SHARE = 0.01  # of the values of an image that one l1 step changes
 
 
-def _check(norm: str) -> None:
-    if norm not in NORMS:
-        raise ValueError(f"unknown norm {norm!r}; allowed: {', '.join(NORMS)}")
+def check_settings(**settings: tuple[Any, Rule]) -> None:
+    """Raise ValueError, with the name, unless each (value, rule of ``parameters``) fits."""
+    for name, (value, rule) in settings.items():
+        try:
+            rule(value)
+        except ValueError as error:
+            raise ValueError(f"{name} {error}") from error
 
 
-def check_ball(eps: float, norm: str) -> None:
+def check_counts(**counts: int) -> None:
+    """Raise ValueError unless every number is at least 1."""
+    check_settings(**{name: (count, at_least(1)) for name, count in counts.items()})
+
+
+def check_eps(eps: float, norm: str) -> None:
     """Raise ValueError unless ``eps`` is a radius of the norm in units of the image ([0, 1])."""
-    _check(norm)
-    if not 0 < eps < float("inf"):
-        raise ValueError(f"eps must be above 0, got {eps}")
+    check_settings(norm=(norm, one_of(*NORMS)), eps=(eps, above(0, FINITE)))
     if norm == "linf" and eps > 1:
         raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {eps}; 8/255?")
 
 
-def perturbation_size(perturbation: Float[Tensor, "batch 3 height width"], norm: str) -> Float[Tensor, " batch"]:
-    """The norm of each image's perturbation, in units of the image ([0, 1])."""
-    _check(norm)
-    flat = perturbation.flatten(1)
-    # in float64: the squares of a large image add up to more than float32 can tell apart
-    return flat.abs().amax(dim=1) if norm == "linf" else flat.norm(dim=1, dtype=torch.float64).to(flat.dtype)
+class Ball:
+    """The images in [0, 1] at most ``eps`` away from given ones.
 
+    Args:
+        images: (B, C, H, W) in [0, 1].
+        eps: radius in units of the image: 8/255 for linf, 0.5 for l2, 12 for l1; or one radius an image,
+            (B,).
+        norm: ``linf``, ``l2`` or ``l1``.
 
-def steepest_step(gradient: Float[Tensor, "batch 3 height width"], norm: str) -> Float[Tensor, "batch 3 height width"]:
-    """The step of norm 1 that raises the loss most: the sign (linf), the gradient over its own norm (l2).
-
-    A zero gradient gives a zero step. Source: Madry et al. 2018, section 2.1.
+    Raises:
+        ValueError: for an unknown norm, or a radius that is none.
     """
-    _check(norm)
+
+    def __init__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        eps: float | Float[Tensor, " batch"],
+        norm: str,
+    ) -> None:
+        check_eps(float(eps) if not isinstance(eps, Tensor) else 0.5, norm)
+        self.images, self.norm = images.detach(), norm
+        self.eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) else float(eps)
+        if norm == "linf":
+            self._low, self._high = (self.images - self.eps).clamp(0, 1), (self.images + self.eps).clamp(0, 1)
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """The ball of some of the images."""
+        eps = self.eps[index].flatten() if isinstance(self.eps, Tensor) else self.eps
+        return type(self)(self.images[index], eps, self.norm)
+
+    def start(self, generator: torch.Generator | None = None) -> Float[Tensor, "batch channels height width"]:
+        """A point for each image: uniform in the ball, clipped to [0, 1]."""
+        shape, kind = self.images.shape, {"device": self.images.device, "dtype": self.images.dtype}
+        if self.norm == "linf":
+            noise = torch.rand(shape, generator=generator, **kind) * 2 - 1
+            return (self.images + self.eps * noise).clamp(0, 1)
+        noise = torch.randn(shape, generator=generator, **kind)
+        if self.norm == "l1":  # signed exponentials over their sum are uniform on the sphere
+            noise = noise.sign() * torch.rand(shape, generator=generator, **kind).clamp_min(1e-12).log()
+        noise = _unit(noise) if self.norm == "l2" else of_l1_norm_1(noise)
+        radius = torch.rand((len(noise), 1, 1, 1), generator=generator, **kind)
+        return self.project(self.images + self.eps * radius ** (1 / self.images[0].numel()) * noise)
+
+    def direction(
+        self,
+        gradient: Float[Tensor, "batch channels height width"],
+        points: Float[Tensor, "batch channels height width"] | None = None,
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The step of norm 1 that raises the loss most; a zero gradient gives a zero step.
+
+        linf: the sign; l2: the gradient over its norm (Madry et al. 2018, section 2.1); l1: the signs of the
+            largest
+        percent of the entries, among those that can still move at ``points`` (Tramer & Boneh 2019, section
+        4).
+        """
+        if self.norm == "linf":
+            return gradient.sign()
+        if self.norm == "l2":
+            return _unit(gradient)
+        if points is not None:
+            stuck = ((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0))
+            gradient = gradient.masked_fill(stuck, 0)
+        flat = gradient.flatten(1)
+        count = max(1, round(L1_SHARE * flat.shape[1]))
+        top = flat.abs().topk(count, dim=1)
+        signs = of_l1_norm_1(flat.gather(1, top.indices).sign())
+        return torch.zeros_like(flat).scatter(1, top.indices, signs).view_as(gradient)
+
+    def project(
+        self, points: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The nearest points within the ball, clipped to [0, 1] (which never leaves it; for l1 both at
+        once)."""
+        if self.norm == "linf":
+            return points.clamp(self._low, self._high)
+        moved = points - self.images
+        # the sum is rounded value by value, by some 1e-7 of an image's: a margin of that size keeps it in the
+        # ball
+        count = moved[0].numel()
+        margin = ROUNDING * (count**0.5 if self.norm == "l2" else count)
+        eps = torch.as_tensor(self.eps, device=moved.device, dtype=torch.float64)
+        eps = torch.maximum(eps - margin, 0.5 * eps)
+        if self.norm == "l2":
+            size = moved.flatten(1).norm(dim=1, dtype=torch.float64).clamp_min(1e-30).view(-1, 1, 1, 1)
+            return (self.images + moved * (eps / size).clamp_max(1).to(moved.dtype)).clamp(0, 1)
+        room = torch.where(moved > 0, 1 - self.images, self.images).double().flatten(1)
+        change = moved.double().abs().flatten(1)
+        shrink = _l1_shrinkage(change, room, eps.expand(len(moved), 1, 1, 1).reshape(-1, 1))
+        change = torch.minimum((change - shrink).clamp_min(0), room)
+        return (self.images + (moved.sign() * change.view_as(moved)).to(moved.dtype)).clamp(0, 1)
+
+    def size(self, points: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
+        """The norm of what separates each point from its image, added up in float64."""
+        return norm_of(points - self.images, self.norm)
+
+    def check(self, points: Float[Tensor, "batch channels height width"], tolerance: float = 1e-6) -> None:
+        """Raise AssertionError if a result leaves [0, 1] or the ball, or holds NaN: a bug of the attack,
+        never a number.
+
+        Args:
+            tolerance: what is forgiven, in units of the image; for a radius above 1 in units of the radius.
+        """
+        eps = torch.as_tensor(self.eps, device=points.device, dtype=torch.float64).flatten()
+        over = ((self.size(points).double() - eps) / eps.clamp_min(1)).max()
+        low, high, over = torch.stack([points.min().double(), points.max().double(), over]).tolist()
+        if not (low >= 0 and high <= 1 and over <= tolerance):
+            raise AssertionError(
+                f"the attack left [0, 1] or its ball (or is not finite): values from {low} to {high}, "
+                f"{self.norm} norm {over:.3g} above eps {eps.max():.6g}"
+            )
+
+
+def norm_of(perturbation: Float[Tensor, "batch channels height width"], norm: str) -> Float[Tensor, " batch"]:
+    """The norm of each perturbation, in units of the image; l2 and l1 are added up in float64."""
+    flat = perturbation.flatten(1)
     if norm == "linf":
-        return gradient.sign()
+        return flat.abs().amax(dim=1)
+    # in float64: the squares of a large image add up to more than float32 can tell apart
+    return flat.norm(p=2 if norm == "l2" else 1, dim=1, dtype=torch.float64).to(flat.dtype)
+
+
+def of_l1_norm_1(values: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch ..."]:
+    """Each image's values (a gradient, eq. 6 of Dong et al. 2018) over their l1 norm; zero stays zero."""
+    sums = values.abs().flatten(1).sum(dim=1).clamp_min(torch.finfo(values.dtype).tiny)
+    return values / sums.view(-1, *[1] * (values.ndim - 1))
+
+
+def _unit(gradient: Tensor) -> Tensor:
     tiny = torch.finfo(gradient.dtype).tiny
     # first by the largest entry: the squares of a saturated model's gradients underflow
     gradient = gradient / gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp_min(tiny)
     return gradient / gradient.flatten(1).norm(dim=1).clamp_min(tiny).view(-1, 1, 1, 1)
 
 
-def project(
-    images: Float[Tensor, "batch 3 height width"],
-    origin: Float[Tensor, "batch 3 height width"],
-    eps: float,
-    norm: str,
-) -> Float[Tensor, "batch 3 height width"]:
-    """The nearest point to ``images`` within ``eps`` of ``origin``, then clipped to [0, 1] (which never leaves the ball)."""
-    _check(norm)
-    if norm == "linf":
-        return torch.minimum(torch.maximum(images, origin - eps), origin + eps).clamp(0, 1)
-    perturbation = images - origin
-    size = perturbation.flatten(1).norm(dim=1, dtype=torch.float64).clamp_min(1e-30).view(-1, 1, 1, 1)
-    # the sum is rounded value by value, by some 1e-7 of an image's: a margin of that size in every value keeps it in the ball
-    margin = ROUNDING * perturbation[0].numel() ** 0.5
-    scale = ((eps - margin).clamp_min(0.5 * eps) if isinstance(eps, Tensor) else max(eps - margin, 0.5 * eps)) / size
-    return (origin + perturbation * scale.clamp_max(1).to(perturbation.dtype)).clamp(0, 1)
+def _l1_shrinkage(change: Tensor, room: Tensor, eps: Tensor) -> Tensor:
+    """The smallest t >= 0 with sum(min(max(change - t, 0), room)) <= eps: that sum is linear between sorted
+    breakpoints.
 
-
-def random_start(
-    images: Float[Tensor, "batch 3 height width"],
-    eps: float,
-    norm: str,
-    generator: torch.Generator | None,
-    share: Share = WHOLE,
-) -> Float[Tensor, "batch 3 height width"]:
-    """A point within ``eps`` of each image: uniform in the cube (linf), uniform in the ball (l2); clipped to [0, 1]."""
-    _check(norm)
-    shape, device = images.shape, images.device
-    if norm == "linf":
-        noise = share.throw(torch.rand, shape, generator=generator, device=device) * 2 - 1
-        return (images + eps * noise).clamp(0, 1)
-    direction = steepest_step(share.throw(torch.randn, shape, generator=generator, device=device), "l2")
-    dimensions = images[0].numel()
-    radius = share.throw(torch.rand, (len(images), 1, 1, 1), generator=generator, device=device) ** (1 / dimensions)
-    return (images + eps * radius * direction).clamp(0, 1)
+    Source: Croce & Hein 2021, "Mind the box", proposition 2.1.
+    """
+    breaks, order = torch.cat([change, change - room], dim=1).sort(dim=1, descending=True)
+    # of the sum, below each breakpoint
+    slope = torch.where(order < change.shape[1], 1.0, -1.0).double().cumsum(dim=1)
+    growth = slope[:, :-1] * -breaks.diff(dim=1)
+    total = torch.cat([torch.zeros_like(eps), growth.cumsum(dim=1)], dim=1)  # the sum at each breakpoint
+    # the first one where the sum is eps or more
+    after = (total < eps).sum(dim=1, keepdim=True).clamp(1, total.shape[1] - 1)
+    below = total.gather(1, after) - eps
+    shrink = breaks.gather(1, after) + below / slope.gather(1, after - 1).clamp_min(1)
+    return torch.where(torch.minimum(change, room).sum(dim=1, keepdim=True) <= eps, 0.0, shrink.clamp_min(0))

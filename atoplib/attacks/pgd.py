@@ -1,256 +1,255 @@
-"""FGSM and PGD, with EOT for random models."""
+"""FGSM and PGD, with EOT for random models: one loop, restarts around it."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from functools import partial
 from math import cos, pi
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks.attempts import Attempt, StepCallback, random_model_with_votes, strongest_attempt
-from atoplib.attacks.checks import check_attack, check_budget
-from atoplib.attacks.eot import input_gradient
-from atoplib.attacks.losses import Loss, cross_entropy, likely_targets, margin, target_margin
-from atoplib.attacks.norms import check_ball, project, random_start, steepest_step
-from atoplib.shares import WHOLE, Share
-from atoplib.verdicts import Model, Verdict, draw_logits
+from atoplib.attacks.eot import StepCallback, eot_gradient, make_generator
+from atoplib.attacks.losses import Loss, likely_targets, target_margin
+from atoplib.attacks.norms import FINITE, Ball, check_counts, check_settings, of_l1_norm_1
+from atoplib.attacks.queries import at_rows, broken_samples, prepare_attack, strongest_attempt
+from atoplib.decisions import Model, sample_logits
+from atoplib.parameters import above, at_least, between, one_of
 
+LIKELY = "likely_targets"
+ENSEMBLE = ("mean_softmax", "margin", LIKELY)
 SMALLEST_STEP = 1 / 3
-"""Of the default step size, in units of eps. The gradients of a random model are noisy, so that many small steps get lost in
-the noise; the projection makes up for steps that are too large."""
+"""Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
+get lost in the noise; the projection makes up for steps that are too large."""
 LAST_STEP = 0.06
-"""Of a step size that decays, in units of the first."""
-
-
-@dataclass(frozen=True)
-class PGDSettings:
-    """Projected gradient ascent (Madry et al. 2018, section 2.1).
-
-    Attributes:
-        eps: radius of the ball, in units of the image ([0, 1]): 8/255 = 0.0314, l2 0.5.
-        norm: ``linf`` or ``l2``.
-        steps: iterations, at least 1.
-        alpha: step size in the same units; None: eps for a single step, 2.5 * eps / steps for a few, and never less than
-            eps / 3, below which a random defence looks up to twice as robust as it is.
-        eot_samples: draws of the model that each gradient is averaged over, at least 1.
-        start: ``random`` (uniform in the ball) or ``clean``.
-        stop_after: an image leaves the batch once every draw has been wrong in so many steps in a row, which saves the time
-            of images that are broken anyhow; 0: never.
-        decay: whether the step size falls along a half cosine, from alpha at the first step to ``LAST_STEP`` * alpha at the
-            last. A step that never falls does not converge on a deterministic model.
-        cycles: how often the step size falls so, on the way of one run; at least 1.
-        joint: whether cross-entropy is that of the mean softmax over the EOT samples (``eot.input_gradient``).
-        momentum: share of the past direction in the next one: g <- momentum * g + gradient / its l1 norm, and a step along
-            g in place of the gradient (MI-FGSM; Dong et al. 2018, eq. 6 and 7). 0: plain PGD.
-        restarts: runs, each from a random start of its own, at least 1. With several, each attacks those images alone that
-            ``verdict`` still calls right, and they differ in their loss, too: the loss given, the margin, then the margin of
-            each of the most likely other classes. Training makes one run, whatever is set.
-        verdict: when an image counts as broken between restarts; several draws for a random model.
-    """
-
-    eps: float
-    norm: str = "linf"
-    steps: int = 20
-    alpha: float | None = None
-    eot_samples: int = 1
-    start: str = "random"
-    stop_after: int = 0
-    decay: bool = False
-    cycles: int = 1
-    joint: bool = False
-    momentum: float = 0.0
-    restarts: int = 1
-    verdict: Verdict = Verdict()
-
-    def __post_init__(self) -> None:
-        check_ball(self.eps, self.norm)
-        if self.steps < 1 or self.eot_samples < 1:
-            raise ValueError(f"steps and eot_samples must be at least 1, got {self.steps} and {self.eot_samples}")
-        if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be above 0 (or None), got {self.alpha}")
-        if self.stop_after < 0:
-            raise ValueError(f"stop_after must be 0 (never) or more, got {self.stop_after}")
-        if self.start not in ("random", "clean"):
-            raise ValueError(f"unknown start {self.start!r}; allowed: random, clean")
-        if not 0 <= self.momentum < float("inf"):
-            raise ValueError(f"momentum must be 0 (none) or more, got {self.momentum}")
-        if self.cycles < 1:
-            raise ValueError(f"cycles must be at least 1, got {self.cycles}")
-        if self.restarts < 1:
-            raise ValueError(f"restarts must be at least 1, got {self.restarts}")
-        if self.restarts > 1 and self.start == "clean":
-            raise ValueError(f"{self.restarts} restarts differ in their starts only; choose start 'random' (or 1 restart)")
-
-    @property
-    def step_size(self) -> float:
-        """alpha, or its default."""
-        if self.alpha is not None:
-            return self.alpha
-        return self.eps if self.steps == 1 else self.eps * max(2.5 / self.steps, SMALLEST_STEP)
-
-    def step_size_at(self, step: int) -> float:
-        """The step size of step ``step``, from 0."""
-        if not self.decay or self.steps == 1:
-            return self.step_size
-        length = max(2, -(-self.steps // self.cycles))
-        falling = (1 + cos(pi * (step % length) / (length - 1))) / 2
-        return self.step_size * (LAST_STEP + (1 - LAST_STEP) * falling)
-
-
-def ascend(
-    model: Model,
-    images: Float[Tensor, "batch 3 height width"],
-    labels: Int[Tensor, " batch"],
-    settings: PGDSettings,
-    *,
-    generator: torch.Generator | None = None,
-    loss: Loss = cross_entropy,
-    targets: Int[Tensor, " batch"] | None = None,
-    max_batch: int = 512,
-    callback: StepCallback | None = None,
-    share: Share = WHOLE,
-) -> Float[Tensor, "batch 3 height width"]:
-    """One run of PGD on any callable, without checks: what training uses on every batch. Arguments as ``pgd``.
-
-    ``share`` says which part of a batch the images are, where several processes train together.
-    """
-    adversarial = images.detach()
-    if settings.start == "random":
-        adversarial = random_start(images, settings.eps, settings.norm, generator, share)
-    adversarial = adversarial.clone()
-    active = torch.arange(len(images), device=images.device)
-    wrong_in_a_row = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    losses = torch.zeros(len(images), device=images.device)
-    past = torch.zeros_like(adversarial) if settings.momentum else None
-    for step in range(settings.steps):
-        if len(active) == 0:
-            break
-        found = input_gradient(
-            model,
-            adversarial[active],
-            labels[active],
-            loss=loss,
-            targets=None if targets is None else targets[active],
-            eot_samples=settings.eot_samples,
-            joint=settings.joint and loss is cross_entropy,
-            max_batch=max_batch,
-        )
-        direction = found.gradient
-        if past is not None:
-            direction = past[active] = settings.momentum * past[active] + _of_l1_norm_1(found.gradient)
-        moved = adversarial[active] + settings.step_size_at(step) * steepest_step(direction, settings.norm)
-        adversarial[active] = project(moved, images[active], settings.eps, settings.norm)
-        losses[active] = found.loss
-        if callback is not None:
-            callback(step + 1, settings.steps, adversarial.clone(), losses.clone())
-        if settings.stop_after:
-            wrong_in_a_row[active] = torch.where(found.right > 0, 0, wrong_in_a_row[active] + 1)
-            active = active[wrong_in_a_row[active] < settings.stop_after]
-    return adversarial.detach()
-
-
-def check_targets(targets: Int[Tensor, " batch"], labels: Int[Tensor, " batch"]) -> None:
-    """Raise ValueError where there is not one target an image, or one is the image's own class."""
-    if targets.shape != labels.shape:
-        raise ValueError(f"targets need one class an image, shape {tuple(labels.shape)}, got {tuple(targets.shape)}")
-    same = (targets == labels).nonzero().flatten().tolist()
-    if same:
-        raise ValueError(f"the target of image {same[0]} is its own class, {int(labels[same[0]])}; choose another class")
-
-
-def _of_l1_norm_1(gradient: Tensor) -> Tensor:
-    tiny = torch.finfo(gradient.dtype).tiny
-    return gradient / gradient.flatten(1).norm(p=1, dim=1).clamp_min(tiny).view(-1, 1, 1, 1)
+"""Of a step size that falls, in units of the first."""
 
 
 def pgd(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
-    settings: PGDSettings,
     *,
-    generator: torch.Generator | None = None,
-    loss: Loss = cross_entropy,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 40,
+    alpha: float | None = None,
+    eot_samples: int = 1,
+    restarts: int = 1,
+    loss: Loss | str | Sequence[Loss | str] = "ce",
+    start: str | Float[Tensor, "batch channels height width"] = "random",
+    momentum: float = 0.0,
+    cycles: int = 0,
+    early_stop: int = 0,
+    rule: str = "any",
+    votes: int = 10,
     targets: Int[Tensor, " batch"] | None = None,
-    max_batch: int = 512,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
     callback: StepCallback | None = None,
-) -> Float[Tensor, "batch 3 height width"]:
-    """Adversarial images by projected gradient ascent: the last iterate, whether or not it succeeded.
-
-    With several restarts: the last iterate of the first run that broke an image by the verdict; where none did, that of the
-    largest margin loss.
+) -> Float[Tensor, "batch channels height width"]:
+    """Adversarial images by projected gradient ascent: the last iterate, of the strongest of all restarts.
 
     Args:
-        model: in eval mode, images in [0, 1] -> logits; may be random.
+        model: in eval mode, images in [0, 1] -> logits; may be random. A function that is no module (as in a
+            training step) is taken as it is, without a check, and always gets the whole batch.
         images: in [0, 1].
         labels: true classes.
-        generator: of the random start, on the images' device; the model's own dice are not touched.
-        loss: (logits, labels) -> one value an image, to be raised.
-        targets: the class that each image is driven to, in place of ``loss``: the margin between it and the true one.
-        max_batch: copies of images (images x draws) that are in memory at once.
-        callback: (step, steps, adversarial, loss of each image) after every step.
+        eps: radius of the ball in units of the image: 8/255 for linf, 0.5 for l2.
+        norm: ``linf``, ``l2`` or ``l1``.
+        steps: of each run, at least 1.
+        alpha: step size in units of the image; None: eps where it falls (``cycles``), else eps for one step,
+            2.5 eps / steps for a few and never less than eps / 3, below which a random defence looks up to
+            twice as robust as it is.
+        eot_samples: samples of the model that each gradient is taken over.
+        restarts: runs; each attacks the images that are not yet misclassified, from a random start of its
+            own.
+        loss: what is raised, as in ``eot_gradient``; of several each restart takes the next, the last one
+            again and again, and ``likely_targets`` is the margin of the most likely other class, then of the
+            next.
+        start: of the first run: ``random`` (uniform in the ball), ``clean``, or images; every restart begins
+            at random.
+        momentum: share of the past direction in the next one: g <- momentum * g + gradient / its l1 norm, and
+            a step along g (MI-FGSM; Dong et al. 2018, eq. 6 and 7).
+        cycles: how often the step size falls along half a cosine, from alpha to 0.06 alpha; 0: it never does,
+            and then a deterministic model is not attacked to the end.
+        early_stop: an image leaves once every sample was misclassified in so many steps in a row; 0: never.
+        rule, votes: by which an image counts as misclassified between restarts (``strongest_attempt``).
+        targets: class that each image is driven to, by the margin between it and the true one, in place of
+            ``loss``.
+        seed: of the attack's own random numbers; None: torch's global generator. The model's are not
+            reseeded.
+        max_batch: copies of images (images x samples) that are in memory at once.
+        callback: (step, steps, adversarial, loss of each image) after every step; steps of all restarts
+            together.
 
     Returns:
         adversarial images in [0, 1], within eps of ``images``.
 
     Raises:
-        ValueError: as ``check_attack``; for a target that is an image's own class; for restarts on a random model with a verdict of a single draw.
+        ValueError: as ``contract.prepare``; for settings out of range; for a target that is an image's own
+            class.
 
     Source: Madry et al. 2018, section 2.1; EOT: Athalye et al. 2018, section 4.2.
     """
-    model, images, labels = check_attack(model, images, labels)
-    if targets is not None:
-        check_targets(targets, labels)
-    everything = torch.arange(len(images), device=images.device)
+    goals = [loss] if isinstance(loss, str) or callable(loss) else list(loss)
+    check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts)
+    check_settings(momentum=(momentum, between(0, FINITE)), early_stop=(early_stop, at_least(0)))
+    if isinstance(start, str):
+        check_settings(start=(start, one_of("random", "clean")))
+    checked = isinstance(model, nn.Module)
+    model, images, labels = prepare_attack(model, images, labels, targets)
+    max_batch = max_batch if checked else max(max_batch, len(images))
+    ball, generator = Ball(images, eps, norm), make_generator(seed, images.device)
+    sizes, likely = step_sizes(eps, steps, alpha, cycles), ()
+    if LIKELY in goals[:restarts]:
+        logits = sample_logits(model, images, num_samples=votes, max_batch=max_batch).mean(dim=0)
+        likely = likely_targets(logits, labels, restarts - goals.index(LIKELY))
 
-    def attempt(goal: Loss, classes: Tensor | None) -> Attempt:
-        def run(positions: Tensor, report: StepCallback | None) -> Tensor:
-            return ascend(
-                model,
-                images[positions],
-                labels[positions],
-                settings,
-                generator=generator,
-                loss=goal,
-                targets=None if classes is None else classes[positions],
-                max_batch=max_batch,
-                callback=report,
-            )
-
-        return Attempt(settings.steps, run)
-
-    if settings.restarts == 1:
-        goal, classes = (loss, None) if targets is None else (target_margin, targets)
-        adversarial = attempt(goal, classes).run(everything, callback)
-    else:
-        random_model_with_votes(model, images, settings.verdict)
-        if targets is None:
-            logits = draw_logits(model, images, num_draws=settings.verdict.num_draws, max_batch=max_batch).mean(dim=0)
-            likely = likely_targets(logits, labels, settings.restarts).unbind(dim=1)
-            later = [(target_margin, likely[number % len(likely)]) for number in range(settings.restarts - 2)]
-            goals = [(loss, None), (margin, None), *later]
+    def attempt(number: int, rows: Tensor, report: StepCallback | None) -> Tensor:
+        goal, classes = goals[min(number, len(goals) - 1)], None
+        if goal == LIKELY:
+            goal, classes = target_margin, likely[(number - goals.index(LIKELY)) % len(likely)][rows]
+        if targets is not None:
+            goal, classes = target_margin, targets[rows]
+        near = ball.rows(rows) if restarts > 1 else ball
+        if number or (isinstance(start, str) and start == "random"):
+            begin = near.start(generator)
         else:
-            goals = [(target_margin, targets)] * settings.restarts
-        attempts = [attempt(*goal) for goal in goals]
+            begin = images[rows] if isinstance(start, str) else near.project(start[rows])
+        return _ascend(
+            model, begin, labels[rows], near, goal, classes, sizes=sizes, eot_samples=eot_samples,
+            momentum=momentum, early_stop=early_stop, reach=targets is not None, max_batch=max_batch,
+            callback=report,
+        )  # fmt: skip
+
+    if restarts == 1:
+        adversarial = attempt(0, torch.arange(len(images), device=images.device), callback)
+    else:
+        attempts = [(steps, partial(attempt, number)) for number in range(restarts)]
         adversarial = strongest_attempt(
-            model, images, labels, attempts, settings.verdict, max_batch=max_batch, callback=callback
-        )
-    check_budget(adversarial, images, settings.eps, settings.norm)
+            model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
+            callback=callback,
+        )  # fmt: skip
+    if checked:
+        ball.check(adversarial)
     return adversarial
 
 
-def fgsm(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
+def pgd_ensemble(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
-    eps: float,
     *,
-    eot_samples: int = 1,
-    max_batch: int = 512,
-) -> Float[Tensor, "batch 3 height width"]:
-    """One step of size eps along the sign of the gradient, from the image itself (Goodfellow et al. 2015, section 4).
+    eps: float,
+    norm: str = "linf",
+    steps: int = 80,
+    alpha: float | None = None,
+    eot_samples: int = 5,
+    restarts: int = 2,
+    loss: Loss | str | Sequence[Loss | str] = ENSEMBLE,
+    start: str | Float[Tensor, "batch channels height width"] = "random",
+    momentum: float = 0.75,
+    cycles: int = 3,
+    early_stop: int = 3,
+    rule: str = "any",
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """The strongest PGD of the kit for its passes: ``pgd`` with a falling step, momentum, and restarts of
+    several losses.
 
-    Arguments, result and errors as ``pgd``, linf norm.
+    Arguments, result and errors as ``pgd``; other defaults.
     """
-    settings = PGDSettings(eps=eps, steps=1, eot_samples=eot_samples, start="clean")
-    return pgd(model, images, labels, settings, max_batch=max_batch)
+    return pgd(
+        model, images, labels, eps=eps, norm=norm, steps=steps, alpha=alpha, eot_samples=eot_samples,
+        restarts=restarts, loss=loss, start=start, momentum=momentum, cycles=cycles, early_stop=early_stop,
+        rule=rule, votes=votes, targets=targets, seed=seed, max_batch=max_batch, callback=callback,
+    )  # fmt: skip
+
+
+def fgsm(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float,
+    norm: str = "linf",
+    eot_samples: int = 1,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """One step of size eps from the image itself along the sign of the gradient (Goodfellow et al. 2015,
+    section 4).
+
+    Arguments, result and errors as ``pgd``.
+    """
+    return pgd(
+        model, images, labels, eps=eps, norm=norm, steps=1, alpha=eps, start="clean", eot_samples=eot_samples,
+        targets=targets, seed=seed, max_batch=max_batch, callback=callback,
+    )  # fmt: skip
+
+
+def step_sizes(eps: float, steps: int, alpha: float | None = None, cycles: int = 0) -> list[float]:
+    """The size of every step of a run, as ``pgd`` describes ``alpha`` and ``cycles``.
+
+    Raises:
+        ValueError: for a size or a number of cycles out of range.
+    """
+    if alpha is None:
+        alpha = eps if steps == 1 or cycles else eps * max(2.5 / steps, SMALLEST_STEP)
+    check_settings(alpha=(alpha, above(0, FINITE)), cycles=(cycles, at_least(0)))
+    if cycles == 0 or steps == 1:
+        return [alpha] * steps
+    length = max(2, -(-steps // cycles))
+    falling = [(1 + cos(pi * (step % length) / (length - 1))) / 2 for step in range(steps)]
+    return [alpha * (LAST_STEP + (1 - LAST_STEP) * share) for share in falling]
+
+
+def _ascend(
+    model: Model,
+    x: Tensor,
+    labels: Tensor,
+    ball: Ball,
+    goal: Loss | str,
+    classes: Tensor | None,
+    *,
+    sizes: Sequence[float],
+    eot_samples: int,
+    momentum: float,
+    early_stop: int,
+    reach: bool,
+    max_batch: int,
+    callback: StepCallback | None,
+) -> Tensor:
+    """One run from ``x``; ``reach``: an image is done where it is classified as its class of ``classes``."""
+    result, losses = x.clone(), torch.zeros(len(x), device=x.device)
+    rows = torch.arange(len(x), device=x.device)
+    in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x) if momentum else None
+    for step, size in enumerate(sizes):
+        found = eot_gradient(
+            model, x, labels, loss=goal, eot_samples=eot_samples, targets=classes, max_batch=max_batch
+        )
+        direction = found.gradient
+        if past is not None:
+            direction = past = momentum * past + of_l1_norm_1(direction)
+        x = ball.project(x + size * ball.direction(direction, x))
+        if callback is not None:
+            result[rows], losses[rows] = x, found.loss
+            callback(step + 1, len(sizes), result.clone(), losses.clone())
+        if early_stop:
+            done = broken_samples(found.logits, labels, classes if reach else None).all(dim=0)
+            in_a_row = torch.where(done, in_a_row + 1, 0)
+            stays = in_a_row < early_stop
+            if not stays.all():
+                result[rows], ball = x, ball.rows(stays)
+                each = (rows, x, labels, in_a_row, past, classes)
+                rows, x, labels, in_a_row, past, classes = (at_rows(values, stays) for values in each)
+                if len(rows) == 0:
+                    break
+    result[rows] = x
+    return result.detach()

@@ -1,66 +1,297 @@
-"""What black-box attacks share: the value of a point, seen through logits alone."""
+"""What attacks share: the border, decisions by votes, several attempts in turn, and a search through logits
+alone."""
 
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from atoplib.attacks.losses import margin
-from atoplib.verdicts import Model, Verdict, judge
+from atoplib.attacks.eot import StepCallback, make_generator
+from atoplib.attacks.losses import TINY, margin, target_margin
+from atoplib.attacks.norms import check_counts, check_settings
+from atoplib.contract import prepare
+from atoplib.decisions import (
+    ANY,
+    RULES,
+    Model,
+    correct,
+    fixed_sample,
+    full_float32,
+    is_random,
+    sample_logits,
+    supports_fixed_sample,
+)
+from atoplib.parameters import at_least, one_of
+
+Attempt = tuple[int, Callable[[Tensor, StepCallback | None], Tensor]]
+"""The steps that it reports at most; (positions of the images to attack, callback) -> adversarial images at
+these positions."""
+
+
+def prepare_attack(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    targets: Int[Tensor, " batch"] | None = None,
+    *,
+    differentiable: bool = True,
+) -> tuple[nn.Module, Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
+    """``contract.prepare``; ValueError unless each target is a class of the model and not the image's own."""
+    model, images, labels = prepare(model, images, labels, differentiable=differentiable)
+    if targets is None:
+        return model, images, labels
+    classes, shape = sample_logits(model, images[:1]).shape[2], tuple(targets.shape)
+    if targets.shape != labels.shape or not 0 <= int(targets.min()) <= int(targets.max()) < classes:
+        raise ValueError(f"targets must be {len(labels)} classes of 0..{classes - 1}, got {targets} {shape}")
+    same = (targets == labels).nonzero().flatten().tolist()
+    if same:
+        own = int(labels[same[0]])
+        raise ValueError(f"the target of image {same[0]} is its own class, {own}; choose another class")
+    return model, images, labels
+
+
+def check_rule(model: Model, images: Tensor, rule: str, votes: int) -> tuple[bool, int]:
+    """Whether the model is random, and the number of votes that a decision needs: one for a deterministic
+    model.
+
+    Raises:
+        ValueError: for an unknown rule; for a random model that is judged by a single sample, with which
+            every image counts as broken once an attack has tried often enough, however weak the attack.
+    """
+    check_settings(rule=(rule, one_of(ANY, *RULES)), votes=(votes, at_least(1)))
+    random = is_random(model, images)
+    if random and (votes < 2 or rule == "single"):
+        raise ValueError(
+            f"the model is random, but rule {rule!r} with {votes} votes rests on a single sample, which says "
+            "little of an image; use several votes, as in rule='any', votes=10"
+        )
+    return random, votes if random else 1
+
+
+def broken_samples(
+    logits: Float[Tensor, "samples batch classes"],
+    labels: Int[Tensor, " batch"],
+    targets: Int[Tensor, " batch"] | None = None,
+) -> Bool[Tensor, "samples batch"]:
+    """Which samples are misclassified; with targets, which are classified as those."""
+    return logits.argmax(dim=2) != labels if targets is None else logits.argmax(dim=2) == targets
+
+
+def broken_by(
+    logits: Float[Tensor, "samples batch classes"],
+    labels: Int[Tensor, " batch"],
+    targets: Int[Tensor, " batch"] | None = None,
+    rule: str = ANY,
+) -> Bool[Tensor, " batch"]:
+    """Which images are misclassified (with targets: classified as their target) by ``rule``."""
+    if targets is None:
+        return ~correct(logits, labels, rule)
+    # what is a success of the model here is one of the attacker
+    return correct(logits, targets, {ANY: "worst_of_n", "worst_of_n": ANY}.get(rule, rule))
+
+
+def broken(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    targets: Int[Tensor, " batch"] | None = None,
+    rule: str = ANY,
+    votes: int = 1,
+    max_batch: int = 256,
+) -> Bool[Tensor, " batch"]:
+    """``broken_by`` of ``votes`` new samples."""
+    logits = sample_logits(model, images, num_samples=votes, max_batch=max_batch)
+    return broken_by(logits, labels, targets, rule)
+
+
+def at_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
+    """``values[rows]``, where there are values."""
+    return None if values is None else values[rows]
+
+
+def strongest_attempt(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    attempts: Sequence[Attempt],
+    *,
+    rule: str = ANY,
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Make the attempts one after the other, each on those images alone that are not yet misclassified.
+
+    Args:
+        rule, votes: how an image counts as correct: by ``any`` as long as one of so many votes is (the
+            strongest choice), or by one of ``decisions.RULES``. A deterministic model gets one vote.
+        targets: where given, an image counts as correct until it is classified as its target.
+        callback: of all images and the steps of all attempts.
+
+    Returns:
+        for an image that was misclassified, what did it (the image itself where it is wrong); for any other
+        the candidate of the fewest correct votes, and among equals that of the largest margin. Candidates are
+        compared on fresh votes.
+
+    Raises:
+        ValueError: as ``check_rule``.
+    """
+    random, votes = check_rule(model, images, rule, votes)
+    samples = partial(sample_logits, model, num_samples=votes, max_batch=max_batch)
+
+    def judge(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each image is still correct, and how near it is to an error: votes lost, then the mean
+        margin."""
+        aims, many, flat = at_rows(targets, rows), labels[rows].repeat(len(logits)), logits.flatten(0, 1)
+        margins = margin(flat, many) if aims is None else target_margin(flat, many, aims.repeat(len(logits)))
+        mean = margins.double().unflatten(0, logits.shape[:2]).mean(dim=0)
+        lost = broken_samples(logits, labels[rows], aims).double().sum(dim=0)
+        return ~broken_by(logits, labels[rows], aims, rule), 2 * lost + mean / (mean.abs() + spread[rows])
+
+    def report(done: int, rows: Tensor, step: int, _steps: int, points: Tensor, losses: Tensor) -> None:
+        shown, values = adversarial.clone(), losses.new_zeros(len(images))
+        shown[rows], values[rows] = points, losses
+        callback(done + step, sum(length for length, _ in attempts), shown, values)
+
+    adversarial, clean, done = images.clone(), samples(images), 0
+    spread = clean.double().std(dim=2).mean(dim=0) + TINY  # so that no scale of the logits weighs the margin
+    remaining, scores = judge(clean, torch.arange(len(images), device=images.device))
+    for number, (length, run) in enumerate(attempts):
+        rows = remaining.nonzero().squeeze(1)
+        if len(rows) == 0:
+            break
+        found = run(rows, callback and partial(report, done, rows))
+        if random and number:  # asked again, so that luck keeps none
+            scores[rows] = (scores[rows] + judge(samples(adversarial[rows]), rows)[1]) / 2
+        remaining[rows], strength = judge(samples(found), rows)
+        better = ~remaining[rows] | (strength > scores[rows])
+        adversarial[rows] = torch.where(better.view(-1, 1, 1, 1), found, adversarial[rows])
+        scores[rows] = torch.where(better, strength, scores[rows])
+        done += length
+    return adversarial
 
 
 @torch.no_grad()
 def mean_margin(
     model: Model,
-    images: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
     *,
+    targets: Int[Tensor, " batch"] | None = None,
     eot_samples: int = 1,
-    max_batch: int = 512,
+    max_batch: int = 256,
     seed: int | None = None,
 ) -> Float[Tensor, " batch"]:
-    """Margin of each image (above 0: misread), averaged over ``eot_samples`` draws of the model, without any gradient.
-
-    Draws and images stand in one batch, at most ``max_batch`` of them at once.
+    """Margin of each image, above 0 where it is misclassified (with targets: classified as its target),
+    averaged over ``eot_samples`` samples of the model, without any gradient.
 
     Args:
-        seed: of draws that are held: two calls with one seed meet the same, so that the difference of two points is seen
-            through the noise. For models with ``fixed_draws``, as ``can_hold`` tells; None throws new dice.
+        seed: of common random numbers: two calls with one seed meet the same samples, so that the difference
+            of two points is seen through the noise. For models that ``supports_fixed_sample``; None: new
+            samples.
     """
     total = torch.zeros(len(images), device=images.device)
     index = torch.arange(eot_samples * len(images), device=images.device) % max(1, len(images))
-    for number, part in enumerate(index.split(max_batch)):
-        # another seed for each part: one seed gives batches of one shape the same draws
-        with nullcontext() if seed is None else model.fixed_draws(seed + number):
-            total.index_add_(0, part, margin(model(images[part]), labels[part]))
+    for number, rows in enumerate(index.split(max_batch)):
+        # another seed for each part: one seed gives batches of one shape the same samples
+        with nullcontext() if seed is None else fixed_sample(model, seed + number):
+            logits = model(images[rows])
+        gap = margin(logits, labels[rows]) if targets is None else -margin(logits, targets[rows])
+        total.index_add_(0, rows, gap.to(total.dtype))
     return total / eot_samples
 
 
-def can_hold(model: Model) -> bool:
-    """Whether a model's dice can be held, as those of an ``AToPPipeline``."""
-    return hasattr(model, "fixed_draws")
-
-
-def new_seed(generator: torch.Generator | None, device: torch.device) -> int:
-    """For ``mean_margin``."""
+def new_seed(model: Model, generator: torch.Generator | None, device: torch.device) -> int | None:
+    """A seed for ``mean_margin``; None where the model has no sample that can be fixed."""
+    if not supports_fixed_sample(model):
+        return None
     return int(torch.randint(2**31, (), generator=generator, device=device))
 
 
-def still_standing(
-    model: Model,
-    images: Float[Tensor, "batch 3 height width"],
-    labels: Int[Tensor, " batch"],
-    suspects: Bool[Tensor, " batch"],
-    verdict: Verdict,
-    *,
-    max_batch: int = 512,
-) -> Bool[Tensor, " batch"]:
-    """Which images are not broken: those that are no suspects, and the suspects whom ``verdict`` calls right all the same.
+class Search:
+    """A batch under attack through logits alone: each image's best point so far, until votes call it broken.
 
-    Only suspects cost forward passes.
+    Attributes:
+        random: whether the model is.
+        adversarial, margins: the best points so far, and their mean margins.
+        active: positions of the images that are not broken yet.
     """
-    standing = ~suspects
-    if suspects.any():
-        standing[suspects] = judge(model, images[suspects], labels[suspects], verdict, max_batch=max_batch)
-    return standing
+
+    def __init__(
+        self,
+        model: Model,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        targets: Tensor | None,
+        eot_samples: int,
+        rule: str,
+        votes: int,
+        seed: int | torch.Generator | None,
+        max_batch: int,
+    ) -> None:
+        check_counts(eot_samples=eot_samples)
+        model, images, labels = prepare_attack(model, images, labels, targets, differentiable=False)
+        self.model, self.images, self.labels, self.targets = model, images, labels, targets
+        self.random, votes = check_rule(model, images, rule, votes)
+        self.generator = make_generator(seed, images.device)
+        self.values = {"eot_samples": eot_samples, "max_batch": max_batch}
+        self.decision = {"rule": rule, "votes": votes, "max_batch": max_batch}
+        self.adversarial = images.detach().clone()
+        self.margins = torch.full((len(images),), -torch.inf, device=images.device)
+        self.active = torch.arange(len(images), device=images.device)
+
+    def aims(self) -> dict[str, Tensor | None]:
+        """Labels and targets of the active images."""
+        return {"labels": self.labels[self.active], "targets": at_rows(self.targets, self.active)}
+
+    def margin(self, points: Tensor, seed: int | None = None) -> Tensor:
+        """``mean_margin`` of points of the active images."""
+        return mean_margin(self.model, points, **self.aims(), **self.values, seed=seed)
+
+    def new_seed(self) -> int | None:
+        return new_seed(self.model, self.generator, self.images.device)
+
+    def keep(self, points: Tensor, margins: Tensor, better: Tensor | None = None) -> None:
+        """Take the points of a larger margin (or those that are ``better``) for the best; let go the images
+        that they break."""
+        rows = self.active
+        better = margins > self.margins[rows] if better is None else better
+        self.adversarial[rows] = torch.where(better.view(-1, 1, 1, 1), points, self.adversarial[rows])
+        self.margins[rows] = torch.where(better, margins, self.margins[rows])
+        self.let_go(better & (margins > 0))
+
+    def let_go(self, suspects: Tensor) -> None:
+        """Of the active images those that suspicion falls on, where votes confirm it; the others cost
+        nothing."""
+        gone, everyone = suspects.clone(), self.active
+        self.active = everyone[suspects]
+        if len(self.active) > 0:
+            points = self.adversarial[self.active]
+            gone[suspects] = broken(self.model, points, **self.aims(), **self.decision)
+        self.active = everyone[~gone]
+
+    def try_all(
+        self, candidate: Callable[[int, Tensor], Tensor], count: int, callback: StepCallback | None
+    ) -> Float[Tensor, "batch channels height width"]:
+        """Of ``count`` candidates, (number, positions of images) -> images in [0, 1], the one of the largest
+        mean margin for each image, or the first that breaks it.
+
+        All candidates meet the same samples of a model where these can be fixed; only what a candidate breaks
+        by the mean margin is decided by votes, with new samples.
+        """
+        seed = self.new_seed()
+        for number in range(count):
+            with full_float32(self.images.device):  # also where the model computes in less
+                points = candidate(number, self.active)
+            self.keep(points, self.margin(points, seed))
+            if callback is not None:
+                callback(number + 1, count, self.adversarial.clone(), self.margins.clone())
+            if len(self.active) == 0:
+                break
+        return self.adversarial

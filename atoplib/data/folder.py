@@ -1,213 +1,173 @@
-"""Folders of images, one folder a class: listed, checked, decoded into a cache. A listing is sorted and stays within
-its folder; the cache is keyed by the names, sizes and times of the files, so that a changed image is decoded again.
+"""Folders of images, one folder a class: listed, checked, decoded into a cache. A listing is sorted and stays
+within its folder; the cache is named by the names, sizes and times of the files, so that a changed image is
+decoded again.
 """
 
-import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from operator import attrgetter
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
-from atoplib.data.cache import BrokenCache, cache_key, cached, decoding_threads, open_cache
-from atoplib.data.images import read_image
-from atoplib.data.request import Request, Source, subset
+from atoplib.data.images import cache_path, cached, open_cache, read_image
+from atoplib.data.splits import subset
+from atoplib.files import NOT_OF_THE_DATA
+from atoplib.progress import Report
 
-IMAGE_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff"))
-NOT_OF_THE_DATA = frozenset(("@eadir", "#recycle", "#snapshot", "__macosx", "lost+found", "$recycle.bin", "thumbs.db"))
-"""What network drives, archives and file systems put into folders, in lower case; thumbnails are in some of them."""
+IMAGE_SUFFIXES = frozenset(
+    (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+)
 OTHER_IMAGES = frozenset((".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg"))  # that are not read
+LAYOUT = "a folder holds train/CLASS/IMAGE and test/CLASS/IMAGE (or val/ in place of test/)"
 
 
 class Listing(NamedTuple):
-    """The image files of one split of a folder, sorted, with their labels."""
+    """The image files of one split of a folder, sorted, and the class of each."""
 
-    root: Path
-    split: str
+    folder: Path
     classes: tuple[str, ...]
-    files: tuple[str, ...]  # below root/split, as CLASS/NAME
-    stamps: tuple[tuple[int, int], ...]  # size in bytes, time of the last change in ns
+    files: list[Path]
     labels: np.ndarray
-
-    def choose(self, chosen: np.ndarray) -> Self:
-        files, stamps = (tuple(values[i] for i in chosen) for values in (self.files, self.stamps))
-        return self._replace(files=files, stamps=stamps, labels=self.labels[chosen])
-
-    def path(self, index: int) -> Path:
-        return self.root / self.split / self.files[index]
-
-
-def folder_sources(request: Request) -> tuple[list[Source], tuple[str, ...]]:
-    """Return the training and the test images of folder:PATH and the classes. Raises as load_dataset does."""
-    listings = folder_listings(request.name)
-    return listing_sources(request, listings), listings[0].classes
 
 
 def folder_listings(name: str) -> list[Listing]:
-    """List the training and the test images of folder:PATH, labels by the classes of both; nothing is decoded.
+    """List the training and the test images of folder:PATH, labels by the classes of train/; nothing is
+    decoded.
 
-    Raises as load_dataset does.
+    Raises ValueError and FileNotFoundError as `data.load`.
     """
-    given = name.removeprefix("folder:")
-    root = Path(given).expanduser()
-    layout = "a folder holds train/CLASS/IMAGE and test/CLASS/IMAGE (or val/ in place of test/)"
-    if not given.strip() or not root.is_dir():
-        raise FileNotFoundError(f"{name!r} names no folder that exists: write folder:PATH, where {layout}")
-    test = next((split for split in ("test", "val") if (root / split).is_dir()), None)
-    missing = [text for text, found in (("train/", (root / "train").is_dir()), ("test/ or val/", test)) if not found]
-    if missing:
-        raise FileNotFoundError(f"{root} has no {' and no '.join(missing)}: {layout}")
-    train_listing, test_listing = scan_split(root, "train"), scan_split(root, test)
-    classes = train_listing.classes
-    if len(classes) < 2:
-        raise ValueError(f"{root / 'train'} holds one class only ({classes[0]!r}): a classifier needs at least two")
-    unknown = sorted(set(test_listing.classes) - set(classes))
+    root = Path(name.removeprefix("folder:")).expanduser()
+    split = next((split for split in ("test", "val") if (root / split).is_dir()), None)
+    if not name.removeprefix("folder:").strip() or split is None or not (root / "train").is_dir():
+        raise FileNotFoundError(
+            f"{name!r} lacks train/, or test/ and val/: write folder:PATH, where {LAYOUT}"
+        )
+    train, test = scan_split(root, "train"), scan_split(root, split)
+    if len(train.classes) < 2:
+        raise ValueError(
+            f"{train.folder} holds one class only ({train.classes[0]!r}): a classifier needs at least two"
+        )
+    unknown = sorted(set(test.classes) - set(train.classes))
     if unknown:
         raise ValueError(
-            f"{root / test} holds the class {unknown[0]!r}, which train/ does not know (it has {_shortened(classes)}): "
-            f"add it to train/ or remove it from {test}/"
+            f"{test.folder} holds the class {unknown[0]!r}, which {train.folder} does not: add it there, or "
+            "remove it here"
         )
-    renumber = np.asarray([classes.index(name) for name in test_listing.classes], dtype=np.int64)
-    test_listing = test_listing._replace(classes=classes, labels=renumber[test_listing.labels])
-    return [train_listing, test_listing]
-
-
-def count_test_images(name: str) -> int:
-    """How many test images there are in ``folder:PATH``; nothing is decoded. Raises as ``scan_split``."""
-    root = Path(name.removeprefix("folder:")).expanduser()
-    return len(scan_split(root, "test" if (root / "test").is_dir() else "val").files)
+    renumbered = np.asarray([train.classes.index(name) for name in test.classes])[test.labels]
+    return [train, test._replace(classes=train.classes, labels=renumbered)]
 
 
 def scan_split(root: Path, split: str) -> Listing:
     """List the images of root/split in the order of their names; each folder in it is a class.
 
-    Raises ValueError for a split or a class without images and for links that lead out of root or to a folder,
-    FileNotFoundError for a folder that is not there and for links to nothing. Warns of images of a format that is not read.
+    Raises ValueError for a split or a class without images and for links that lead out of root, to a folder
+    or to nothing. Warns of images of a format that is not read.
     """
-    folder = root / split
-    inside = os.path.realpath(root)
-    if folder.is_symlink():
-        _check_link(str(folder), inside)
-    classes, files, stamps, labels, passed_over = [], [], [], [], []
-    for entry in _entries(folder, inside):
-        if not entry.is_dir():
-            continue
-        found = list(_image_files(folder / entry.name, entry.name, inside, passed_over))
-        if not found:
-            raise ValueError(
-                f"{folder / entry.name} holds no image: fill it with files ending in "
-                f"{', '.join(sorted(IMAGE_SUFFIXES))}, or delete it"
-            )
-        labels += [len(classes)] * len(found)
-        classes.append(entry.name)
-        files += [name for name, _ in found]
-        stamps += [stamp for _, stamp in found]
+    folder, inside = root / split, os.path.realpath(root)
+    _check_link(folder, inside)
+    classes = [entry.name for entry in _entries(folder, inside) if entry.is_dir()]
+    found = [_files_below(folder / name, inside) for name in classes]
+    images = [[path for path in files if path.suffix.lower() in IMAGE_SUFFIXES] for files in found]
+    suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
     if not classes:
         raise ValueError(f"{folder} holds no class: make one folder of images for each class in it")
-    if passed_over:
+    if not all(images):
+        empty = next(name for name, files in zip(classes, images, strict=True) if not files)
+        raise ValueError(
+            f"{folder / empty} holds no image: fill it with files ending in {suffixes}, or delete it"
+        )
+    others = [path for files in found for path in files if path.suffix.lower() in OTHER_IMAGES]
+    if others:
         warnings.warn(
-            f"{len(passed_over)} files of {folder} are left out, {passed_over[0]} for one: images are read from "
-            f"{', '.join(sorted(IMAGE_SUFFIXES))}",
+            f"{len(others)} files of {folder} are left out, {others[0].relative_to(folder)} for one: "
+            f"images are read from {suffixes}",
             stacklevel=2,
         )
-    return Listing(root, split, tuple(classes), tuple(files), tuple(stamps), np.asarray(labels, dtype=np.int64))
+    labels = np.repeat(np.arange(len(classes)), [len(files) for files in images])
+    return Listing(folder, tuple(classes), [path for files in images for path in files], labels)
 
 
-def listing_sources(request: Request, listings: Sequence[Listing]) -> list[Source]:
-    """Decode the images of both listings, or open their caches. Raises ValueError if they differ in size."""
-    limits = (request.max_train, request.max_test)
-    sources = [_listing_source(request, listing, limit) for listing, limit in zip(listings, limits, strict=True)]
-    shapes = [source.pixels.shape[2:] for source in sources]
-    if shapes[0] != shapes[1]:
-        raise ValueError(
-            f"images of {listings[0].root} differ in size: {_size_text(shapes[0])} in {listings[0].split}/, "
-            f"{_size_text(shapes[1])} in {listings[1].split}/: give image_size, for example {min(shapes[0])}"
-        )
-    return sources
-
-
-def _listing_source(request: Request, listing: Listing, limit: int | tuple[int, ...] | None) -> Source:
-    chosen = subset(len(listing.files), limit)
-    whole = _cache_path(request, listing)
-    if not np.array_equal(chosen, np.arange(len(listing.files))):
-        if whole.exists():
-            with contextlib.suppress(BrokenCache):
-                return Source(open_cache(whole, len(listing.files))[chosen], listing.labels[chosen], chosen)
-        listing = listing.choose(chosen)
-    path = _cache_path(request, listing)
-    if path.exists():
-        with contextlib.suppress(BrokenCache):
-            return Source(open_cache(path, len(listing.files)), listing.labels, chosen)
-    first = read_image(listing.path(0), request.image_size)
-    expected = first.shape
-
-    def load(index: int) -> np.ndarray:
-        image = read_image(listing.path(index), request.image_size)
-        if image.shape != expected:
-            raise ValueError(
-                f"images of {listing.root} differ in size: {listing.path(0)} is {_size_text(expected)}, "
-                f"{listing.path(index)} is {_size_text(image.shape)}: give image_size, for example {min(expected[:2])}"
-            )
-        return image
-
-    images = cached(
-        path,
-        (len(listing.files), 3, *expected[:2]),
-        load,
-        workers=decoding_threads(sum(size for size, _ in listing.stamps) / len(listing.stamps)),
-        unit=f"{listing.split} images",
-        progress=request.progress,
-    )
-    return Source(images, listing.labels, chosen)
-
-
-def _cache_path(request: Request, listing: Listing) -> Path:
-    key = cache_key(os.path.realpath(listing.root), listing.files, listing.stamps, request.image_size)
-    label = "imagenette" if request.name == "imagenette" else "folder"
-    return request.data_dir / "cache" / f"{label}-{listing.split}-{request.image_size or 'own'}px-{key}.npy"
-
-
-def _image_files(folder: Path, prefix: str, inside: str, passed_over: list[str]) -> Iterator[tuple[str, tuple[int, int]]]:
+def _files_below(folder: Path, inside: str) -> list[Path]:
+    """All files below a folder, in the order of their names."""
+    files = []
     for entry in _entries(folder, inside):
-        name = f"{prefix}/{entry.name}"
-        if entry.is_dir():
-            yield from _image_files(folder / entry.name, name, inside, passed_over)
-        elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in OTHER_IMAGES:
-            passed_over.append(name)
-        elif entry.is_file() and os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:
-            stat = entry.stat()
-            yield name, (stat.st_size, stat.st_mtime_ns)
+        files += _files_below(folder / entry.name, inside) if entry.is_dir() else [folder / entry.name]
+    return files
 
 
 def _entries(folder: Path, inside: str) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name, without what is not of the data: notes of file managers begin with a
+    dot."""
     with os.scandir(folder) as found:
-        entries = sorted((entry for entry in found if _of_the_data(entry.name)), key=lambda entry: entry.name)
+        entries = [e for e in found if not e.name.startswith(".") and e.name.lower() not in NOT_OF_THE_DATA]
     for entry in entries:
-        if entry.is_symlink():
-            _check_link(entry.path, inside)
-            if entry.is_dir():  # could lead round in a circle, or hold training images a second time
-                raise ValueError(f"{entry.path} is a link to a folder: copy the folder, or remove the link")
-    return entries
+        _check_link(Path(entry.path), inside)
+    return sorted(entries, key=attrgetter("name"))
 
 
-def _of_the_data(name: str) -> bool:
-    # names that begin with a dot are notes of file managers and notebooks
-    return not name.startswith(".") and name.lower() not in NOT_OF_THE_DATA
+def _check_link(path: Path, inside: str) -> None:
+    """Raise ValueError for a link elsewhere, or to a folder, which could lead round in a circle or hold
+    training images a second time."""
+    target = Path(os.path.realpath(path))
+    if path.is_symlink() and not (target.is_file() and target.is_relative_to(inside)):
+        raise ValueError(
+            f"{path} is a link to {target}, but only links to files in {inside} are followed: copy what it "
+            "points to, or remove it"
+        )
 
 
-def _check_link(path: str, inside: str) -> None:
-    target = os.path.realpath(path)
-    if os.path.commonpath([target, inside]) != inside:
-        raise ValueError(f"{path} is a link to {target}, outside of {inside}: copy what it points to, or remove it")
-    if not os.path.exists(target):
-        raise FileNotFoundError(f"{path} is a link to {target}, which does not exist: remove the link")
+def decode(
+    listings: list[Listing],
+    limits: tuple[int | None, int | tuple[int, ...] | None],
+    image_size: int | None,
+    data_dir: Path,
+    progress: Report | None,
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Pixels (n, 3, h, w), labels and indices of both listings, from their caches. Raises ValueError if sizes
+    differ."""
+    pairs = zip(listings, limits, strict=True)
+    parts = [_decode(listing, limit, image_size, data_dir, progress) for listing, limit in pairs]
+    folders, shapes = [each.folder for each in listings], [pixels.shape[2:] for pixels, _, _ in parts]
+    _check_same_size(folders, shapes)
+    return parts
 
 
-def _size_text(shape: tuple[int, ...]) -> str:
-    return f"{shape[0]} x {shape[1]}"
+def _decode(
+    listing: Listing,
+    limit: int | tuple[int, ...] | None,
+    image_size: int | None,
+    data_dir: Path,
+    progress: Report | None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def place(files: list[Path]) -> Path:
+        stats = [(str(path.relative_to(listing.folder)), path.stat()) for path in files]
+        names = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        label = f"folder-{listing.folder.name}-{image_size or 'own'}px"
+        return cache_path(data_dir, label, os.path.realpath(listing.folder), names, image_size)
+
+    chosen = subset(len(listing.files), limit)
+    whole = open_cache(place(listing.files), len(listing.files))
+    if whole is not None:
+        return whole if limit is None else whole[chosen], listing.labels[chosen], chosen
+    files = [listing.files[index] for index in chosen]
+    size = read_image(files[0], image_size).shape[:2]
+
+    def load(index: int) -> np.ndarray:
+        image = read_image(files[index], image_size)
+        _check_same_size([files[0], files[index]], [size, image.shape[:2]])
+        return image
+
+    unit = f"{listing.folder.name} images"
+    pixels = cached(place(files), (len(files), 3, *size), load, unit=unit, progress=progress)
+    return pixels, listing.labels[chosen], chosen
 
 
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+def _check_same_size(paths: list[Path], sizes: list[tuple[int, ...]]) -> None:
+    if sizes[0] != sizes[1]:
+        (first, second), (this, other) = paths, (f"{height} x {width}" for height, width in sizes)
+        raise ValueError(
+            f"images differ in size: {first} is {this}, {second} is {other}: give image_size, for example "
+            f"{min(sizes[0])}"
+        )

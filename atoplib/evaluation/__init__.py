@@ -1,73 +1,46 @@
-"""Honest numbers: accuracy under attacks with its interval, for every way to judge a random defence, by named protocols."""
+"""Honest numbers: accuracy under attacks with its interval, by every decision rule of a random defence, by
+named protocols."""
 
-from atoplib.evaluation.ablation import Cell, Setting, ablate, mask_surface, noise_sweep
-from atoplib.evaluation.costs import Cost, cost_table, measure_cost
-from atoplib.evaluation.measure import CLEAN, WORST, Evaluation, evaluate, with_worst_unseen
-from atoplib.evaluation.protocols import (
-    KNOWN,
-    PROTOCOLS,
-    Budget,
-    PlannedAttack,
-    Protocol,
-    adjusted,
-    lee_kim_indices,
-    with_seen,
+from atoplib.evaluation.measure import evaluate
+from atoplib.evaluation.protocols import PROTOCOLS, Protocol, Row, images_of, lee_kim_indices, radii, single
+from atoplib.evaluation.results import (
+    CLEAN,
+    PUBLISHED,
+    WORST,
+    Evaluation,
+    Outcome,
+    eps_text,
+    markdown_table,
+    worst_case,
 )
-from atoplib.evaluation.provenance import attacked_norms, differences, training_attack, training_costs
-from atoplib.evaluation.quality import Quality, purification_quality
-from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, voted, weakest, worst_case
-from atoplib.evaluation.versus import (
-    Comparison,
-    Pairing,
-    compare,
-    comparison_table,
+from atoplib.evaluation.significance import (
+    McNemar,
+    compare_attacks,
+    compare_defences,
     masked_gradients,
-    pair,
-    pairing_table,
-    pairings,
+    mcnemar,
 )
 
 __all__ = [
     "CLEAN",
-    "KNOWN",
     "PROTOCOLS",
+    "PUBLISHED",
     "WORST",
-    "Budget",
-    "Cell",
-    "Comparison",
-    "Cost",
     "Evaluation",
-    "Outcomes",
-    "Pairing",
-    "PlannedAttack",
+    "McNemar",
+    "Outcome",
     "Protocol",
-    "Quality",
-    "Score",
-    "Setting",
-    "ablate",
-    "adjusted",
-    "attacked_norms",
-    "compare",
-    "comparison_table",
-    "cost_table",
-    "differences",
+    "Row",
+    "compare_attacks",
+    "compare_defences",
+    "eps_text",
     "evaluate",
-    "judge_draws",
+    "images_of",
     "lee_kim_indices",
-    "mask_surface",
+    "markdown_table",
     "masked_gradients",
-    "measure_cost",
-    "noise_sweep",
-    "pair",
-    "pairing_table",
-    "pairings",
-    "purification_quality",
-    "score",
-    "training_attack",
-    "training_costs",
-    "voted",
-    "weakest",
-    "with_seen",
-    "with_worst_unseen",
+    "mcnemar",
+    "radii",
+    "single",
     "worst_case",
 ]

@@ -1,348 +1,394 @@
-"""Measure defences by a protocol: attack, judge, count; in pieces that survive an interruption."""
+"""Measure defences by a protocol: attack, decide, count; in pieces that survive an interruption."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib import __version__
-from atoplib.attacks import BPDA, check_attack
-from atoplib.attacks.suite import ATTACKS
-from atoplib.evaluation.protocols import UNSEEN, Budget, PlannedAttack, Protocol
-from atoplib.evaluation.scores import Outcomes, Score, judge_draws, score, worst_case
-from atoplib.evaluation.store import Store, attack_seed, hashed, verdict_seed
-from atoplib.fingerprints import code_hash, model_fingerprint, tensor_fingerprint
+from atoplib.attacks import ATTACKS, PassCounter, bpda
+from atoplib.contract import prepare
+from atoplib.decisions import RULES, correct, fixed_sample, full_float32, is_random, reseed, sample_logits
+from atoplib.evaluation.protocols import COUNTS, Protocol, Row, check_protocol, for_classes, radii
+from atoplib.evaluation.results import CLEAN, FILES, WORST, Evaluation, Outcome, worst_case
+from atoplib.files import read_json, write_atomically, write_json
+from atoplib.hashing import code_hash, environment, function_hash, json_hash, model_hash, tensor_hash
 from atoplib.pipeline import AToPPipeline
-from atoplib.progress import Report
-from atoplib.verdicts import VERDICTS, draw_logits, full_float32, is_random, reseed
+from atoplib.progress import Report, format_seconds
 
-CLEAN = "clean"
-WORST = "worst case"
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured: the table's cells, what became of each image, and the images where they were kept.
-
-    Attributes:
-        scores: a cell for each defence and attack; last of each defence the worst cases: of each norm, and of all attacks.
-        outcomes: the same, image by image.
-        adversarial: by (defence, attack, seed), ``clean`` included, if they were to be kept.
-    """
-
-    scores: tuple[Score, ...]
-    outcomes: tuple[Outcomes, ...]
-    adversarial: dict[tuple[str, str, int], Tensor]
+PIECE = 100  # images that are attacked at once, and finished or repeated as a whole
+SURROGATE = "the classifier"  # as a target of transfer attacks
+KNOWN_SAMPLE = 0  # the seed that an attacker knows
+FACTS = "evaluation.json"
 
 
-class _Unit(NamedTuple):
-    """A piece of work: one attack on one target for one batch of images, then shown to some defences."""
+class _Setting(NamedTuple):
+    """What all pieces share: ``targets`` are the defences, and what transfer attacks use."""
 
-    planned: PlannedAttack | None  # None: clean images
-    target: str  # a defence, "" for the classifier alone, or the classifier alone of a defence that has another
-    shown_to: tuple[str, ...]
+    plan: Protocol
+    targets: Mapping[str, nn.Module]
+    random: Mapping[str, bool]
     seed: int
-    batch: int
-    images: slice
-
-    @property
-    def size(self) -> int:
-        return self.images.stop - self.images.start
-
-    @property
-    def label(self) -> str:
-        return CLEAN if self.planned is None else self.planned.heading
-
-    @property
-    def name(self) -> str:
-        words = f"{self.label} {self.target or 'all'}".lower()
-        slug = "-".join("".join(c if c.isalnum() else " " for c in words).split())
-        return f"{slug}-{hashed(self.label, self.target) % 2**24:06x}-seed{self.seed}-batch{self.batch}"
+    max_batch: int
+    dtype: torch.dtype
+    keep_images: bool
 
 
 class _Piece(NamedTuple):
-    """A finished unit: verdicts by ``DEFENCE/VERDICT``, the images if they are kept, and the seconds it took."""
+    """One attack on one target for one batch of images, at every radius, then shown to some defences. ``row``
+    is None, and ``target`` "", for clean images; ``key`` a hash of all that decides what is found."""
 
-    unit: _Unit
-    tensors: dict[str, Tensor]
-    seconds: float
+    row: Row | None
+    eps: tuple[float, ...]
+    target: str
+    shown_to: tuple[str, ...]
+    batch: int
+    images: slice
+    key: str = ""
+
+    @property
+    def title(self) -> str:
+        return CLEAN if self.row is None else f"{self.target}, {self.row.heading}"
+
+    @property
+    def file(self) -> str:
+        words = "".join(c if c.isalnum() else " " for c in self.title.lower()).split()
+        return f"pieces/{'-'.join(words)}-batch{self.batch}-{self.key}.safetensors"
 
 
 def evaluate(
-    defences: Mapping[str, nn.Module],
-    images: Float[Tensor, "batch 3 height width"],
+    defences: nn.Module | Mapping[str, nn.Module],
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
-    protocol: Protocol,
-    budget: Budget,
     *,
-    classifier: nn.Module,
-    seeds: Sequence[int] = (0,),
-    batch_size: int = 100,
+    protocol: str | Protocol = "quick",
+    eps: float | Sequence[float] | Mapping[str, Any] | None = None,
+    norm: str = "linf",
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    classifier: nn.Module | None = None,
     max_batch: int = 256,
-    attack_dtype: torch.dtype = torch.float32,
-    directory: Path | None = None,
-    keep_others: bool = False,
+    dtype: torch.dtype = torch.float32,
     keep_images: bool = False,
     progress: Report | None = None,
+    notify: Callable[[str], None] | None = None,
+    **overrides: Any,
 ) -> Evaluation:
-    """Accuracy of each defence on the same images, clean and under each attack of ``protocol``, by every verdict.
+    """Accuracy of each defence on the same images: clean, under each attack of a protocol, by every rule.
 
-    Only attacks that see the whole defence say something about robustness; one that sees the classifier alone is made
-    once and shown to every defence, but to a pipeline with another classifier the one that is made on its own; BPDA is for
-    pipelines that purify. Each piece (attack, target, seed, batch) has random numbers of its own, torch's global ones
-    included, so its result depends neither on the other pieces nor on an interruption.
+    Only attacks on the whole defence say something about robustness. A transfer attack is made once, on the
+    undefended classifier, and shown to every defence; a pipeline with another classifier meets the one that
+    is made on its own. BPDA is for pipelines. Attacks and decisions have separate seeds, and each piece
+    (attack, target, batch) random numbers of its own, torch's global ones included, so that its result
+    depends neither on other pieces nor on an interruption.
 
     Args:
-        defences: by name; any module in eval mode, images in [0, 1] -> logits. One with a method ``reseed(seed)``, as
-            ``AToPPipeline``, gives the same numbers again.
-        images, labels: in [0, 1]; true classes; on the defences' device.
-        protocol, budget: what is done, and how far an attack may go.
-        classifier: what transfer attacks see, unless a pipeline has one of its own.
-        seeds: repetitions, each with other random starts and dice.
-        batch_size: images of one piece.
-        max_batch: copies of images (images x draws) that are in memory at once.
-        attack_dtype: what attacks compute in (autocast); verdicts are always float32.
-        directory: where finished pieces are kept; the same call goes on there. None keeps nothing.
-        keep_others: a call that measures anything else (models, images, budget, device, ...) works in a folder of its own
-            below ``directory``, beside those of others, instead of being refused.
-        keep_images: return the adversarial images, and keep them in ``directory``.
-        progress: called with images done and in all, an image counting once an attack and target.
+        defences: modules in eval mode, images -> logits, by name; or one. ``reseed(seed)`` of a random one
+            makes it repeatable.
+        images, labels: in [0, 1]; true classes; on the defences' device. All of them are attacked.
+        protocol: a name of ``PROTOCOLS``, or a ``Protocol``.
+        eps: radius in ``norm``; a list: accuracy over eps, each attack goes on from the smaller radius; or
+            {norm: radius or list}. None, and for other norms: the usual one (``protocols.radii``).
+        norm: of the protocol's rows that name none.
+        seed: of everything random.
+        run_dir: where results and finished pieces are kept. The same call goes on there; what depends on
+            something that changed is measured anew, and the old archived in ``superseded-N``.
+        classifier: what transfer attacks on all defences use, for example a sister model; None: as above.
+        max_batch: copies of images (images x samples) that are in memory at once.
+        dtype: what attacks compute in (autocast); decisions are always float32.
+        keep_images: return the adversarial images, and keep them in ``run_dir``.
+        progress: called with passes done and in all, and what runs; see ``progress.Progress``.
+        notify: called with a sentence when pieces are measured anew.
+        overrides: in place of the protocol's: ``steps``, ``eot_samples``, ``queries``, ``votes``, ...
 
     Raises:
-        ValueError: for a model in train mode, images outside [0, 1], labels without a logit, seeds that repeat, or a
-            ``directory`` that holds another evaluation, unless others are kept.
+        ValueError: for a model in train mode, images outside [0, 1], wrong labels, names, options or radii.
 
     Source: Carlini et al. 2019; Lee & Kim 2023 (PGD + EOT through the whole pipeline); Croce & Hein 2020.
     """
-    if not defences or not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"at least one defence and different seeds are needed, got {list(defences)} and {list(seeds)}")
-    if batch_size < 1 or max_batch < 1:
-        raise ValueError(f"batch_size and max_batch must be at least 1, got {batch_size} and {max_batch}")
+    defences = dict(defences) if isinstance(defences, Mapping) else {"defence": defences}
+    if not defences or max_batch < 1:
+        raise ValueError(f"a defence and max_batch >= 1 are needed, got {list(defences)} and {max_batch}")
+    plan = check_protocol(protocol, norm, **overrides)
     # all of them before the first runs: no statistics move, no hour is lost
-    defences = {name: check_attack(model, images, labels)[0] for name, model in defences.items()}
-    classifier, images, labels = check_attack(classifier, images, labels)
-    others = _other_classifiers(classifier, defences)
-    alone = {_alone(name): other for name, other in others.items()}
-    targets: dict[str, nn.Module] = {"": classifier, **defences, **alone}
+    prepared = {name: prepare(model, images, labels) for name, model in defences.items()}
+    targets = {name: model for name, (model, _, _) in prepared.items()}
+    _, images, labels = next(iter(prepared.values()))
+    targets |= {n: prepare(m, images, labels)[0] for n, m in _surrogates(targets, classifier).items()}
     random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
-    settings = {
-        (planned.heading, name): planned.build(budget, random=random[name], verdict=protocol.verdict)
-        for planned in protocol.attacks
-        for name in targets
-    }
-    # of a mean over several draws BPDA has no image to put the identity for
-    purifying = [n for n, model in defences.items() if isinstance(model, AToPPipeline) and getattr(model, "copies", 1) == 1]
-    identity = {
-        "protocol": _plain(asdict(protocol)),
-        "budget": asdict(budget),
-        "images": tensor_fingerprint(images),
-        "labels": tensor_fingerprint(labels),
-        "models": {name or "classifier": model_fingerprint(model) for name, model in targets.items()},
-        "seeds": list(seeds),
-        "batch_size": batch_size,
-        "max_batch": max_batch,
-        "attack_dtype": str(attack_dtype),
-        "images_kept": keep_images,
+    few = (sample_logits(model, images[:1], max_batch=max_batch).shape[2] for model in targets.values())
+    plan = for_classes(plan, min(few))
+    setting = _Setting(plan, targets, random, seed, max_batch, dtype, keep_images)
+    sizes = radii(images, eps, norm)
+    sizes = {row.norm: sizes[row.norm] for row in plan.rows if row.norm in sizes}
+    facts = {
+        "defences": {name: model_hash(model) for name, model in targets.items()},
+        "images": tensor_hash(images),
+        "labels": tensor_hash(labels),
+        "protocol": plan._asdict() | {"rows": [row._asdict() for row in plan.rows], "votes": plan.num_votes},
+        "norm": norm,
+        "eps": sizes,
+        "attacks": {row.attack: function_hash(ATTACKS[row.attack].function) for row in plan.rows},
+        "shared": {"seed": seed, "max_batch": max_batch, "dtype": str(dtype), "images kept": keep_images},
         "code": code_hash("atoplib.evaluation.measure"),
-        "versions": {"atoplib": __version__, "torch": torch.__version__},
-        "device": images.device.type,  # another kind throws other dice from the same seed; one of the same kind only rounds
+        "environment": environment(images.device),
     }
-    store = Store(directory, identity, keep_others=keep_others)
-    units = list(_units(protocol, tuple(defences), purifying, tuple(others), seeds, len(images), batch_size))
-    total, done = sum(unit.size for unit in units), 0
-    pieces = []
-    for unit in units:
+    facts = _plain(facts)
+    pieces = [
+        piece._replace(key=_key(piece, facts, images[piece.images], labels[piece.images]))
+        for piece in _pieces(setting, tuple(defences), sizes, len(images))
+    ]
+    folder = None if run_dir is None else Path(run_dir)
+    if folder is not None:
+        _open(folder, facts, {piece.file for piece in pieces}, notify)
+    efforts = [_effort(piece, setting) for piece in pieces]
+    found: list[tuple[_Piece, dict[str, Tensor]]] = []
+    for number, piece in enumerate(pieces):
 
-        def report(step: int, steps: int, *_: Tensor, done: int = done, size: int = unit.size) -> None:
+        def report(step: int, of: int, *_: Tensor, message: str = piece.title, number: int = number) -> None:
             if progress is not None:
-                progress(done + size * step // max(1, steps), total, "images", {})
+                done = sum(efforts[:number]) + efforts[number] * step // max(1, of)
+                progress(done, sum(efforts), "passes", message)
 
-        piece = store.load(unit.name)
-        if piece is None:
-            started = time.monotonic()
-            shown, truth = images[unit.images], labels[unit.images]
-            if unit.planned is not None:
-                with _computing_in(attack_dtype, images.device):
-                    model, chosen = targets[unit.target], settings[unit.label, unit.target]
-                    model = BPDA(model) if unit.planned.sees == "bpda" else model
-                    shown = _attack(unit, model, shown, truth, chosen, max_batch, report)
-            tensors = _verdicts(unit, shown, truth, defences, random, protocol, max_batch)
-            if keep_images:
-                tensors["adversarial"] = shown
-            piece = tensors, time.monotonic() - started
-            store.save(unit.name, *piece)
-        pieces.append(_Piece(unit, *piece))
-        done += unit.size
-        report(0, 1, done=done)
-    outcomes = tuple(_collect(protocol, pieces, random))
-    return Evaluation(tuple(score(item) for item in outcomes), outcomes, _images_kept(pieces) if keep_images else {})
+        tensors = None if folder is None else _load(folder / piece.file)
+        if tensors is None:
+            tensors = _measure(piece, images[piece.images], labels[piece.images], setting, report)
+            if folder is not None:
+                write_atomically(folder / piece.file, partial(safetensors.torch.save_file, tensors))
+        found.append((piece, tensors))
+        report(1, 1, message=_so_far(found))
+    facts["gradient_free"] = [row.heading for row in plan.rows if not ATTACKS[row.attack].gradient]
+    facts["known_sample"] = [row.heading for row in plan.rows if row.known_sample]
+    outcomes = [outcome for name in defences for outcome in _outcomes(name, found, setting)]
+    result = Evaluation(tuple(outcomes), labels.cpu().numpy(), facts)
+    if folder is not None:
+        result.write(folder)
+    return result
 
 
-def with_worst_unseen(outcomes: Sequence[Outcomes]) -> list[Outcomes]:
-    """What ``evaluate`` measured by a protocol ``with_seen``: the worst case of the attacks
-    that no training saw stands in place of those of single norms.
+def _surrogates(defences: Mapping[str, nn.Module], classifier: nn.Module | None) -> dict[str, nn.Module]:
+    """What transfer attacks use: one classifier for all, and without one given a pipeline's own other one."""
+    own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
+    if classifier is not None:
+        return {SURROGATE: classifier}
+    shared = defences.get("undefended", next(iter(own.values()), None))
+    if shared is None:
+        return {}
+    same = model_hash(shared)
+    others = {name: model for name, model in own.items() if model is not shared and model_hash(model) != same}
+    return {SURROGATE: shared} | {f"{SURROGATE} of {name}": model for name, model in others.items()}
+
+
+def _pieces(
+    setting: _Setting, defences: tuple[str, ...], sizes: Mapping[str, tuple[float, ...]], count: int
+) -> Iterator[_Piece]:
+    """The pieces of work, in order. Of a mean over several copies BPDA has no image for the identity."""
+    targets = setting.targets
+    sharing = tuple(name for name in defences if f"{SURROGATE} of {name}" not in targets)
+    purifying = [n for n in defences if isinstance(targets[n], AToPPipeline) and targets[n].copies == 1]
+    for row in (None, *setting.plan.rows):
+        if row is None:
+            work = [("", defences)]
+        elif row.threat_model == "transfer":
+            work = [(SURROGATE, sharing)] if SURROGATE in targets else []
+            work += [(f"{SURROGATE} of {name}", (name,)) for name in defences if name not in sharing]
+        else:
+            names = purifying if row.threat_model == "bpda" else defences
+            work = [(name, (name,)) for name in names if setting.random[name] or not row.random_only]
+        eps = (0.0,) if row is None else sizes.get(row.norm, ())
+        for target, shown_to in work if eps else ():
+            for batch, first in enumerate(range(0, count, PIECE) if shown_to else ()):
+                yield _Piece(row, eps, target, shown_to, batch, slice(first, min(first + PIECE, count)))
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it, tensors and functions by their hash."""
+    return json.loads(
+        json.dumps(value, default=lambda x: tensor_hash(x) if isinstance(x, Tensor) else function_hash(x))
+    )
+
+
+def _key(piece: _Piece, facts: Mapping[str, Any], images: Tensor, labels: Tensor) -> str:
+    row = piece.row and _plain(piece.row._asdict())
+    models = [facts["defences"].get(name) for name in (piece.target, *piece.shown_to)]
+    own = [row and (row, facts["attacks"][row["attack"]]), piece.eps, piece.shown_to, piece.batch, models]
+    shared = [facts[name] for name in ("shared", "code", "environment")]
+    votes = [facts["protocol"][name] for name in ("votes", "rule")]
+    return json_hash([own, shared, votes, tensor_hash(images), tensor_hash(labels)])
+
+
+def _effort(piece: _Piece, setting: _Setting) -> int:
+    """About how many passes a piece takes: of its images in every step, sample and run, at every radius."""
+    count = piece.images.stop - piece.images.start
+    options = {} if piece.row is None else ATTACKS[piece.row.attack].options | dict(piece.row.options)
+    steps, samples, runs, queries = (options.get(n) or 1 for n in COUNTS[:4])
+    decisions = setting.plan.num_votes * len(piece.shown_to)
+    return count * len(piece.eps) * (steps * samples * runs + queries + decisions)
+
+
+def _measure(
+    piece: _Piece, images: Tensor, labels: Tensor, setting: _Setting, report: Callable[..., None]
+) -> dict[str, Tensor]:
+    """Attack and decide: of every radius the decisions by each rule, the mean over samples, and what it cost.
+
+    Decisions use samples that the attack has not seen. ``worst_of_n`` rests on as many after every attack:
+    more samples find more errors whatever the attack.
     """
-    found = []
-    for defence in dict.fromkeys(item.defence for item in outcomes):
-        own = [item for item in outcomes if item.defence == defence and not item.attack.startswith(f"{WORST} ")]
-        unseen = [item for item in own if item.attack.startswith(f"{UNSEEN}: ")]
-        clean = [item for item in own if item.attack == CLEAN]
-        worst = [worst_case([*clean, *unseen], f"{UNSEEN}: {WORST}")] if len(unseen) > 1 else []
-        last = len(own) - (own[-1].attack == WORST)
-        found += [*own[:last], *worst, *own[last:]]
-    return found
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Within the block torch's global dice start from ``seed``: those of modules that have none of their own."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+    row, most, tensors, smaller = piece.row, setting.plan.num_votes, {}, None
+    known = row is not None and row.known_sample
+    for number, eps in enumerate(piece.eps):
+        started = time.monotonic()
+        shown, passes = images, 0
+        if row is not None:
+            smaller, passes = _attack(piece, eps, images, labels, smaller, setting, report)
+            shown = smaller
+        for name in piece.shown_to:
+            votes = (row and row.votes or most) if setting.random[name] and not known else 1
+            model, seed = setting.targets[name], _seed("decision", setting.seed, piece.batch)
+            with _random_numbers(model, seed, images.device, known):
+                logits = sample_logits(model, shown, num_samples=votes, max_batch=setting.max_batch)
+            decided = [correct(logits[: most if r == "worst_of_n" else None], labels, r) for r in RULES]
+            tensors[f"{number}/{name}/correct"] = torch.stack(decided)
+            tensors[f"{number}/{name}/mean"] = (logits.argmax(dim=2) == labels).float().mean(dim=0)
+            tensors[f"{number}/{name}/votes"] = torch.tensor(votes)
+        tensors[f"{number}/cost"] = torch.tensor([passes, time.monotonic() - started], dtype=torch.float64)
+        if setting.keep_images:
+            tensors[f"{number}/images"] = shown
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _attack(
-    unit: _Unit, model: nn.Module, images: Tensor, labels: Tensor, settings: Any, max_batch: int, report: Callable
-) -> Tensor:
-    """The unit's adversarial images; its random numbers depend on nothing but the unit."""
-    seed = attack_seed(unit.seed, unit.batch)
-    reseed(model, seed)
-    generator = torch.Generator(images.device).manual_seed(seed)
-    function = ATTACKS[unit.planned.attack].function
-    with _seeded(seed, images.device):
-        return function(model, images, labels, settings, generator=generator, max_batch=max_batch, callback=report)
-
-
-def _draws(planned: PlannedAttack | None, protocol: Protocol) -> int:
-    """Forward passes of each verdict after this attack on a random defence."""
-    return protocol.num_draws if planned is None or planned.num_draws is None else planned.num_draws
-
-
-def _alone(name: str) -> str:
-    """The classifier of a defence, as a target of attacks."""
-    return f"classifier of {name}"
-
-
-def _other_classifiers(classifier: nn.Module, defences: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The classifiers of the pipelines that stand before another one than ``classifier``, by the pipeline's name."""
-    shared = model_fingerprint(classifier)
-    own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
-    return {name: other for name, other in own.items() if other is not classifier and model_fingerprint(other) != shared}
-
-
-def _units(
-    protocol: Protocol,
-    defences: tuple[str, ...],
-    purifying: Sequence[str],
-    others: Sequence[str],
-    seeds: Sequence[int],
-    count: int,
-    batch_size: int,
-) -> Iterator[_Unit]:
-    """The pieces of work, in order. BPDA is for what purifies; elsewhere there is nothing to put the identity for."""
-    batches = [slice(first, min(first + batch_size, count)) for first in range(0, count, batch_size)]
-    sharing = tuple(name for name in defences if name not in others)  # the classifier
-    for seed in seeds:
-        for planned in (None, *protocol.attacks):
-            if planned is None:
-                work = [("", defences)]
-            elif planned.sees == "classifier":
-                work = [("", sharing), *((_alone(name), (name,)) for name in others)]
-            else:
-                work = [(name, (name,)) for name in (purifying if planned.sees == "bpda" else defences)]
-            for target, shown_to in work:
-                for batch, images in enumerate(batches):
-                    if shown_to:
-                        yield _Unit(planned, target, shown_to, seed, batch, images)
-
-
-def _verdicts(
-    unit: _Unit,
-    shown: Tensor,
+    piece: _Piece,
+    eps: float,
+    images: Tensor,
     labels: Tensor,
-    defences: Mapping[str, nn.Module],
-    random: Mapping[str, bool],
-    protocol: Protocol,
-    max_batch: int,
-) -> dict[str, Tensor]:
-    """Every defence's verdicts on the images shown, with dice that the attack has not seen. The worst of N draws is one
-    of as many after every attack: else the attack that is judged by more would seem to break more.
-    """
-    tensors, seed = {}, verdict_seed(unit.seed, unit.batch)
-    for name in unit.shown_to:
-        reseed(defences[name], seed)
-        draws = _draws(unit.planned, protocol) if random[name] else 1
-        with _seeded(seed, shown.device):
-            logits = draw_logits(defences[name], shown, num_draws=draws, max_batch=max_batch)
-        right, average = judge_draws(logits, labels, worst_of=protocol.num_draws)
-        tensors |= {f"{name}/{verdict}": value for verdict, value in right.items()}
-        tensors[f"{name}/average"] = average
-    return tensors
+    smaller: Tensor | None,
+    setting: _Setting,
+    report: Callable[..., None],
+) -> tuple[Tensor, int]:
+    """Adversarial images at one radius, and passes of images through the target. What ``smaller``, those at
+    the radius before, break stays broken; the rest is attacked from there."""
+    row, attack, model = piece.row, ATTACKS[piece.row.attack], setting.targets[piece.target]
+    votes = setting.plan.num_votes if setting.random[piece.target] else 1
+    options = row.keywords(eps, random=setting.random[piece.target], rule=setting.plan.rule, votes=votes)
+    counter = PassCounter(bpda(model) if row.threat_model == "bpda" else model)
+    seed, device = _seed("attack", setting.seed, piece.batch), images.device
+    exact = setting.dtype == torch.float32
+    # float32 is meant as such, as in decisions: TF32 would make an attack believe in other errors
+    computing = full_float32(device) if exact else torch.autocast(device.type, dtype=setting.dtype)
+    result, rows = images, torch.arange(len(images), device=device)
+    with _random_numbers(model, seed, device, row.known_sample), computing:
+        if smaller is not None and not row.known_sample:
+            logits = sample_logits(counter, smaller, num_samples=votes, max_batch=setting.max_batch)
+            result, rows = smaller, correct(logits, labels, setting.plan.rule).nonzero().squeeze(1)
+            if options.get("start", attack.options.get("start")) == "random":
+                options["start"] = smaller[rows]
+        if len(rows):
+            options |= {"seed": seed, "max_batch": setting.max_batch, "callback": report}
+            found = attack.function(counter, images[rows], labels[rows], eps=eps, norm=row.norm, **options)
+            result = result.index_copy(0, rows, found.to(result.dtype))
+    return result.detach(), counter.gradient_passes + counter.forward_passes
 
 
-def _computing_in(dtype: torch.dtype, device: torch.device) -> AbstractContextManager:
-    """What an attack computes in; float32 is meant as such, as in verdicts: TF32 would have it believe in other errors."""
-    return full_float32(device) if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
+def _seed(purpose: str, seed: int, batch: int) -> int:
+    """Of an attack, or of the decisions after it, which differ; of the first batch ``seed`` and ``seed +
+    1``."""
+    return seed + (purpose == "decision") if batch == 0 else int(json_hash([purpose, seed, batch])[:15], 16)
 
 
-def _collect(protocol: Protocol, pieces: Sequence[_Piece], random: Mapping[str, bool]) -> Iterator[Outcomes]:
-    """Put the pieces together: for each defence clean, every attack, and the worst cases."""
-    for name in pieces[0].unit.shown_to:  # the clean images, which come first, are shown to all
-        attacked = []
-        for planned in (None, *protocol.attacks):
-            parts = [piece for piece in pieces if piece.unit.planned == planned and name in piece.unit.shown_to]
-            if not parts:
-                continue
-            outcomes = Outcomes(
-                defence=name,
-                attack=CLEAN if planned is None else planned.heading,
-                norm="" if planned is None else planned.norm,
-                draws=_draws(planned, protocol) if random[name] else 1,
-                right={verdict: _joined(parts, f"{name}/{verdict}") for verdict in VERDICTS},
-                average=_joined(parts, f"{name}/average"),
-                seconds=sum(piece.seconds for piece in parts),
+@contextmanager
+def _random_numbers(model: nn.Module, seed: int, device: torch.device, known_sample: bool) -> Iterator[None]:
+    """Within the block a model's random numbers start from ``seed``, and torch's global ones, for modules
+    without own; with ``known_sample`` they are one sample, the same in attack and decision."""
+    reseed(model, seed)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with fixed_sample(model, KNOWN_SAMPLE) if known_sample else nullcontext():
+            yield
+
+
+def _so_far(found: Sequence[tuple[_Piece, Mapping[str, Tensor]]]) -> str:
+    """``AToP, PGD-40 + EOT-10 linf: 34 of 100 correct so far``: the last piece with those before it, largest
+    radius."""
+    last = found[-1][0]
+    key = f"{len(last.eps) - 1}/{last.shown_to[0]}/correct"
+    right = torch.cat([tensors[key][0] for piece, tensors in found if piece.title == last.title])
+    return f"{last.title}: {int(right.sum())} of {len(right)} correct so far"
+
+
+def _outcomes(
+    name: str, found: Sequence[tuple[_Piece, Mapping[str, Tensor]]], setting: _Setting
+) -> Iterator[Outcome]:
+    """One defence: clean, every attack at every radius, and the worst cases of each norm and of all."""
+    attacked: list[Outcome] = []
+    for row in (None, *setting.plan.rows):
+        own = [(piece, tensors) for piece, tensors in found if piece.row is row and name in piece.shown_to]
+        for number, eps in enumerate(own[0][0].eps if own else ()):
+            parts = [tensors for _, tensors in own]
+            decided, mean = (
+                torch.cat([part[f"{number}/{name}/{key}"] for part in parts], dim=-1).numpy()
+                for key in ("correct", "mean")
             )
-            yield outcomes
-            if planned is None:
-                clean = outcomes
-            else:
-                attacked.append(outcomes)
-        norms = list(dict.fromkeys(item.norm for item in attacked))
-        for norm in norms if len(norms) > 1 else ():
-            of_norm = [item for item in attacked if item.norm == norm]
-            if len(of_norm) > 1:
-                yield worst_case([clean, *of_norm], f"{WORST} {norm}")
-        if len(attacked) > 1:
-            yield worst_case([clean, *attacked], WORST)
+            passes, seconds = sum(part[f"{number}/cost"] for part in parts).tolist()
+            what = (CLEAN, "", "") if row is None else (row.heading, row.threat_model, row.norm)
+            votes = int(parts[0][f"{number}/{name}/votes"])
+            kept = torch.cat([part[f"{number}/images"] for part in parts]) if setting.keep_images else None
+            outcome = Outcome(name, *what, eps, votes, decided, mean, passes / len(mean), seconds, kept)
+            yield outcome
+            if row is None:
+                clean = outcome
+            elif not row.known_sample:
+                attacked.append(outcome)
+    norms = list(dict.fromkeys(item.norm for item in attacked))
+    largest = {norm: max(item.eps for item in attacked if item.norm == norm) for norm in norms}
+    for norm, eps in dict.fromkeys((item.norm, item.eps) for item in attacked):
+        together = [item for item in attacked if (item.norm, item.eps) == (norm, eps)]
+        if len(together) > 1:
+            yield worst_case([clean, *together], f"{WORST} {norm}" if len(norms) > 1 else WORST)
+    if len(norms) > 1:
+        yield worst_case([clean, *(item for item in attacked if item.eps == largest[item.norm])])
 
 
-def _joined(parts: Sequence[_Piece], key: str) -> Tensor:
-    """Batches side by side, seeds one below the other: (seeds, images)."""
-    rows: dict[int, list[Tensor]] = {}
-    for piece in parts:
-        rows.setdefault(piece.unit.seed, []).append(piece.tensors[key].cpu())
-    return torch.stack([torch.cat(row) for row in rows.values()])
+def _open(
+    run_dir: Path, facts: Mapping[str, Any], wanted: set[str], notify: Callable[[str], None] | None
+) -> None:
+    """Say what changed since the last evaluation in this directory, and archive its results and the pieces
+    that depend on it."""
+    before = read_json(run_dir / FACTS) or facts
+    changed = []
+    for name in (name for name in facts if before.get(name) != facts[name]):
+        old, new = before.get(name), facts[name]
+        nested = isinstance(old, dict) and isinstance(new, dict) and name != "protocol"
+        parts = [part for part in {**old, **new} if old.get(part) != new.get(part)] if nested else []
+        changed.append(f"{name} ({', '.join(parts)})" if parts else name)
+    if changed:
+        archive = run_dir / f"superseded-{1 + sum(1 for _ in run_dir.glob('superseded-*'))}"
+        (archive / "pieces").mkdir(parents=True)
+        pieces = [path.relative_to(run_dir).as_posix() for path in run_dir.glob("pieces/*.safetensors")]
+        old = [name for name in pieces if name not in wanted]
+        for name in [*old, *(name for name in (*FILES, FACTS) if (run_dir / name).exists())]:
+            (run_dir / name).rename(archive / name)
+        if notify is not None:
+            stay = f"{len(pieces) - len(old)} of {len(wanted)} pieces do not depend on it and stay"
+            what = f"Measured anew, because it changed: {'; '.join(changed)}"
+            notify(f"{what}. {stay}; the earlier results are in {archive}")
+    elif notify is not None and all(_load(run_dir / name) is not None for name in wanted):
+        age = time.time() - min((run_dir / name).stat().st_mtime for name in wanted)
+        as_it_was = "Loaded, not measured again: all that it depends on is as it was"
+        notify(f"{as_it_was}; measured {format_seconds(age)} ago.")
+    write_json(run_dir / FACTS, dict(facts))
 
 
-def _images_kept(pieces: Sequence[_Piece]) -> dict[tuple[str, str, int], Tensor]:
-    """Adversarial images by defence, attack and seed, on the CPU: pieces of an earlier call were read from files."""
-    kept: dict[tuple[str, str, int], list[Tensor]] = {}
-    for piece in pieces:
-        for name in piece.unit.shown_to:
-            kept.setdefault((name, piece.unit.label, piece.unit.seed), []).append(piece.tensors["adversarial"].cpu())
-    return {key: torch.cat(parts) for key, parts in kept.items()}
-
-
-def _plain(value: object) -> object:
-    """Settings as JSON has them: tuples become lists, mappings dicts."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+def _load(path: Path) -> dict[str, Tensor] | None:
+    """A finished piece, or None; a damaged file counts as not finished."""
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError, ValueError):
+        return None

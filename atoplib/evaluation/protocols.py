@@ -1,255 +1,298 @@
-"""Protocols as data: which attacks, how strong, on how many images, judged how often."""
+"""Protocols as data: which attacks, how strong, on how many images, decided by how many samples. An attack is
+one row."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from sys import float_info
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
-from atoplib.attacks.bpda import HILL_VERDICT
-from atoplib.attacks.suite import ATTACKS
-from atoplib.verdicts import STANDING, Verdict
+from atoplib.attacks import ATTACKS
+from atoplib.attacks.registry import RADII
+from atoplib.decisions import ANY
 
-SEES = ("defence", "classifier", "bpda")
-SELECTIONS = ("mixed", "lee-kim")
-KNOWN, UNSEEN, BLIND = "known", "unseen", "blind"  # what a label says first, see ``with_seen``
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How far an attack may go from an image.
-
-    Attributes:
-        linf, l2: radius in units of the image ([0, 1]): 8/255 and 0.5 for CIFAR-10.
-        flow: largest displacement of StAdv in units of the sampling grid (the image is 2 wide: 0.05 is 0.8 px of 32).
-    """
-
-    linf: float
-    l2: float
-    flow: float = 0.05
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            if not 0 < getattr(self, item.name) < float("inf"):
-                raise ValueError(f"the budget {item.name} must be above 0, got {getattr(self, item.name)}")
-        if self.linf > 1:
-            raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {self.linf}; 8/255?")
+STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # as the literature numbers their test images
+ENOUGH_STEPS = 40  # of one run on a deterministic model: further starts bring more than further steps
+COUNTS = ("steps", "eot_samples", "restarts", "queries", "votes")
+THREAT_MODELS = ("white-box", "transfer", "bpda")
+"""What an attacker uses: all of the defence; another model, whose adversarial images the defence is then
+shown; all of it, with the identity as the backward pass of transform and purifier."""
 
 
-@dataclass(frozen=True)
-class PlannedAttack:
-    """One column of a table.
+class Row(NamedTuple):
+    """One attack of a protocol, a column of its table.
 
     Attributes:
-        label: its heading; ``{steps}``, ``{eot_samples}`` or ``{queries}`` in it stand for those of ``settings``.
         attack: a name of ``attacks.ATTACKS``.
-        norm: ``linf``, ``l2`` or ``flow``: which part of the budget it uses.
-        sees: ``defence`` (differentiates through all of it), ``bpda`` (the same with the identity as the backward pass of
-            transform and purifier), or ``classifier`` (made against the classifier alone, then shown to the defence).
-        relative_step: the step size in units of eps; None leaves it to the attack.
-        settings: the attack's other settings.
-        num_draws: forward passes of each verdict after it, in place of the protocol's; None: the protocol's.
-        equal_passes: a deterministic model, which needs no EOT, is attacked by as many restarts as a random one has EOT samples,
-            so that all rows of a table get as many gradient passes.
+        name: the column's heading; ``{norm}`` and the names of options in braces stand for their values. "":
+            the attack's title.
+        norm: what eps is a radius of (``linf``, ``l2``, ``l1``, ``flow``, ...); None: the norm that
+            ``evaluate`` is asked for.
+        threat_model: one of ``THREAT_MODELS``.
+        options: keyword arguments of the attack.
+        step: its step size ``alpha`` in units of eps; None: the attack's own.
+        votes: samples of the decision after it, in place of the protocol's.
+        equal_passes: a deterministic model, which needs no EOT, is attacked by as many restarts as a random
+            one has EOT samples, so that all rows of a table cost as many gradient passes.
+        random_only: for random models alone.
+        known_sample: the attacker knows the sample of t, and the decision uses that one: how much randomness
+            hides. It is no part of a worst case.
     """
 
-    label: str
     attack: str
-    norm: str = "linf"
-    sees: str = "defence"
-    relative_step: float | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    num_draws: int | None = None
+    name: str = ""
+    norm: str | None = None
+    threat_model: str = "white-box"
+    options: Mapping[str, Any] = {}
+    step: float | None = None
+    votes: int | None = None
     equal_passes: bool = False
-
-    def __post_init__(self) -> None:
-        if self.num_draws is not None and self.num_draws < 1:
-            raise ValueError(f"num_draws must be at least 1 (or None: the protocol's), got {self.num_draws}")
-        if self.attack not in ATTACKS:
-            raise ValueError(f"unknown attack {self.attack!r}; allowed: {', '.join(ATTACKS)}")
-        if self.norm not in ATTACKS[self.attack].norms:
-            raise ValueError(f"{self.attack} knows the norms {', '.join(ATTACKS[self.attack].norms)}, not {self.norm!r}")
-        if self.sees not in SEES:
-            raise ValueError(f"unknown sees {self.sees!r}; allowed: {', '.join(SEES)}")
-        try:
-            _ = self.heading
-        except (KeyError, IndexError, ValueError) as error:
-            named = ", ".join(f"{{{name}}}" for name in self.settings) or "nothing"
-            raise ValueError(f"the label {self.label!r} may name the settings {named} in braces, not {error}") from error
+    random_only: bool = False
+    known_sample: bool = False
 
     @property
     def heading(self) -> str:
-        """The label, with the numbers that it names."""
-        return self.label.format(**self.settings)
+        """The name, with the values of what it names in braces."""
+        return (self.name or ATTACKS[self.attack].title).format(**{"norm": self.norm, **self.options})
 
-    def build(self, budget: Budget, *, random: bool, verdict: Verdict) -> Any:
-        """The attack's settings within ``budget``; one draw is enough against a model that is not ``random``.
-
-        Raises:
-            ValueError: for settings that the attack does not take, or values that it does not allow.
-        """
-        attack = ATTACKS[self.attack]
-        unknown = sorted(set(self.settings) - attack.options)
-        if unknown:
-            allowed = ", ".join(sorted(attack.options - {"eps", "norm"}))
-            raise ValueError(f"{self.attack} does not take {', '.join(unknown)}; allowed: {allowed}")
-        values = {"eps": getattr(budget, self.norm), **self.settings}
-        defaults = {"norm": self.norm, "version": "rand" if random else "standard"}
-        if random:
-            defaults["verdict"] = verdict
-        if self.relative_step is not None:
-            defaults["alpha"] = self.relative_step * values["eps"]
-        values = {name: value for name, value in defaults.items() if name in attack.options} | values
-        if not random and "eot_samples" in attack.options:
+    def keywords(self, eps: float, *, random: bool, rule: str, votes: int) -> dict[str, Any]:
+        """Keyword arguments of the attack at radius eps; ``rule`` and ``votes`` where it decides itself."""
+        known = ATTACKS[self.attack].options
+        given = {"rule": rule, "votes": votes if random else 1} | dict(self.options)
+        if self.step is not None:
+            given["alpha"] = self.step * eps
+        if not random and "eot_samples" in known:
+            samples, given["eot_samples"] = given.get("eot_samples", known["eot_samples"]), 1
             if self.equal_passes:
-                values["restarts"] = values.get("restarts", 1) * values.get("eot_samples", 1)
-            values["eot_samples"] = 1
-        return attack.settings(**values)
+                parts = max(1, given["steps"] // ENOUGH_STEPS)
+                given["steps"] //= parts
+                given["restarts"] = parts * samples * given.get("restarts", 1)
+        return {name: value for name, value in given.items() if name in known}
 
 
-@dataclass(frozen=True)
-class Protocol:
+class Protocol(NamedTuple):
     """A way to measure robustness that can be named beside the number.
 
     Attributes:
-        name: of the protocol.
-        purpose: one sentence on what it is for and what it costs.
-        attacks: the columns, after the clean images.
-        num_images: test images attacked.
-        num_draws: forward passes of each verdict on a random defence.
-        verdict: when an attack itself takes an image for broken, and stops working on it: once every draw is wrong. By a
-            majority it would stop while a single draw, which is what tables show, is still right four times in ten.
-        selection: which images: ``mixed`` (a fixed choice, all classes mixed) or ``lee-kim`` (the 512 of Lee & Kim 2023
-            where the set is CIFAR in its standard order, else as ``mixed``).
+        name, purpose: the purpose is one sentence on what it is for and what it costs.
+        rows: the attacks, after the clean images.
+        num_images: test images that notebooks attack.
+        votes: samples of each decision on a random defence; None: as many as the most EOT samples of a
+            gradient, at least 10.
+        rule: by which an attack itself takes an image for broken, with ``votes`` samples: once every sample
+            is wrong. By a majority it would stop while a single sample is still correct four times in ten.
+        selection: which images: ``mixed`` (a fixed choice, all classes mixed), or ``lee-kim``
+            (``lee_kim_indices`` where the data set is CIFAR in its standard order).
     """
 
     name: str
     purpose: str
-    attacks: tuple[PlannedAttack, ...]
+    rows: tuple[Row, ...]
     num_images: int = 512
-    num_draws: int = 10
-    verdict: Verdict = Verdict(STANDING, 10)
+    votes: int | None = None
+    rule: str = ANY
     selection: str = "mixed"
 
-    def __post_init__(self) -> None:
-        for planned in self.attacks:  # a wrong setting is found where it is written, not when it is used
-            for random in (False, True):
-                planned.build(Budget(0.1, 0.1), random=random, verdict=self.verdict)
-        labels = [planned.heading for planned in self.attacks]
-        doubled = next((label for label in labels if labels.count(label) > 1), None)
-        if doubled is not None:
-            raise ValueError(f"two attacks of {self.name} have the label {doubled!r}")
-        if self.num_images < 1 or self.num_draws < 1:
-            raise ValueError(f"num_images and num_draws must be at least 1, got {self.num_images} and {self.num_draws}")
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"unknown selection {self.selection!r}; allowed: {', '.join(SELECTIONS)}")
+    @property
+    def num_votes(self) -> int:
+        """Samples of each decision."""
+        return self.votes or max([10, *(row.options.get("eot_samples", 1) for row in self.rows)])
+
+    def changed(self, **options: Any) -> "Protocol":
+        """The protocol with other options (``steps``, ``eot_samples``, ``queries``, ``votes``, ...) under a
+        name that says so; only rows that have such an option are changed, and None leaves it.
+
+        Raises:
+            ValueError: for an option that no row has, or a number below 1.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        known = {"votes"}.union(*(row.options for row in self.rows))
+        wrong = [n for n, value in options.items() if n not in known or n in COUNTS and value < 1]
+        if wrong:
+            given = ", ".join(f"{name}={options[name]}" for name in wrong)
+            allowed = f"{', '.join(sorted(known))}, numbers of at least 1 (None: its own)"
+            raise ValueError(f"protocol {self.name!r} takes the options {allowed}, not {given}")
+        rows = tuple(
+            row._replace(
+                options={name: options.get(name, value) for name, value in row.options.items()},
+                votes=None if "votes" in options else row.votes,
+            )
+            for row in self.rows
+        )
+        changes = ", ".join(f"{name} {value}" for name, value in options.items())
+        name = f"{self.name} ({changes})" if changes else self.name
+        return self._replace(name=name, rows=rows, votes=options.get("votes", self.votes))
+
+
+def single(
+    attack: str, *, threat_model: str = "white-box", votes: int | None = None, **options: Any
+) -> Protocol:
+    """A protocol of one attack; options that it does not have, and None, are left out."""
+    known = ATTACKS[attack].options if attack in ATTACKS else ()
+    options = {name: value for name, value in options.items() if name in known and value is not None}
+    facts = {"threat_model": threat_model, "options": options, "equal_passes": "restarts" in known}
+    said = ", ".join(f"{name} {value}" for name, value in options.items())
+    name = f"{attack} alone{said and f' ({said})'}"
+    return Protocol(name, "one attack", (Row(attack, threat_model, **facts),), num_images=200, votes=votes)
+
+
+def check_protocol(protocol: str | Protocol, norm: str = "linf", **overrides: Any) -> Protocol:
+    """The protocol of this name, or a protocol of one's own, with other options and checked; every row has a
+    norm.
+
+    Raises:
+        ValueError: for an unknown protocol, attack, norm, threat model, or option, or two rows of one
+            heading.
+    """
+    if isinstance(protocol, str):
+        _require_known("protocol", [protocol], PROTOCOLS)
+        protocol = PROTOCOLS[protocol]
+    protocol = protocol.changed(**overrides)
+    rows = [row._replace(norm=row.norm or norm) for row in protocol.rows]
+    # the row of the norm asked for may be one that is there anyhow
+    rows = tuple(row for number, row in enumerate(rows) if row not in rows[:number])
+    for row in rows:
+        _require_known("attack", [row.attack], ATTACKS)
+        _require_known("threat_model", [row.threat_model], THREAT_MODELS)
+        _require_known(f"norm of {row.attack}", [row.norm], ATTACKS[row.attack].norms)
+        _require_known(f"option of {row.attack}", row.options, ATTACKS[row.attack].options)
+    headings = [row.heading for row in rows]
+    if len(set(headings)) < len(headings):
+        raise ValueError(f"attacks of {protocol.name} have the same name: {', '.join(headings)}")
+    return protocol._replace(rows=rows)
+
+
+def for_classes(protocol: Protocol, classes: int) -> Protocol:
+    """The protocol for models of so many classes. Of few, AutoAttack (needs 4) makes way for those of its
+    parts that exist, and the DLR loss (needs 3) for the cross-entropy, under names that say so."""
+
+    def apgd(row: Row, loss: str, name: str) -> Row:
+        options = {key: row.options[key] for key in ("steps", "eot_samples") if key in row.options}
+        return row._replace(attack="apgd", name=name, options=options | {"loss": loss})
+
+    rows: list[Row] = []
+    said = f" ({classes} classes)"
+    for row in protocol.rows:
+        if row.attack == "autoattack" and classes < 4:
+            losses = ("ce", "dlr") if classes == 3 else ("ce",)
+            name = row.name or "AutoAttack {norm}"
+            rows += [apgd(row, loss, f"{name}: APGD-{loss.upper()}{said}") for loss in losses]
+            if row.norm in ATTACKS["square"].norms:
+                options = {"queries": row.options.get("queries", 1000)}
+                rows.append(row._replace(attack="square", name=f"{name}: Square{said}", options=options))
+        else:
+            few = row.options.get("loss") == "dlr" and classes < 3
+            name = (row.name or "APGD-DLR {norm}").replace("DLR", "CE")
+            rows.append(apgd(row, "ce", f"{name}{said}") if few else row)
+    return protocol._replace(rows=tuple(rows))
+
+
+def _require_known(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
+    unknown = [repr(name) for name in names if name not in allowed]
+    if unknown:
+        raise ValueError(f"unknown {what} {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+
+
+def radii(
+    images: torch.Tensor, eps: float | Sequence[float] | Mapping[str, Any] | None = None, norm: str = "linf"
+) -> dict[str, tuple[float, ...]]:
+    """The radii of each norm, ascending. None: linf 0.3 and l2 2.0 for grey images (digits), 8/255 and 0.5
+    for colour; a number: that of ``norm``, the others as for None; a list: of ``norm`` alone; a mapping: of
+    the norms that it names.
+
+    Raises:
+        ValueError: for a radius that is not above 0, an l_inf radius above 1, an empty list or one that is
+            not ascending.
+    """
+    kind = "mnist" if bool((images[:, :1] == images).all()) else "cifar10"
+    usual = {} if isinstance(eps, Sequence) else {name: of_kind[kind] for name, of_kind in RADII.items()}
+    given = {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
+    found = {}
+    for name, value in (usual | given).items():
+        values = tuple(map(float, value if isinstance(value, Sequence) else (value,)))
+        largest = 1 if name == "linf" else float_info.max
+        if not values or list(values) != sorted(set(values)) or not 0 < values[0] <= values[-1] <= largest:
+            raise ValueError(
+                f"eps of {name} must be above 0 and finite (linf: at most 1, images lie in [0, 1]; 8/255?), "
+                f"one number or an ascending list of at least one, got {value}"
+            )
+        found[name] = values
+    return found
+
+
+def images_of(protocol: Protocol, dataset: str, max_test: int | None = None) -> int | list[int]:
+    """The test images that a protocol attacks, for ``data.load(max_test=...)``: how many, or their
+    positions."""
+    count = max_test or protocol.num_images
+    lee_kim = protocol.selection == "lee-kim" and dataset in STANDARD_ORDER and count <= 512
+    return lee_kim_indices()[:count] if lee_kim else count
 
 
 def lee_kim_indices(count: int = 10_000, chosen: int = 512) -> list[int]:
-    """The test images that Lee & Kim 2023 attack: numpy's ``RandomState(0).choice`` over the standard order of CIFAR-10."""
+    """The test images that Lee & Kim 2023 attack: numpy's ``RandomState(0).choice`` over the standard order
+    of CIFAR-10."""
     return np.random.RandomState(0).choice(count, chosen, replace=False).tolist()
 
 
-def with_seen(protocol: Protocol, norms: Collection[str]) -> Protocol:
-    """The protocol, each label saying first what trained defences know of the attack.
-
-    *known*: PGD through the whole defence in a norm that was attacked in training; *unseen*: every other attack on the whole
-    defence; *blind*: it sees the classifier alone, whatever it is.
-
-    Args:
-        norms: those of the attacks in training.
-    """
-
-    def said(item: PlannedAttack) -> str:
-        if item.sees == "classifier":
-            return BLIND
-        return KNOWN if item.attack in ("fgsm", "pgd") and item.sees == "defence" and item.norm in norms else UNSEEN
-
-    return replace(protocol, attacks=tuple(replace(item, label=f"{said(item)}: {item.label}") for item in protocol.attacks))
-
-
-def adjusted(
-    protocol: Protocol,
-    *,
-    steps: int | None = None,
-    eot_samples: int | None = None,
-    queries: int | None = None,
-    num_draws: int | None = None,
-) -> Protocol:
-    """The protocol with other numbers of steps, draws a gradient, queries or draws a verdict, under a name that says so.
-
-    Only attacks that have such a setting in the protocol are changed; None leaves it.
-    """
-    numbers = {"steps": steps, "eot_samples": eot_samples, "queries": queries}
-    wanted = {name: value for name, value in numbers.items() if value is not None}
-    attacks = tuple(
-        replace(
-            item,
-            settings={**item.settings, **{name: wanted[name] for name in wanted if name in item.settings}},
-            num_draws=item.num_draws if num_draws is None else None,
-        )
-        for item in protocol.attacks
-    )
-    changes = wanted | ({} if num_draws is None else {"num_draws": num_draws})
-    if not changes:
-        return protocol
-    name = f"{protocol.name} ({', '.join(f'{key} {value}' for key, value in changes.items())})"
-    return replace(protocol, name=name, attacks=attacks, num_draws=num_draws or protocol.num_draws)
-
-
-_DEMO = {"steps": 40, "eot_samples": 10, "stop_after": 3, "decay": True, "cycles": 2, "joint": True, "momentum": 0.75}
-_FLOW = {"steps": 25, "eot_samples": 3, "restarts": 4}  # more starts and targets find more than longer means in as many passes
-_FIRST_STEP = 1.0  # of a step that decays, in units of eps
 _STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
-_LEE_KIM_L2_STEP = 0.005 / 0.5  # likewise at l2 eps 0.5, 200 of which cross the ball twice; _STEP orbits in it
+_LEE_KIM_L2_STEP = 0.005 / 0.5  # likewise at l2 eps 0.5: 200 of them cross the ball twice; _STEP orbits in it
 _HILL_STEP = 2 / 8  # Hill et al. 2021: 2/255 at eps 8/255
+_HILL_VOTES = 150
+_PGD = "PGD-{steps} + EOT-{eot_samples} {norm}"
 
 
-def _white_box(
-    steps: int,
-    *,
-    auto_steps: int,
-    bpda_steps: int,
-    bpda_draws: int,
-    flow_steps: int,
-    queries: int,
-    bpda_verdict: int | None = None,
-) -> tuple[PlannedAttack, ...]:
-    """The attacks of ``strict``, as long as asked for; EOT 20 throughout, as published, but for BPDA."""
-    from_the_image = {"steps": steps, "eot_samples": 20, "start": "clean", "stop_after": 5}
-    return (
-        PlannedAttack("transfer PGD-{steps}", "pgd", sees="classifier", relative_step=_STEP, settings={"steps": steps}),
-        PlannedAttack("PGD-{steps} + EOT-{eot_samples} linf", "pgd", relative_step=_STEP, settings=from_the_image),
-        PlannedAttack("PGD-{steps} + EOT-{eot_samples} l2", "pgd", "l2", relative_step=_STEP, settings=from_the_image),
-        PlannedAttack(
-            "AutoAttack linf", "autoattack", settings={"steps": auto_steps, "eot_samples": 20, "queries": queries}
-        ),
-        PlannedAttack(
-            "BPDA + EOT linf",
-            "pgd",
-            sees="bpda",
-            relative_step=_HILL_STEP,
-            settings={"steps": bpda_steps, "eot_samples": bpda_draws, "stop_after": 5},
-            num_draws=bpda_verdict,
-        ),
-        PlannedAttack("StAdv", "stadv", "flow", settings={"steps": flow_steps, "eot_samples": 20}, equal_passes=True),
-        PlannedAttack("Square linf", "square", settings={"queries": queries, "eot_samples": 1}),
-    )
+def _strongest(steps: int, samples: int, norm: str | None = None, *, name: str = _PGD, **row: Any) -> Row:
+    """The strongest attack of the kit for its passes: one run over EOT samples, or as many restarts."""
+    options = {"steps": steps, "eot_samples": samples, "restarts": 1}
+    return Row("pgd_ensemble", name, norm, options=options, equal_passes=True, **row)
 
 
-_STRICT = _white_box(
-    200, auto_steps=100, bpda_steps=50, bpda_draws=15, flow_steps=100, queries=5000, bpda_verdict=HILL_VERDICT.num_draws
+def _published(steps: int, norm: str | None = None, *, step: float = _STEP) -> Row:
+    """PGD + EOT as it was published: from the image, in equal steps."""
+    options = {"steps": steps, "eot_samples": 20, "start": "clean", "early_stop": 5}
+    return Row("pgd", f"{_PGD}, equal steps", norm, step=step, options=options)
+
+
+def _transfer(steps: int) -> Row:
+    return Row("pgd", "transfer PGD-{steps}", threat_model="transfer", step=_STEP, options={"steps": steps})
+
+
+def _bpda(steps: int, samples: int, votes: int | None = None) -> Row:
+    options = {"steps": steps, "eot_samples": samples, "early_stop": 5}
+    return Row("pgd", "BPDA + EOT {norm}", threat_model="bpda", step=_HILL_STEP, votes=votes, options=options)
+
+
+def _flow(steps: int, samples: int, restarts: int = 1) -> Row:
+    options = {"steps": steps, "eot_samples": samples, "restarts": restarts}
+    return Row("flow", "flow + EOT-{eot_samples}", "flow", options=options, equal_passes=True)
+
+
+def _randomness(steps: int) -> tuple[Row, ...]:
+    """How much randomness hides: an attacker who knows the sample of t; and ever more EOT samples, up to
+    20."""
+    known = {"steps": steps, "eot_samples": 1, "restarts": 1, "early_stop": 0}
+    name = "known sample of t, PGD-{steps} {norm}"
+    fewer = (_strongest(steps, samples, name=f"{_PGD}, saturation", random_only=True) for samples in (1, 5))
+    return Row("pgd_ensemble", name, options=known, random_only=True, known_sample=True), *fewer
+
+
+_UNSEEN = (
+    _strongest(30, 5, "l1"),
+    Row("occlusion", "occlusion", "occlusion"),
+    Row("rotation_translation", "rotation, translation", "rotation", options={"angles": 11, "shifts": 3}),
+    Row("corruption", "corruptions", "corruption"),
 )
 
 PROTOCOLS: dict[str, Protocol] = {
-    item.name: item
-    for item in (
+    protocol.name: protocol
+    for protocol in (
         Protocol(
             "demo",
-            "one white-box attack (PGD-40 + EOT-10) and the blind one beside it; under a minute on 2 cores",
+            "one white-box attack (PGD-80 + EOT-5) and transfer beside it, 200 images; a minute on 2 cores",
             (
-                PlannedAttack("transfer", "pgd", sees="classifier", relative_step=_FIRST_STEP, settings=_DEMO),
-                PlannedAttack("white-box", "pgd", relative_step=_FIRST_STEP, settings=_DEMO, equal_passes=True),
+                _strongest(80, 5, name="transfer", threat_model="transfer"),
+                _strongest(80, 5, name="white-box"),
             ),
             num_images=200,
         ),
@@ -257,94 +300,99 @@ PROTOCOLS: dict[str, Protocol] = {
             "quick",
             "a look at every kind of attack, each too short to be believed alone; minutes on 2 cores",
             (
-                PlannedAttack("transfer PGD-{steps}", "pgd", sees="classifier", settings={"steps": 40}),
-                PlannedAttack(
-                    "PGD-{steps} + EOT-{eot_samples} linf",
-                    "pgd",
-                    relative_step=_FIRST_STEP,
-                    settings=_DEMO,
-                    equal_passes=True,
-                ),
-                PlannedAttack(
-                    "PGD-{steps} + EOT-{eot_samples} l2",
-                    "pgd",
-                    "l2",
-                    relative_step=_FIRST_STEP,
-                    settings=_DEMO,
-                    equal_passes=True,
-                ),
-                PlannedAttack("APGD-DLR linf", "apgd", settings={"steps": 30, "eot_samples": 10, "loss": "dlr"}),
-                PlannedAttack(
-                    "BPDA + EOT linf", "pgd", sees="bpda", relative_step=_HILL_STEP, settings=_DEMO | {"steps": 20}
-                ),
-                PlannedAttack("StAdv", "stadv", "flow", settings={"steps": 30, "eot_samples": 5}, equal_passes=True),
-                PlannedAttack("Square linf", "square", settings={"queries": 200}),
+                _transfer(40),
+                _strongest(80, 5),
+                _strongest(80, 5, "l2"),
+                Row("apgd", "APGD-DLR {norm}", options={"steps": 30, "eot_samples": 10, "loss": "dlr"}),
+                _bpda(20, 10),
+                _flow(30, 5),
+                Row("square", "Square {norm}", options={"queries": 200}),
             ),
             num_images=128,
         ),
         Protocol(
             "compare",
-            "the attack that AT and AToP were trained on, and others that they never saw, 200 images; minutes on 2 cores",
+            "the attack of AT's and AToP's training and unseen threats, 200 images; minutes on 2 cores",
             (
-                PlannedAttack("transfer", "pgd", sees="classifier", relative_step=_FIRST_STEP, settings=_DEMO),
-                PlannedAttack(
-                    "PGD-{steps} + EOT-{eot_samples} linf",
-                    "pgd",
-                    relative_step=_FIRST_STEP,
-                    settings=_DEMO,
-                    equal_passes=True,
-                ),
-                PlannedAttack(
-                    "PGD-{steps} + EOT-{eot_samples} l2",
-                    "pgd",
-                    "l2",
-                    relative_step=_FIRST_STEP,
-                    settings=_DEMO,
-                    equal_passes=True,
-                ),
-                PlannedAttack(
-                    "StAdv + EOT-{eot_samples}", "stadv", "flow", settings=_FLOW, equal_passes=True
-                ),
-                PlannedAttack("Square linf", "square", settings={"queries": 500}),
+                _strongest(80, 5, name="transfer", threat_model="transfer"),
+                _strongest(80, 5),
+                _strongest(80, 5, "l2"),
+                _flow(25, 3, 4),  # more starts and targets find more than longer runs in as many passes
+                Row("square", "Square {norm}", options={"queries": 500}),
+                *_UNSEEN,
             ),
             num_images=200,
         ),
         Protocol(
             "cpu",
-            "half as long as ``strict`` (Square a fifth), 128 images; for 2 cores, an hour for small models, in pieces",
-            _white_box(100, auto_steps=50, bpda_steps=25, bpda_draws=15, flow_steps=50, queries=1000),
+            "half as long as ``strict`` (Square a fifth), 128 images; an hour on 2 cores for small models",
+            (
+                _transfer(100),
+                _published(100),
+                _published(100, "l2"),
+                Row(
+                    "autoattack",
+                    "AutoAttack {norm}",
+                    options={"steps": 50, "eot_samples": 20, "queries": 1000},
+                ),
+                _bpda(25, 15),
+                _flow(50, 20),
+                Row("square", "Square {norm}", options={"queries": 1000}),
+            ),
             num_images=128,
         ),
         Protocol(
             "lee-kim",
-            "PGD-200 + EOT-20 in both norms as Lee & Kim 2023, and transfer, 512 images; minutes on a GPU for small models",
-            (*_STRICT[:2], replace(_STRICT[2], relative_step=_LEE_KIM_L2_STEP)),
-            num_draws=20,
-            verdict=Verdict(STANDING, 20),
+            "PGD-200 + EOT-20 in both norms as Lee & Kim 2023, and transfer, 512 images; minutes on a GPU",
+            (_transfer(200), _published(200), _published(200, "l2", step=_LEE_KIM_L2_STEP)),
             selection="lee-kim",
         ),
         Protocol(
             "standard",
-            "the attacks of the literature without the black box, 512 images; an hour or more on a GPU",
-            _white_box(100, auto_steps=100, bpda_steps=50, bpda_draws=15, flow_steps=100, queries=1000)[:4],
+            "the strongest PGD, AutoAttack, transfer, what randomness hides, 512 images; hours on a GPU",
+            (
+                _transfer(100),
+                _strongest(100, 20),
+                _strongest(100, 20, "l2"),
+                Row(
+                    "autoattack",
+                    "AutoAttack {norm}",
+                    options={"steps": 100, "eot_samples": 20, "queries": 1000},
+                ),
+                *_randomness(100),
+            ),
         ),
         Protocol(
             "strict",
-            "everything at its published length on the 512 images of Lee & Kim; hours on a GPU",
-            _STRICT,
-            num_draws=20,
-            verdict=Verdict(STANDING, 20),
+            "all at its published length, unseen threats, the 512 images of Lee & Kim; hours on a GPU",
+            (
+                _transfer(200),
+                _published(200),
+                _published(200, "l2"),
+                _strongest(200, 20),
+                Row(
+                    "autoattack",
+                    "AutoAttack {norm}",
+                    options={"steps": 100, "eot_samples": 20, "queries": 5000},
+                ),
+                _bpda(50, 15, _HILL_VOTES),
+                _flow(100, 20),
+                Row("square", "Square {norm}", options={"queries": 5000}),
+                *_randomness(200),
+                *_UNSEEN,
+            ),
             selection="lee-kim",
         ),
         Protocol(
             "authors-log",
-            "what the log of the published code measures: attacks on the classifier alone, shown to the defence once",
+            "what the log of the published code measures: attacks on f alone, shown to the defence once",
             (
-                PlannedAttack("FGSM on f", "fgsm", sees="classifier"),
-                PlannedAttack("PGD-{steps} on f", "pgd", sees="classifier", settings={"steps": 20}),
-                PlannedAttack("AutoAttack on f", "autoattack", sees="classifier"),
+                Row("fgsm", "FGSM on f", threat_model="transfer"),
+                Row("pgd", "PGD-{steps} on f", threat_model="transfer", options={"steps": 20}),
+                Row("autoattack", "AutoAttack on f", threat_model="transfer"),
             ),
-            num_draws=1,
+            votes=1,
         ),
     )
 }
+"""The named protocols: rows of ``attacks.ATTACKS`` with options."""

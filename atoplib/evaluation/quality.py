@@ -1,70 +1,55 @@
-"""Is it still a purifier? Its pictures beside the clean ones, and read by a classifier that it never saw."""
+"""Is it still a purifier? Its images beside the clean ones, and classified by networks that it never met."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from atoplib.decisions import full_float32, reseed, wilson_interval
 from atoplib.pipeline import AToPPipeline
-from atoplib.verdicts import full_float32, reseed, wilson_interval
-
-
-@dataclass(frozen=True)
-class Quality:
-    """What a purifier made of some images, against the clean ones.
-
-    Attributes:
-        psnr: peak signal-to-noise ratio in dB, the mean over the images.
-        ssim: structural similarity (Wang et al. 2004), at most 1, the mean over the images.
-        accuracy: by classifier, the share of purified images that it reads correctly; low, high: its 95 % interval.
-    """
-
-    psnr: float
-    ssim: float
-    accuracy: dict[str, tuple[float, float, float]]
 
 
 @torch.no_grad()
 def purification_quality(
     pipeline: AToPPipeline,
-    shown: Float[Tensor, "batch 3 height width"],
+    images: Float[Tensor, "batch 3 height width"],
     clean: Float[Tensor, "batch 3 height width"],
     labels: Int[Tensor, " batch"],
     *,
-    readers: dict[str, nn.Module],
+    classifiers: Mapping[str, nn.Module],
     seed: int = 0,
     max_batch: int = 256,
-) -> Quality:
-    """PSNR and SSIM of g(t(shown)) against ``clean``, and what each of ``readers`` reads in it; one draw an image.
+) -> dict[str, float]:
+    """PSNR and SSIM of g(t(images)) against ``clean``, and how many of them each classifier gets right; one
+    sample an image.
 
-    A purifier that was trained against a classifier must stay a purifier: its PSNR near that of AP, and its gain visible
-    to a classifier of another architecture, never seen in fine-tuning.
+    A purifier that was trained against a classifier must stay a purifier: its PSNR near that of AP, and its
+        gain visible to a classifier of another architecture, never seen in fine-tuning.
 
     Args:
         pipeline: in eval mode.
-        shown: what goes in, clean or adversarial, in [0, 1].
+        images: what is purified, clean or adversarial, in [0, 1].
         clean: the same images without perturbation.
-        readers: classifiers by name, in eval mode, images in [0, 1] -> logits.
+        classifiers: by name, in eval mode, images in [0, 1] -> logits.
 
-    Raises:
-        ValueError: for shapes that differ.
+    Returns:
+        ``psnr`` (dB) and ``ssim`` (Wang et al. 2004; at most 1), means over the images; for each classifier
+        its accuracy in percent under its name, with the 95 % interval as ``NAME_low`` and ``NAME_high``.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-    if shown.shape != clean.shape:
-        raise ValueError(f"the images shown and the clean ones differ in shape: {tuple(shown.shape)}, {tuple(clean.shape)}")
     reseed(pipeline, seed)
-    with full_float32(shown.device):
-        purified = torch.cat([pipeline.purify(part) for part in shown.split(max_batch)]).float()
-    picture = purified.clamp(0, 1)  # what a person sees; readers get what the pipeline hands to its classifier
-    every = (1, 2, 3)
-    psnr = peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=every)
+    with full_float32(images.device):
+        purified = torch.cat([pipeline.purify(part) for part in images.split(max_batch)]).float()
+        parts = purified.split(max_batch)
+        answers = {name: torch.cat([f(x).argmax(dim=1) for x in parts]) for name, f in classifiers.items()}
+    picture = purified.clamp(0, 1)  # what a person sees; classifiers get what the pipeline hands to its own
+    psnr = peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=(1, 2, 3))
     ssim = structural_similarity_index_measure(picture, clean, data_range=1.0)
-    accuracy = {}
-    for name, reader in readers.items():
-        with full_float32(shown.device):
-            read = torch.cat([reader(part).argmax(dim=1) for part in purified.split(max_batch)])
-        right = int((read == labels).sum())
-        accuracy[name] = (right / len(labels), *wilson_interval(right, len(labels)))
-    return Quality(float(psnr), float(ssim), accuracy)
+    found = {"psnr": float(psnr), "ssim": float(ssim)}
+    for name, predicted in answers.items():
+        right = int((predicted == labels).sum())
+        low, high = wilson_interval(right, len(labels))
+        found |= {name: 100 * right / len(labels), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+    return found

@@ -1,97 +1,81 @@
-"""What is on screen as HTML: pure functions from a ``View`` to text.
+"""A ``View`` as it is looked at: HTML for the live page and the still, one bitmap for files and animations.
 
-Colours of text and lines are those of JupyterLab's theme, light or dark. Right and wrong differ by a mark as well as by a
-colour (blue and vermilion of Okabe and Ito's palette, which colour-blind eyes tell apart).
+What a row holds is said once, in ``pictures``; both renderings read it.
 """
 
+import base64
+import io
+import json
 from collections.abc import Sequence
+from functools import cache
 from html import escape
+from typing import Any, NamedTuple
 
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from atoplib.drawing import MINUS, RIGHT, RIGHT_COLOUR, WRONG, WRONG_COLOUR
-from atoplib.explorer import draw
-from atoplib.explorer.compute import RobustCurve, View
-from atoplib.explorer.knobs import NO_ATTACK
-from atoplib.explorer.suite import is_foreign, title
-from atoplib.heatmaps import TRANSFORM_NAMES
-from atoplib.verdicts import wilson_interval
-
-MOST_CLASSES = 10  # bars under a picture; of more classes, the likeliest and the true one
-CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
-NORM_NAMES = {"linf": "l\N{INFINITY}", "l2": "l2", "flow": "flow"}
-SEES_NAMES = {
-    "pipeline": "the whole pipeline",
-    "bpda": "the pipeline by BPDA",
-    "classifier": "the classifier alone",
-}
-GAP = "\N{NO-BREAK SPACE}"
-SIGMA, ARROW, BETWEEN = "\N{GREEK SMALL LETTER SIGMA}", "\N{RIGHTWARDS ARROW}", " \N{MIDDLE DOT} "
-
-COLOURS = f".atop, .atop-surface {{ --right: {RIGHT_COLOUR}; --wrong: {WRONG_COLOUR}; }}"
-STYLE = (
-    f"<style>\n{COLOURS}"
-    + """
-.atop { --ink: var(--jp-ui-font-color1, #222); --faint: var(--jp-ui-font-color2, #666);
-  --line: var(--jp-border-color1, #bbb); --track: var(--jp-layout-color2, #eee);
-  --other: var(--jp-ui-font-color3, #999);
-  color: var(--ink); font: 12px/1.35 var(--jp-ui-font-family, system-ui, sans-serif); }
-.atop p { margin: 0; }
-.atop-summary { font-size: 14px; padding: 6px 0 8px; }
-.atop b, .atop-strong { font-weight: 600; }
-.atop-right { color: var(--right); font-weight: 600; }
-.atop-wrong { color: var(--wrong); font-weight: 600; }
-.atop-faint { color: var(--faint); }
-.atop-row { display: grid; grid-template-columns: repeat(6, minmax(0, 1fr)); gap: 4px 12px; max-width: 1380px; }
-.atop figure { margin: 0; min-width: 0; }
-.atop figcaption { font-weight: 600; font-size: 13px; white-space: nowrap; overflow: hidden; text-overflow: ellipsis; }
-.atop img { display: block; width: 100%; border: 1px solid var(--line); box-sizing: border-box; margin: 3px 0 4px; }
-.atop img.atop-crisp { image-rendering: pixelated; }
-.atop-void { aspect-ratio: 1; border: 1px dashed var(--line); box-sizing: border-box; display: grid; place-items: center;
-  text-align: center; color: var(--faint); margin: 3px 0 4px; padding: 8px; }
-.atop-bars { display: grid; grid-template-columns: fit-content(46%) minmax(0, 1fr) auto; gap: 2px 6px; align-items: center;
-  font-size: 11px; line-height: 13px; margin-top: 4px; font-variant-numeric: tabular-nums; }
-.atop-bars > .atop-name { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; text-align: right; }
-.atop-bars > .atop-value { text-align: right; white-space: nowrap; }
-.atop-track { background: var(--track); height: 9px; }
-.atop-track > div { height: 9px; background: var(--other); }
-.atop-track > .atop-of-right { background: var(--right); }
-.atop-track > .atop-of-wrong { background: var(--wrong); }
-.atop-true { font-weight: 700; }
-.atop-scale { height: 9px; border: 1px solid var(--line); box-sizing: border-box; }
-.atop-ends { display: flex; justify-content: space-between; font-size: 11px; font-variant-numeric: tabular-nums; }
-.atop-strip { display: flex; flex-wrap: wrap; gap: 6px 10px; margin-top: 10px; }
-.atop-strip figure { width: 92px; }
-.atop-strip figcaption { font-weight: 400; font-size: 11px; }
-.atop-panel-title { font-weight: 600; font-size: 13px; margin: 0 0 2px; }
-.atop svg { display: block; width: 100%; max-width: 340px; height: auto; overflow: visible; }
-.atop svg text { fill: var(--ink); font-size: 11px; font-family: var(--jp-ui-font-family, system-ui, sans-serif); }
-.atop svg .atop-axis { stroke: var(--line); stroke-width: 1; fill: none; }
-.atop svg .atop-curve { stroke: var(--faint); stroke-width: 1.5; fill: none; }
-.atop svg .atop-dot { fill: var(--right); }
-.atop svg .atop-cross { stroke: var(--wrong); stroke-width: 1.8; fill: none; }
-.atop svg .atop-here { stroke: var(--ink); stroke-width: 1; stroke-dasharray: 3 3; }
-.atop-problem { border-left: 4px solid var(--wrong); padding: 8px 12px; font-size: 14px; background: var(--track);
-  overflow-wrap: anywhere; }
-.atop-controls .widget-readout { min-width: 44px; max-width: 44px; margin-left: 6px; }
-.atop-controls .slider-container { margin: 0 4px; }
-.atop-pictures { transition: opacity 0.1s linear 0.25s; }
-.atop-stale { opacity: 0.35; }
-</style>"""
+from atoplib.decisions import vote, wilson_interval
+from atoplib.explorer.attack import NO_ATTACK, Curve, is_attacking
+from atoplib.explorer.compute import Row, View, shown_place
+from atoplib.explorer.controls import SETTINGS_OF, TRANSFORM_NAMES
+from atoplib.figures.style import (
+    DIVERGING,
+    MINUS,
+    RIGHT,
+    RIGHT_COLOUR,
+    WRONG,
+    WRONG_COLOUR,
+    colours_of,
+    eps_text,
 )
 
+SHOWN_BARS = 3
+CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
+COLUMNS = ("adversarial", "perturbation", "transformed", "purified")
+CELL, MARGIN, TEXT = 132, 10, 12  # pixels of the bitmap
 
-def problem(sentence: str) -> str:
-    """What stands in the place of the pictures when they cannot be made."""
-    return f'<div class="atop" role="alert"><div class="atop-problem">{escape(sentence)}</div></div>'
+
+class Picture(NamedTuple):
+    """One image of a row: its column, its pixels, and a line below it; ``more`` are others that may take its
+    place."""
+
+    column: str
+    pixels: UInt8[np.ndarray, "height width 3"]
+    caption: str
+    more: dict[str, np.ndarray] = {}
 
 
-def sentence_of(error: BaseException) -> str:
-    """An error in one line, without a traceback; its type is named where its text alone would not be understood."""
-    text = " ".join(str(error).split())
-    explains = isinstance(error, ValueError | FileNotFoundError) and text
-    return text if explains else f"{type(error).__name__}: {text}".rstrip(": ")
+class Decision(NamedTuple):
+    """What a defence decides on the image shown; bars are (class, share)."""
+
+    text: str
+    correct: bool
+    bars: list[tuple[int, float]]
+    lines: list[str]
+
+
+def to_pixels(image: Float[Tensor, "channels height width"]) -> UInt8[np.ndarray, "height width 3"]:
+    """An image in [0, 1], of one or three channels, as bytes; values beyond are clipped."""
+    image = image.expand(3, -1, -1) if len(image) == 1 else image[:3]
+    return np.ascontiguousarray((image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).numpy())
+
+
+def to_map(change: Float[Tensor, "height width"], scale: float) -> UInt8[np.ndarray, "height width 3"]:
+    """A signed map: white at 0, red at ``scale`` (brighter), blue at ``-scale`` (darker)."""
+    shares = (change / max(scale, 1e-6)).clamp(-1, 1) / 2 + 0.5
+    return _diverging()[(shares * 254).round().to(torch.int64).numpy()]
+
+
+@cache
+def _diverging() -> UInt8[np.ndarray, "255 3"]:
+    colours = matplotlib.colormaps[DIVERGING](np.linspace(0, 1, 255))[:, :3]  # odd, so that 0 is white
+    return (255 * colours).round().astype(np.uint8)
 
 
 def name_of(view: View, number: int) -> str:
@@ -99,318 +83,319 @@ def name_of(view: View, number: int) -> str:
     return view.classes[number] if number < len(view.classes) else str(number)
 
 
-def read(view: View, stage: str) -> tuple[str, float, bool]:
-    """Name, probability and correctness of what is read at a stage."""
-    probabilities = view.probabilities[stage]
-    best = int(probabilities.argmax())
-    return name_of(view, best), float(probabilities[best]), best == view.label
+def pictures(view: View, row: Row) -> list[Picture]:
+    """The images of a row, from left to right; a defence without a purifier has two."""
+    shown = row.at(view.values)
+    change = shown.adversarial - view.clean
+    linf = view.values["norm"] == "linf" and is_attacking(view.values)
+    scale = view.values["eps"] if linf else float(change.mean(dim=0).abs().max())
+    sizes = f"max {_number(float(change.abs().max()))}, \N{SCRIPT SMALL L}2 {_number(float(change.norm()))}"
+    ten = {"clean": to_pixels(view.clean), "ten": to_pixels(view.clean + 10 * change)}
+    step = (
+        f"step {row.path.steps[shown_place(row.path, view.values)]} of {row.path.steps[-1]}"
+        if len(row.path.steps) > 1
+        else ""
+    )
+    found = [
+        Picture("adversarial", to_pixels(shown.adversarial), step, ten),
+        Picture("perturbation", to_map(change.mean(dim=0), scale), sizes),
+    ]
+    if shown.transformed is None:
+        return found
+    distance = float((shown.purified - view.clean).abs().mean())
+    copies = len(shown.transformed)
+    return found + [
+        Picture("transformed", to_pixels(shown.transformed[0]), f"mask 1 of {copies}" if copies > 1 else ""),
+        Picture("purified", to_pixels(shown.purified), f"mean off {_number(distance)}"),
+    ]
 
 
-def defence_text(view: View) -> str:
-    """The defence and its transform in a few words."""
-    if view.pictured is None:
-        return view.knobs.defence
-    return f"{view.knobs.defence} with {transform_text(view)}" if view.knobs.transform != "none" else view.knobs.defence
+def decision(view: View, row: Row) -> Decision:
+    """The decision of a row: of the vote where the defence is random, else of its only pass."""
+    shown = row.at(view.values)
+    classes = shown.logits.argmax(dim=1)
+    counts = classes.bincount(minlength=shown.logits.shape[1])
+    decided = int(vote(shown.logits[:, None])[0])
+    votes, right = len(classes), int((classes == view.label).sum())
+    shares = counts / votes if votes > 1 else shown.logits[0].softmax(dim=0)
+    best = shares.argsort(descending=True, stable=True)[:SHOWN_BARS].tolist()
+    if view.label not in best:
+        best[-1] = view.label
+    text, lines = name_of(view, decided), []
+    tied = (counts == counts.max()).nonzero()[:, 0].tolist()
+    if len(tied) > 1:
+        lines.append(f"tie of {' and '.join(name_of(view, number) for number in tied)}: counted as {text}")
+    if votes > 1:
+        lines.append(f"{right} of {votes} votes correct")
+    if shown.unpurified is not None:
+        mark = RIGHT if shown.unpurified == view.label else WRONG
+        lines.append(f"not purified: {name_of(view, shown.unpurified)} {mark}")
+    return Decision(text, decided == view.label, [(number, float(shares[number])) for number in best], lines)
+
+
+def attack_text(view: View, titles: dict[str, str]) -> str:
+    """The attack, its radius and what it sees, in a line."""
+    values = view.values
+    if not is_attacking(values):
+        return "no attack" if values["attack"] == NO_ATTACK else f"{eps_text(0.0, values['norm'])}: no attack"
+    name = titles.get(values["attack"], values["attack"])
+    return f"{name}, {eps_text(values['eps'], values['norm'])}, {values['threat_model']}"
 
 
 def transform_text(view: View) -> str:
-    """The transform with those of its settings that apply."""
-    parts = [TRANSFORM_NAMES[view.knobs.transform]]
-    if "missing_rate" in view.used:
-        parts.append(f"{100 * float(view.pictured.masks.mean()):.3g}{GAP}% missing")
-    if "noise_std" in view.used:
-        parts.append(f"{SIGMA}{GAP}{view.knobs.noise_std:.3g}")
-    if "num_masks" in view.used:
-        parts.append(f"{view.knobs.num_masks}{GAP}masks")
-    return ", ".join(parts)
+    """The transform with those of its settings that apply, in a line."""
+    name, values = view.values["transform"], view.values
+    texts = {
+        "missing_rate": f"{100 * values['missing_rate']:.3g} % missing",
+        "noise_std": f"noise {values['noise_std']:.3g}",
+        "num_masks": f"{values['num_masks']} masks",
+    }
+    return ", ".join([TRANSFORM_NAMES[name].split(":")[0], *(texts[key] for key in SETTINGS_OF[name])])
 
 
-def attack_text(view: View) -> str:
-    """The attack, its radius and what it sees."""
-    knobs = view.knobs
-    if not knobs.attacks:
-        return "no attack" if knobs.attack == NO_ATTACK else "eps 0: no attack"
-    name = title(knobs.attack) + (f"-{knobs.steps}" if "steps" in view.used else "")
-    if "eot_samples" in view.used and knobs.eot_samples > 1:
-        name += f" + EOT-{knobs.eot_samples}"
-    if "queries" in view.used:
-        name += f", {knobs.queries} queries"
-    sees = SEES_NAMES[knobs.attack_sees] if view.pictured is not None else "the model"
-    return f"{name}, {radius_text(knobs.norm, knobs.eps)}, on {sees}"
+def clean(view: View) -> str:
+    """The clean image and its class."""
+    image = _img(view, to_pixels(view.clean), "clean image")
+    return f"{image}<p>clean, true class <b>{escape(name_of(view, view.label))}</b></p>"
 
 
-def radius_text(norm: str, eps: float) -> str:
-    """eps with its norm and unit."""
-    return f"{NORM_NAMES[norm]} {255 * eps:.3g}/255" if norm == "linf" else f"{NORM_NAMES[norm]} {eps:.3g}"
-
-
-def summary(view: View) -> str:
-    """The decisions in one sentence."""
-    true = name_of(view, view.label)
-    parts = [f"true class <b>{escape(true)}</b>"]
-    titles = {"clean": "clean", "adversarial": "attacked", "purified": "attacked and purified"}
-    for stage in view.probabilities:
-        name, probability, right = read(view, stage)
-        parts.append(f"{titles[stage]}: reads {_marked(name, right)} ({100 * probability:.1f} %)")
-    if len(view.votes) > 1:
-        parts.append(f"vote: {_marked(name_of(view, view.majority), view.majority == view.label)} ({votes_text(view)})")
-    if not view.adapted:
-        parts.append('<span class="atop-wrong">preview: the attack does not know the new transform yet</span>')
-    return f'<p class="atop-summary">{BETWEEN.join(parts)}</p>'
-
-
-def votes_text(view: View) -> str:
-    """How many draws are right."""
-    return f"{view.right_draws} of {len(view.votes)} draws right"
-
-
-def pictures(view: View) -> str:
-    """Summary, the six pictures with what belongs to each, and the copies of RT3."""
-    after, knobs = view.adversarial, view.knobs
-    perturbation = draw.signed_change(after, view.clean)
-    scale = 255 * knobs.eps if knobs.norm == "linf" and knobs.attacks else draw.map_scale(perturbation)
-    change = after - view.clean
-    steps = f", step {view.step} of {view.path_steps[-1]}" if view.step != view.path_steps[-1] else ""
-    sizes = (f"largest {255 * float(change.abs().max()):.3g}/255", f"l2 norm {float(change.norm()):.3g}")
-    columns = [
-        _column("clean", _img(view, draw.picture(view.clean), "the clean image"), _bars(view, "clean")),
-        _column(
-            f"adversarial{steps}",
-            _img(view, draw.picture(after), f"the adversarial image{steps}"),
-            _bars(view, "adversarial"),
-        ),
-        _column(
-            "perturbation",
-            _img(view, draw.change_map(perturbation, scale), f"the perturbation: {sizes[0]}, {sizes[1]}"),
-            _scale(scale, f"adversarial {MINUS} clean", *sizes),
-        ),
+def grid(view: View) -> str:
+    """One row a defence: its pictures, and its decision."""
+    purifies = any(row is not None and row.sample is not None for row in view.rows)
+    columns = COLUMNS if purifies or None in view.rows else COLUMNS[:2]
+    head = "".join(f'<div class="atop-head">{name}</div>' for name in ("", *columns, "decision"))
+    rows = [
+        f'<div class="atop-row"><div class="atop-name">{escape(name)}</div>{_row(view, row, columns)}</div>'
+        for name, row in zip(view.values["rows"], view.rows, strict=True)
     ]
-    if view.pictured is None:
-        nothing = '<div class="atop-void">{}</div>'
-        columns += [
-            _column("transformed", nothing.format("no transform: this defence is a bare classifier"), ""),
-            _column("purified", nothing.format("no purifier"), ""),
-            _column("purifier's change", nothing.format("no purifier"), ""),
+    style = f"--rows:{len(rows)};--columns:{len(columns)}"
+    return f'<div class="atop-grid" style="{style}">{head}{"".join(rows)}</div>'
+
+
+def _row(view: View, row: Row | None, columns: Sequence[str]) -> str:
+    if row is None:
+        return '<div class="atop-wait">attacking \N{HORIZONTAL ELLIPSIS}</div>'
+    cells, found = [], {picture.column: picture for picture in pictures(view, row)}
+    for column in columns:
+        picture = found.get(column)
+        if picture is None:
+            cells.append('<div class="atop-void">no purifier</div>')
+            continue
+        more = "".join(_img(view, pixels, "", kind) for kind, pixels in picture.more.items())
+        image = _img(view, picture.pixels, f"{row.name}: {column} image", column)
+        cells.append(f"<figure>{image}{more}<figcaption>{escape(picture.caption)}</figcaption></figure>")
+    made = decision(view, row)
+    source = "attacked itself" if row.attacked else f"attack made on {view.values['attacked']}"
+    lines = ([source] if is_attacking(view.values) and not view.preview else []) + made.lines
+    bars = "".join(_bar(view, number, share, made) for number, share in made.bars)
+    below = "".join(f"<p>{escape(line)}</p>" for line in lines)
+    decided = f'{_marked(made)}<div class="atop-bars">{bars}</div>{below}'
+    return f'{"".join(cells)}<div class="atop-decision">{decided}</div>'
+
+
+def _bar(view: View, number: int, share: float, made: Decision) -> str:
+    name = escape(name_of(view, number))
+    kind = "right" if number == view.label else "wrong" if name_of(view, number) == made.text else "other"
+    return (
+        f'<span title="{name}">{name}</span>'
+        f'<div><div class="atop-of-{kind}" style="width:{100 * share:.1f}%"></div></div>'
+        f"<span>{100 * share:.0f} %</span>"
+    )
+
+
+def _marked(made: Decision) -> str:
+    kind, mark = ("right", RIGHT) if made.correct else ("wrong", WRONG)
+    word = "correct" if made.correct else "misclassified"
+    marked = f'{escape(made.text)} <span role="img" aria-label="{word}">{mark}</span>'
+    return f'<p class="atop-{kind}" title="{word}">{marked}</p>'
+
+
+def _img(view: View, pixels: np.ndarray, alt: str, kind: str = "clean") -> str:
+    crisp = " atop-crisp" if view.clean.shape[-1] < CRISP_BELOW else ""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    source = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img class="atop-{kind}{crisp}" src="{source}" alt="{escape(alt)}" draggable="false">'
+
+
+def path_chart(view: View) -> str:
+    """The share of correct samples at each step of the attack, a line a defence; a point can be chosen."""
+    title = "correct samples (%) at each step of the attack"
+    rows = [row for row in view.rows if row is not None and row.complete and len(row.path.steps) > 1]
+    if not rows or view.preview:
+        text = "no attack" if not is_attacking(view.values) else "\N{HORIZONTAL ELLIPSIS}"
+        return _panel(title, f'<p class="atop-faint">{text}</p>')
+    lines = []
+    for row in rows:
+        right = (row.logits.argmax(dim=2) == view.label).float()
+        losses = -row.logits.softmax(dim=2)[:, :, view.label].mean(dim=0).clamp(min=1e-30).log()
+        notes = [
+            f"{row.name}, step {step}: {int(n)} of {len(right)} correct, loss {float(loss):.3g}"
+            for step, n, loss in zip(row.path.steps, right.sum(dim=0), losses, strict=True)
         ]
-        return _page(summary(view) + f'<div class="atop-row">{"".join(columns)}</div>')
-    shown = view.pictured
-    copies = len(shown.transformed)
-    changed = draw.signed_change(shown.purified, after)
-    most = draw.map_scale(changed)
-    distances = [255 * float((image - view.clean).abs().mean()) for image in (after, shown.purified)]
-    left = f"mean distance to clean: {distances[0]:.3g} {ARROW} {distances[1]:.3g}/255"
-    which = f", copy 1 of {copies}" if copies > 1 else ""
-    columns += [
-        _column(
-            "transformed",
-            _img(view, draw.picture(shown.transformed[0]), f"what the purifier reads{which}"),
-            f'<p>{escape(transform_text(view) + which)}</p><p class="atop-faint">{escape(_draw_text(view))}</p>',
-        ),
-        _column("purified", _img(view, draw.picture(shown.purified), "the purified image"), _bars(view, "purified")),
-        _column(
-            "purifier's change",
-            _img(view, draw.change_map(changed, most), f"what the purifier changed, at most {most:.3g}/255"),
-            _scale(most, f"purified {MINUS} adversarial", left),
-        ),
-    ]
-    strip = _strip(view) if copies > 1 else ""
-    return _page(summary(view) + f'<div class="atop-row">{"".join(columns)}</div>{strip}')
+        wishes = [{"shown_step": step} for step in row.path.steps]
+        lines.append(Line(row.name, row.path.steps, (100 * right.mean(dim=0)).tolist(), notes, wishes))
+    here = max(row.path.steps[shown_place(row.path, view.values)] for row in rows)
+    return _panel(title, chart(lines, here=here, label="step"))
 
 
-def votes(view: View) -> str:
-    """The vote over draws as a histogram."""
-    if len(view.votes) == 1:
-        name, _, right = read(view, list(view.probabilities)[-1])
-        text = f"<p>No dice are thrown: every draw reads {_marked(name, right)}.</p>"
-        return _page(f'<p class="atop-panel-title">Vote</p>{text}')
-    counts = view.votes.bincount(minlength=len(view.classes))
-    order = sorted(range(len(counts)), key=lambda number: (-int(counts[number]), number))
-    kept = [number for number in order if counts[number] or number == view.label][:MOST_CLASSES]
-    if view.label not in kept:
-        kept[-1] = view.label
-    rows = [(number, float(counts[number]) / len(view.votes), str(int(counts[number]))) for number in kept]
-    title = f"Vote of {len(view.votes)} draws: {view.right_draws} right"
-    worst = "every draw is right" if view.right_draws == len(view.votes) else "an attacker who may try again wins"
-    return _page(
-        f'<p class="atop-panel-title">{title}</p>{_bar_rows(view, rows)}<p class="atop-faint">majority: '
-        f"{_marked(name_of(view, view.majority), view.majority == view.label)}; worst of {len(view.votes)}: {worst}</p>"
+def curve_chart(curves: Sequence[Curve], norm: str, eps: float) -> str:
+    """Robust accuracy over eps with 95 % intervals, a line a defence; a point can be chosen."""
+    lines = []
+    for curve in curves:
+        shares = [100 * right / curve.images for right in curve.correct]
+        bands = [tuple(100 * end for end in wilson_interval(right, curve.images)) for right in curve.correct]
+        notes = [
+            f"{curve.name}, {eps_text(at, norm)}: {share:.0f} % [{low:.0f}, {high:.0f}]"
+            for at, share, (low, high) in zip(curve.eps, shares, bands, strict=True)
+        ]
+        lines.append(Line(curve.name, curve.eps, shares, notes, [{"eps": at} for at in curve.eps], bands))
+    title = f"accuracy (%) over \N{GREEK SMALL LETTER EPSILON}, {curves[0].images} images, 95 % intervals"
+    return _panel(title, chart(lines, here=eps, label=eps_text(eps, norm).split(" =")[0]))
+
+
+class Line(NamedTuple):
+    """A line of a chart: its name, its points, what each says and what choosing it asks for, and
+    intervals."""
+
+    name: str
+    across: Sequence[float]
+    up: Sequence[float]
+    notes: Sequence[str]
+    wishes: Sequence[dict[str, Any]]
+    bands: Sequence[tuple[float, float]] = ()
+
+
+def chart(lines: Sequence[Line], *, here: float, label: str, width: int = 330, height: int = 118) -> str:
+    """Lines of percentages as SVG, in the colours of the page; a dashed line at ``here``."""
+    left, top, base = 30, 6, height - 28
+    last = max(max(line.across) for line in lines) or 1.0
+    colours, xs, ys = (
+        colours_of([line.name for line in lines]),
+        (width - left - 90) / last,
+        (base - top - 8) / 100,
     )
-
-
-def path(view: View) -> str:
-    """Loss and decision at each step of the attack."""
-    panel_title = '<p class="atop-panel-title">Path of the attack: loss (nats)</p>'
-    if len(view.path_steps) == 1:
-        return _page(panel_title + f"<p>{escape(attack_text(view)).capitalize()}.</p>")
-    if not view.adapted:
-        return _page(panel_title + '<p class="atop-faint">A preview: the path is that of the attack to come.</p>')
-    right = (view.path_classes == view.label).tolist()
-    chart = line_chart(
-        [float(step) for step in view.path_steps],
-        view.path_losses.tolist(),
-        right,
-        here=float(view.step),
-        x_label="step of the attack",
-        label=f"cross-entropy from {float(view.path_losses[0]):.3g} to {float(view.path_losses[-1]):.3g}",
-    )
-    place = view.path_steps.index(view.step)
-    decision = _marked(name_of(view, int(view.path_classes[place])), right[place])
-    here = f"<p>step {view.step}: loss {float(view.path_losses[place]):.3g}, reads {decision}</p>"
-    if is_foreign(view.knobs.attack):
-        here += '<p class="atop-faint">torchattacks shows the result alone, and no step on the way.</p>'
-    return _page(panel_title + chart + here)
-
-
-def curve(result: RobustCurve) -> str:
-    """Robust accuracy over eps, with 95 % intervals."""
-    factor, unit = (255, "1/255") if result.knobs.norm == "linf" else (1, result.knobs.norm)
-    shares = [100 * right / result.images for right in result.right]
-    bands = [tuple(100 * end for end in wilson_interval(right, result.images)) for right in result.right]
-    chart = line_chart(
-        [factor * eps for eps in result.eps],
-        shares,
-        [True] * len(shares),
-        here=factor * result.knobs.eps,
-        x_label=f"eps ({unit})",
-        label="robust accuracy: " + ", ".join(f"{share:.0f} %" for share in shares),
-        limits=(0.0, 100.0),
-        bands=bands,
-    )
-    title = '<p class="atop-panel-title">Robust accuracy (%) over eps</p>'
-    return _page(f'{title}{chart}<p class="atop-faint">{result.images} images, one draw each, 95 % intervals</p>')
-
-
-def line_chart(
-    across: Sequence[float],
-    up: Sequence[float],
-    right: Sequence[bool],
-    *,
-    here: float,
-    x_label: str,
-    label: str,
-    limits: tuple[float, float] | None = None,
-    bands: Sequence[tuple[float, float]] = (),
-    width: int = 300,
-    height: int = 160,
-) -> str:
-    """A curve as SVG: a disc where ``right``, a cross where not, a dashed line at ``here``, bars for ``bands``."""
-    left, top, bottom = 38, 8, 34
-    low, high = limits or (min(0.0, *up), 1.08 * max(*up, 1e-3))
-    ticks = [tick for tick in MaxNLocator(4).tick_values(low, high) if low - 1e-9 <= tick <= high * 1.001]
-    first, last = min(across), max(max(across), min(across) + 1e-9)
-
-    def x(value: float) -> float:
-        return left + 8 + (value - first) / (last - first) * (width - left - 20)
-
-    def y(value: float) -> float:
-        return top + (high - value) / (high - low) * (height - top - bottom)
-
-    base = height - bottom
-    parts = [f'<path class="atop-axis" d="M{left} {top}V{base}H{width}"/>']
-    for tick in ticks:
-        parts.append(f'<path class="atop-axis" d="M{left - 4} {y(tick):.1f}h4"/>')
-        parts.append(f'<text x="{left - 7}" y="{y(tick) + 4:.1f}" text-anchor="end">{_number(tick)}</text>')
-    whole = all(float(value).is_integer() for value in across)
-    for tick in MaxNLocator(6, integer=whole).tick_values(first, last):
-        if first - 1e-9 <= tick <= last + 1e-9:
-            parts.append(f'<path class="atop-axis" d="M{x(tick):.1f} {base}v4"/>')
-            parts.append(f'<text x="{x(tick):.1f}" y="{base + 15}" text-anchor="middle">{_number(tick)}</text>')
-    parts.append(f'<text x="{(left + width) / 2}" y="{height - 4}" text-anchor="middle">{escape(x_label)}</text>')
-    parts.append(f'<path class="atop-here" d="M{x(here):.1f} {top}V{base}"/>')
-    points = [(x(a), y(b)) for a, b in zip(across, up, strict=True)]
-    parts.append(f'<path class="atop-curve" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in points)}"/>')
-    for (a, _), (worst, best) in zip(points, bands, strict=False):
-        parts.append(f'<path class="atop-curve" d="M{a:.1f} {y(worst):.1f}V{y(best):.1f}"/>')
-    for (a, b), good in zip(points, right, strict=True):
+    zero = left + 8, base - 4
+    parts = [f'<path class="atop-axis" d="M{left} {top}V{base}H{width - 74}"/>']
+    for tick in (0, 50, 100):
         parts.append(
-            f'<circle class="atop-dot" cx="{a:.1f}" cy="{b:.1f}" r="3.2"/>'
-            if good
-            else f'<path class="atop-cross" d="M{a - 3:.1f} {b - 3:.1f}l6 6m0 -6l-6 6"/>'
+            f'<text x="{left - 5}" y="{zero[1] - ys * tick + 4:.1f}" text-anchor="end">{tick}</text>'
         )
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}">{"".join(parts)}</svg>'
+    for tick in MaxNLocator(5, integer=isinstance(lines[0].across[0], int)).tick_values(0, last):
+        if 0 <= tick <= last * 1.001:
+            parts.append(
+                f'<text x="{zero[0] + xs * tick:.1f}" y="{base + 12}" text-anchor="middle">'
+                f"{_number(tick)}</text>"
+            )
+    parts.append(
+        f'<text x="{(left + width - 74) / 2}" y="{height - 4}" text-anchor="middle">{escape(label)}</text>'
+    )
+    parts.append(f'<path class="atop-here" d="M{zero[0] + xs * here:.1f} {top}V{base}"/>')
+    for number, line in enumerate(lines):
+        lift = 1.5 * (number - (len(lines) - 1) / 2)  # equal lines are beside each other
+        colour = colours[line.name]
+        points = [
+            (zero[0] + xs * a, zero[1] - ys * b + lift) for a, b in zip(line.across, line.up, strict=True)
+        ]
+        parts.append(
+            f'<path stroke="{colour}" fill="none" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b in points)}"/>'
+        )
+        for (a, _), (low, high) in zip(points, line.bands, strict=False):
+            parts.append(
+                f'<path stroke="{colour}" opacity=".5" '
+                f'd="M{a:.1f} {zero[1] - ys * low:.1f}V{zero[1] - ys * high:.1f}"/>'
+            )
+        for (a, b), note, wish in zip(points, line.notes, line.wishes, strict=True):
+            data = f'data-wish="{escape(json.dumps(wish))}"'
+            dot = f'<circle {data} fill="{colour}" cx="{a:.1f}" cy="{b:.1f}" r="3.5">'
+            parts.append(f"{dot}<title>{escape(note)}</title></circle>")
+        parts.append(
+            f'<text x="{width - 68}" y="{top + 12 + 15 * number}" class="atop-legend">'
+            f'<tspan fill="{colour}">\N{BLACK CIRCLE}</tspan> {escape(line.name)}</text>'
+        )
+    text = "; ".join(f"{line.name} from {line.up[0]:.0f} to {line.up[-1]:.0f} %" for line in lines)
+    head = f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(text)}">'
+    return f"{head}{''.join(parts)}</svg>"
 
 
-def _page(content: str) -> str:
-    return f'<div class="atop">{content}</div>'
+def problem(sentence: str) -> str:
+    """What is in the place of the pictures when they cannot be made."""
+    return f'<div class="atop-problem" role="alert">{escape(sentence)}</div>'
+
+
+def sentence_of(error: BaseException) -> str:
+    """An error in one line, without a traceback; its type is named where its text alone would not be
+    understood."""
+    text = " ".join(str(error).split())
+    explains = isinstance(error, ValueError | FileNotFoundError) and text
+    return text if explains else f"{type(error).__name__}: {text}".rstrip(": ")
+
+
+def _panel(title: str, content: str) -> str:
+    return f'<p class="atop-title">{escape(title)}</p>{content}'
 
 
 def _number(value: float) -> str:
     return f"{0.0 if abs(value) < 1e-9 else value:.3g}".replace("-", MINUS)
 
 
-def _marked(name: str, right: bool) -> str:
-    kind, mark = ("right", RIGHT) if right else ("wrong", WRONG)
-    return f'<span class="atop-{kind}">{escape(name)} {mark}</span>'
+def sheet(view: View, title: str = "") -> Image.Image:
+    """The same pictures and decisions as one bitmap, dark on white."""
+    rows = [row for row in view.rows if row is not None]
+    heads = max((pictures(view, row) for row in rows), key=len)
+    columns = 1 + len(heads)
+    width = MARGIN + columns * (CELL + MARGIN) + 190
+    image = Image.new("RGB", (width, 58 + len(rows) * (CELL + 34)), "white")
+    pen = ImageDraw.Draw(image)
+
+    _write(pen, MARGIN, 8, title, TEXT + 1)
+    for place, row in enumerate(rows):
+        y = 50 + place * (CELL + 34)
+        cells = pictures(view, row)
+        if place == 0:
+            for number, text in enumerate(
+                [f"clean: {name_of(view, view.label)}", *(cell.column for cell in heads)]
+            ):
+                _write(pen, MARGIN + number * (CELL + MARGIN), y - 18, text)
+            _paste(image, MARGIN, y, to_pixels(view.clean))
+        for column, cell in enumerate(cells, start=1):
+            x = MARGIN + column * (CELL + MARGIN)
+            _paste(image, x, y, cell.pixels)
+            _write(pen, x, y + CELL + 2, cell.caption, TEXT - 2, "#595959")
+        made, x = decision(view, row), MARGIN + columns * (CELL + MARGIN)
+        _write(pen, x, y, row.name, TEXT + 2)
+        colour = RIGHT_COLOUR if made.correct else WRONG_COLOUR
+        _write(pen, x, y + 22, f"{made.text} {RIGHT if made.correct else WRONG}", TEXT + 6, colour)
+        bars = [f"{name_of(view, number)}: {100 * share:.0f} %" for number, share in made.bars]
+        for number, line in enumerate(bars + made.lines):
+            _write(pen, x, y + 50 + 15 * number, line, TEXT - 1)
+    return image
 
 
-def _column(title: str, image: str, below: str) -> str:
-    return f"<figure><figcaption>{escape(title)}</figcaption>{image}{below}</figure>"
+def _write(
+    pen: ImageDraw.ImageDraw, x: int, y: int, text: str, size: int = TEXT, colour: str = "#1a1a1a"
+) -> None:
+    pen.text((x, y), text, fill=colour, font=_font(size))
 
 
-def _img(view: View, png: bytes, alt: str) -> str:
-    crisp = ' class="atop-crisp"' if view.clean.shape[-1] < CRISP_BELOW else ""
-    return f'<img{crisp} src="{draw.data_uri(png)}" alt="{escape(alt)}">'
+def _paste(image: Image.Image, x: int, y: int, pixels: np.ndarray) -> None:
+    kind = Image.Resampling.NEAREST if pixels.shape[1] < CRISP_BELOW else Image.Resampling.LANCZOS
+    size = CELL, round(CELL * pixels.shape[0] / pixels.shape[1])
+    image.paste(Image.fromarray(pixels).resize(size, kind), (x, y))
 
 
-def _scale(scale: float, *lines: str) -> str:
-    end = f"{scale:.3g}"
-    texts = "".join(f'<p class="atop-faint">{escape(line)}</p>' for line in lines)
-    return (
-        f'<div class="atop-scale" style="background:{draw.map_gradient()}"></div>'
-        f'<div class="atop-ends"><span>{MINUS}{end}</span><span>0</span><span>+{end} /255</span></div>{texts}'
-    )
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
-def shown_classes(view: View) -> list[int]:
-    """The classes that get a bar under every picture: all, or the likeliest of any stage and the true one."""
-    if len(view.classes) <= MOST_CLASSES:
-        return list(range(len(view.classes)))
-    likely: Tensor = sum(view.probabilities.values())
-    best = likely.topk(MOST_CLASSES - 1).indices.tolist()
-    return sorted({*best, view.label})
-
-
-def _bars(view: View, stage: str) -> str:
-    name, probability, right = read(view, stage)
-    values = view.probabilities[stage]
-    rows = [(number, float(values[number]), f"{100 * float(values[number]):.1f}") for number in shown_classes(view)]
-    return f"<p>reads {_marked(name, right)} {100 * probability:.1f} %</p>{_bar_rows(view, rows)}"
-
-
-def _bar_rows(view: View, rows: Sequence[tuple[int, float, str]]) -> str:
-    top = max(rows, key=lambda row: row[1])[0]
-    cells = []
-    for number, share, text in rows:
-        true = number == view.label
-        kind = "right" if true else "wrong" if number == top else "other"
-        mark, strong = (" \N{BLACK LEFT-POINTING SMALL TRIANGLE}", " atop-true") if true else ("", "")
-        name = escape(name_of(view, number))
-        cells.append(
-            f'<span class="atop-name{strong}" title="{name}">{name}</span>'
-            f'<div class="atop-track"><div class="atop-of-{kind}" style="width:{100 * share:.1f}%"></div></div>'
-            f'<span class="atop-value{strong}">{text}{mark}</span>'
-        )
-    return f'<div class="atop-bars">{"".join(cells)}</div>'
-
-
-def _draw_text(view: View) -> str:
-    vote, number = divmod(view.knobs.draw, view.knobs.num_draws)
-    if "draw" not in view.used:
-        return "every draw is the same"
-    return f"draw {number + 1} of {len(view.votes)}" + (f" of vote {vote + 1}" if vote else " of the vote")
-
-
-def _strip(view: View) -> str:
-    """RT3: each masked copy, and what the purifier filled in there."""
-    shown = view.pictured
-    kept = []
-    for number, (copy, mask) in enumerate(zip(shown.transformed, shown.masks, strict=True), start=1):
-        filled = shown.purified * mask + 0.5 * (1 - mask)
-        kept.append(
-            f"<figure><figcaption>mask {number}</figcaption>"
-            + _img(view, draw.picture(copy), f"what the purifier reads under mask {number}")
-            + _img(view, draw.picture(filled), f"what the purifier fills in under mask {number}")
-            + "</figure>"
-        )
-    text = '<p class="atop-faint">Each masked copy, and below it what the purifier fills in; only that is kept.</p>'
-    return f'<div class="atop-strip">{"".join(kept)}</div>{text}'
+def encoded(frames: Sequence[Image.Image], kind: str) -> bytes:
+    """One bitmap as ``png`` or ``pdf``, several as an animated ``gif``, 0.4 s each and the last one
+    longer."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"resolution": 160.0} if kind == "pdf" else {}
+    if kind == "gif":
+        durations = [400] * (len(frames) - 1) + [1600]
+        options = {"save_all": True, "append_images": list(frames[1:]), "duration": durations, "loop": 0}
+    frames[0].save(buffer, kind.upper(), **options)
+    return buffer.getvalue()

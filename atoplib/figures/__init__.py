@@ -1,24 +1,32 @@
-"""Pictures of what attack and purifier do to images, training curves, accuracies, and certificates beside attacks.
+"""Pictures of what attack and purifier do to images, accuracies, training curves, and certificates beside
+attacks.
 
-Every function returns a ``matplotlib.figure.Figure`` of its own, see ``drawing``. A notebook shows it once ``%matplotlib
-inline`` was run; ``save_figure`` writes it.
+Every function returns a ``matplotlib.figure.Figure`` of its own, which pyplot does not know. A notebook shows
+it once ``%matplotlib inline`` was run; ``save_figure`` writes it.
 """
 
-from atoplib.drawing import save_figure
-from atoplib.figures.accuracies import accuracy_against, accuracy_bars
-from atoplib.figures.certificate import certified_and_attacked
-from atoplib.figures.curves import training_curves
-from atoplib.figures.images import PurificationStages, masks_and_inputs, purification_rows
-from atoplib.figures.tables import format_table
+from atoplib.figures.charts import (
+    accuracy_bars,
+    accuracy_over_eps,
+    attack_heatmap,
+    certificate_curves,
+    parameter_lines,
+    training_curves,
+)
+from atoplib.figures.images import image_grid, perturbation_maps, purification_grid, purification_stages
+from atoplib.figures.style import eps_text, save_figure
 
 __all__ = [
-    "PurificationStages",
-    "accuracy_against",
     "accuracy_bars",
-    "certified_and_attacked",
-    "format_table",
-    "masks_and_inputs",
-    "purification_rows",
+    "accuracy_over_eps",
+    "attack_heatmap",
+    "certificate_curves",
+    "eps_text",
+    "image_grid",
+    "parameter_lines",
+    "perturbation_maps",
+    "purification_grid",
+    "purification_stages",
     "save_figure",
     "training_curves",
 ]

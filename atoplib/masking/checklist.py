@@ -1,198 +1,266 @@
-"""The masking checklist: which checks a model gets, and in which order."""
+"""The masking checklist: attacks on one model and its images, all under the same random numbers."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks import SquareSettings, check_attack, check_budget, square
 from atoplib.attacks.bpda import IdentityBackward
-from atoplib.masking.bench import (
-    Bench,
-    MaskingSettings,
-    measure_agreement,
-    measure_draws,
-    measure_eot,
-    measure_gradients,
-    measure_modes,
-    measure_unbounded,
-    noise_of_size,
-    own_generators,
-    smooth_margin,
-    throw_anew,
-    unbounded_sizes,
+from atoplib.attacks.eot import eot_gradient
+from atoplib.attacks.norms import Ball, check_eps
+from atoplib.attacks.square import square
+from atoplib.contract import prepare
+from atoplib.decisions import Model, full_float32, is_random
+from atoplib.masking.checks import (
+    Check,
+    check_agreement,
+    check_effort,
+    check_gradients,
+    check_modes,
+    check_samples,
+    check_unbounded,
+    check_weaker_attack,
+    outcome_of,
+    p_text,
+    paired_p_value,
 )
-from atoplib.masking.verdicts import Check, check_challenger, check_effort
+from atoplib.masking.probe import Attackable, Probe, smooth_margin
 from atoplib.progress import Report
-from atoplib.verdicts import is_random
 
-FEWEST_IMAGES = 8  # eight images to none are the fewest on which a comparison can fail at the default significance
+FEWEST_IMAGES = 8  # eight images to none are the fewest on which a comparison can fail
 MOMENTUM = 0.75  # of the falling steps that the main attack's schedule is compared with
 SHORT_SCHEDULE = 2000  # of Square's shares: large squares for the few queries that a check can afford
-
-BlackBox = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""(model, images, labels) -> adversarial images within the eps and norm that are being checked."""
+UNBOUNDED = (64 / 255, 0.95)  # changes of every value by which an attack should break everything
+NOISE_SAMPLES = 10  # random perturbations an image
+DIRECTIONS = 8  # random directions an image in which gradient and loss are compared
+NOT_FIXED = "not compared, as the model's random numbers cannot be fixed: give it reseed(seed)"
 
 
 def masking_checklist(
-    model: nn.Module,
-    images: Float[Tensor, "batch 3 height width"],
+    defence: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
-    settings: MaskingSettings,
     *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 10,
+    alpha: float | None = None,
+    eot_samples: int = 4,
+    num_samples: int = 8,
+    queries: int = 100,
     classifier: nn.Module | None = None,
-    black_box: BlackBox | None = None,
     seed: int = 0,
-    max_batch: int = 512,
+    max_batch: int = 256,
     progress: Report | None = None,
-) -> tuple[Check, ...]:
-    """Look for gradient masking in a model; 64 images are enough.
+) -> list[Check]:
+    """Look for gradient masking in a model; 64 images are enough, at about 12 * steps * eot_samples gradients
+    an image.
 
-    The dice of a random model are fixed by its method ``reseed(seed)`` (or ``fixed_draws(seed)``) where it has one, else by
-    the global generators of CPU and GPU, which are as before afterwards. The model's own dice stand elsewhere afterwards.
+    A model's random numbers are fixed by its methods ``reseed(seed)`` and ``fixed_sample(seed)`` where it has
+    them, else by the global generators of CPU and GPU, which are as before afterwards. The model's own are
+    elsewhere afterwards.
 
     Args:
-        model: in eval mode, images in [0, 1] -> logits; may be random. One with ``purify`` and ``classifier``, as
-            ``AToPPipeline``, is attacked with a straight-through gradient, too.
+        defence: in eval mode, images in [0, 1] -> logits; may be random. One with ``purify`` and
+            ``classifier``, as ``AToPPipeline``, is attacked with a straight-through gradient, too.
         images, labels: in [0, 1]; true classes; at least eight.
-        classifier: what a transfer attack sees; None: the model's own ``classifier`` if it has one, else no such attack.
-        black_box: an attack without gradients in place of a short Square.
+        eps, norm: of the robust accuracy that is to be believed.
+        steps, alpha: of that attack, as in ``pgd``, at least 2 steps; half and twice as many, equal steps of
+            eps, and steps that fall from eps with momentum are tried, too.
+        eot_samples: samples a gradient where the model is random; one and twice as many are tried, too.
+        num_samples: forward passes an image for a decision of a random model.
+        queries: of the Square attack that must not win either; 0: none.
+        classifier: what a transfer attack sees; None: the model's own ``classifier`` if it has one, else no
+            such attack.
         seed: of everything random.
         max_batch: copies of images that are in memory at once.
         progress: called with checks done and in all.
 
     Returns:
-        the checks in a fixed order: those of gradients and dice first, then the attacks that must not win.
+        the checks in a fixed order: those of gradients and samples first, then the attacks that must not win.
 
     Raises:
-        ValueError: as ``attacks.pgd``: train mode, images outside [0, 1], labels without a logit; fewer than eight images.
+        ValueError: as ``contract.prepare``, for fewer than eight images, or a number out of its range.
 
-    Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5; Hill et al. 2021 (straight-through purifier).
+    Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5; Hill et al. 2021
+        (straight-through purifier).
     """
-    classifier = getattr(model, "classifier", None) if classifier is None else classifier
-    checks: list[Check] = []
-    with own_generators(images.device):
-        given = model
-        model, images, labels = check_attack(model, images, labels)
-        if classifier is not None:
-            classifier, _, _ = check_attack(classifier, images, labels)
+    check_eps(eps, norm)
+    if norm == "l1":
+        raise ValueError(
+            "the checklist knows linf and l2, not l1: random noise and small steps mean little there"
+        )
+    if min(steps // 2, eot_samples, num_samples) < 1:
+        numbers = f"{steps}, {eot_samples} and {num_samples}"
+        raise ValueError(f"steps must be at least 2, eot_samples and num_samples at least 1, got {numbers}")
+    classifier = getattr(defence, "classifier", None) if classifier is None else classifier
+    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+        model, images, labels = prepare(defence, images, labels)
         if len(images) < FEWEST_IMAGES:
-            raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}; 64 are usual")
-        bench = Bench(model, images, labels, settings, is_random(model, images, max_batch=max_batch), seed, max_batch)
-        search = None if black_box is None else partial(black_box, given)
-        planned = _plan(bench, classifier, search)
-        for position, check in enumerate(planned, start=1):
+            raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}")
+        if classifier is not None:
+            classifier, *_ = prepare(classifier, images, labels)
+        random = is_random(model, images, max_batch=max_batch)
+        attack = {"eps": eps, "norm": norm, "steps": steps, "alpha": alpha}
+        attack["eot_samples"] = eot_samples if random else 1
+        probe = Probe(model, images, labels, attack, num_samples if random else 1, random, seed, max_batch)
+        checks, planned = [], _plan(probe, queries, classifier)
+        for check in planned:
             checks.append(check())
             if progress is not None:
-                progress(position, len(planned), "checks", {})
-    return tuple(checks)
+                progress(len(checks), len(planned), "checks", {})
+    return checks
 
 
-def _plan(
-    bench: Bench, classifier: nn.Module | None, black_box: Callable[[Tensor, Tensor], Tensor] | None
-) -> list[Callable[[], Check]]:
-    """The checks that can be made of this model, each still to be run; they share the main attack."""
-    settings, attack = bench.settings, bench.attack
-    common = {"num_draws": bench.num_draws, "significance": settings.significance}
-    found: dict[str, Tensor] = {}
+def _noise(probe: Probe) -> Iterator[Tensor]:
+    """Random perturbations at the edge of the ball: signs (linf), a direction (l2); clipped to [0, 1]."""
+    images, generator = probe.images, torch.Generator(probe.images.device).manual_seed(probe.seed)
+    ball = Ball(images, probe.eps, probe.norm)
+    for _ in range(NOISE_SAMPLES):
+        noise = torch.randn(images.shape, generator=generator, device=images.device)
+        length = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        yield ball.project(images + probe.eps * (noise.sign() if probe.norm == "linf" else noise / length))
 
-    def main() -> Tensor:
-        if "main" not in found:
-            found["main"] = bench.run(attack)
-            found["restart"] = bench.run(attack, seed=bench.seed + 1000)
-            found["wrong"], found["wrong again"] = bench.wrong(found["main"]), bench.wrong(found["restart"])
-        return found["wrong"]
 
-    def counted(name: str, make: Callable[[], Tensor]) -> Tensor:
-        if name not in found:
-            found[name] = bench.wrong(make())
-        return found[name]
+def _measure_gradients(probe: Probe) -> Check:
+    model = Attackable(probe.model, probe.spread, repaired=False)
+    probe.start_random_numbers(probe.seed)
+    options = {"eot_samples": probe.attack["eot_samples"], "max_batch": probe.max_batch}
+    return check_gradients(eot_gradient(model, probe.images, probe.labels, **options).gradient)
 
-    def challenge(name: str, make: Callable[[], Tensor]) -> Callable[[], Check]:
-        def check() -> Check:
-            wrong = main()
-            return check_challenger(name, counted(name, make), wrong, found["wrong again"], **common)
 
-        return check
+def _measure_modes(probe: Probe, attacked: Tensor, name: str) -> Check:
+    """Logits as an attack meets them against those of a decision, of images and attacked images, under one
+    sample."""
+    shown = torch.cat([probe.images, attacked])
+    with torch.enable_grad(), probe.same_sample(), full_float32(shown.device):
+        parts = (part.detach().requires_grad_() for part in shown.split(probe.max_batch))
+        with_gradient = torch.cat([probe.model(part).detach().float() for part in parts])
+    return check_modes(with_gradient, probe.answers(probe.model, shown), probe.spread, name)
 
-    def larger_steps() -> Tensor:
-        return bench.run(replace(attack, alpha=settings.eps, decay=False, momentum=0.0))
 
-    def margin_loss() -> Tensor:
-        return bench.run(attack, loss=smooth_margin)
+def _measure_agreement(probe: Probe, images: Tensor, name: str) -> Check:
+    """Central differences of the margin, under one sample that all evaluations share, against the gradient's
+    prediction.
 
-    def falling_steps() -> Tensor:
-        schedule = replace(attack, steps=2 * settings.steps, alpha=settings.eps, decay=True, momentum=MOMENTUM)
-        return bench.run(schedule, loss=smooth_margin, seed=bench.seed + 2000)
+    Args:
+        images: where: the images, or attacked ones, for a gradient may be right at the ones and wrong on the
+            way.
+    """
+    step = probe.eps / 64 if probe.norm == "linf" else probe.eps / 16 / probe.widest
+    generator = torch.Generator(images.device).manual_seed(probe.seed)
+    jitter = torch.rand(images.shape, generator=generator, device=images.device) * 2 - 1
+    # not at the image itself: where neighbours are equal, as on a black background, max pooling has a kink
+    origin = (images + 4 * step * jitter).clamp(step, 1 - step)  # both sides of it are images
+    model = Attackable(probe.model, probe.spread)
 
-    def steps() -> Check:
-        efforts = {max(1, settings.steps // 2): None, settings.steps: main(), 2 * settings.steps: None}
-        for effort in efforts:
-            if efforts[effort] is None:
-                efforts[effort] = bench.wrong(bench.run(replace(attack, steps=effort)))
-        others = {
-            "another start": found["wrong again"],
-            "equal steps": counted("larger steps", larger_steps),
-            "margin": counted("margin loss", margin_loss),
-            "falling steps with momentum": counted("falling steps", falling_steps),
-        }
-        return check_effort("steps", "steps", efforts, **common, others=others)
+    def value(points: Tensor) -> Tensor:
+        return smooth_margin(probe.answers(model, points), probe.labels)
 
-    def draws() -> Check:
-        return measure_eot(bench, main())
+    with probe.same_sample():
+        found = eot_gradient(model, origin, probe.labels, loss=smooth_margin, max_batch=probe.max_batch)
+    predicted, measured = [], []
+    for _ in range(DIRECTIONS):
+        direction = torch.randint(2, origin.shape, generator=generator, device=origin.device) * 2.0 - 1
+        predicted.append((found.gradient * direction).flatten(1).sum(dim=1))
+        measured.append((value(origin + step * direction) - value(origin - step * direction)) / (2 * step))
+    return check_agreement(torch.stack(predicted), torch.stack(measured), name)
 
-    def starts() -> Check:
-        wrong = main()
-        both = bench.wrong(bench.hardest((found["main"], found["restart"])))
-        return check_effort("restarts", "starts", {1: wrong, 2: both}, **common)
 
-    def noise() -> Iterator[Tensor]:
-        generator = torch.Generator(bench.images.device).manual_seed(bench.seed)
-        for _ in range(settings.noise_samples):
-            yield noise_of_size(bench.images, settings.eps, settings.norm, generator)
+def _measure_samples(probe: Probe, calls: int = 12, copies: int = 12, images: int = 4) -> Check:
+    model = Attackable(probe.model, probe.spread)
+    probe.start_random_numbers(probe.seed)
+    shown, labels = probe.images[:images].repeat(copies, 1, 1, 1), probe.labels[:images].repeat(copies)
+    with torch.no_grad():
+        values = torch.stack([smooth_margin(model(shown), labels) for _ in range(calls)])
+    return check_samples(values.unflatten(1, (copies, images)))
 
-    def search() -> Tensor:
-        throw_anew(bench.model, bench.seed)
-        if black_box is not None:
-            result = black_box(bench.images, bench.labels)
-            check_budget(result, bench.images, settings.eps, settings.norm)
-            return result
-        return square(
-            bench.model,
-            bench.images,
-            bench.labels,
-            SquareSettings(settings.eps, settings.norm, settings.queries, 0.3, bench.draws, schedule=SHORT_SCHEDULE),
-            generator=torch.Generator(bench.images.device).manual_seed(bench.seed),
-            max_batch=bench.max_batch,
-        )
 
-    def attacked() -> Tensor:
-        main()
-        return found["main"]
+def _measure_unbounded(probe: Probe, eps: float) -> Check:
+    """From the image itself: a random start in so large a ball would destroy the image without any
+    gradient."""
+    adversarial = probe.run(eps=eps * probe.widest, alpha=None, start="clean")
+    logits = probe.logits(adversarial, probe.seed + 1)[0]
+    return check_unbounded(logits.argmax(dim=1) == probe.labels, logits.shape[1], eps)
 
-    one_step = replace(attack, steps=1, alpha=None, decay=False, momentum=0.0, start="clean")
-    plan = [
-        lambda: measure_gradients(bench),
-        lambda: measure_modes(bench, attacked()),
-        lambda: measure_agreement(bench, bench.images),
-        lambda: measure_agreement(bench, attacked(), "finite differences, attacked"),
-    ]
-    if bench.random:
-        plan.append(lambda: measure_draws(bench))
-    plan += [lambda eps=eps: measure_unbounded(bench, eps) for eps in unbounded_sizes(bench)]
-    plan += [steps, draws, starts] if bench.random else [steps, starts]
-    plan.append(challenge("one step", lambda: bench.run(one_step)))
-    plan.append(challenge("larger steps", larger_steps))
-    plan.append(challenge("margin loss", margin_loss))
-    plan.append(challenge("noise", lambda: bench.hardest(noise())))
-    if black_box is not None or settings.queries:
-        plan.append(challenge("black box", search))
+
+def _measure_eot(probe: Probe, wrong: Tensor) -> Check:
+    """More samples a gradient must not weaken the attack; an attack with a single sample must not gain by
+    more."""
+    own = probe.attack["eot_samples"]
+    efforts = sorted({1, own, 2 * own} if own > 1 else {1, 8})
+    counts = {n: wrong if n == own else probe.wrong(probe.run(eot_samples=n)) for n in efforts}
+    check = check_effort("EOT", "samples a gradient", counts, probe.num_samples)
+    p_value = paired_p_value(counts[efforts[-1]], counts[1])
+    check = replace(check, detail=f"{check.detail}; more than one sample matters: {p_text(p_value)}")
+    if own == 1 and check.outcome == "passed":  # an attack that averages nothing measures no random model
+        return replace(check, outcome=outcome_of(p_value))
+    return check
+
+
+def _plan(probe: Probe, queries: int, classifier: Model | None) -> list[Callable[[], Check]]:
+    """The checks that can be made of this model, each still to be run; they share the attacks."""
+    steps, margin = probe.attack["steps"], {"loss": smooth_margin}
+    falling = {"steps": 2 * steps, "alpha": probe.eps, "momentum": MOMENTUM, "cycles": 1}
+    attacks = {
+        "one step": partial(probe.run, steps=1, alpha=None, start="clean"),
+        "larger steps": partial(probe.run, alpha=probe.eps),
+        "margin loss": partial(probe.run, **margin),
+        "noise": lambda: probe.hardest(_noise(probe)),
+    }
+    if queries:
+        options = {"queries": queries, "first_share": 0.3, "schedule": SHORT_SCHEDULE}
+        attacks["black box"] = partial(probe.run, function=square, **options)
     if classifier is not None:
-        plan.append(challenge("transfer", lambda: bench.run(replace(attack, eot_samples=1), target=classifier)))
-    if hasattr(bench.model, "purify") and hasattr(bench.model, "classifier"):
-        target = IdentityBackward(bench.model.purify, bench.model.classifier)
-        plan.append(challenge("straight-through", lambda: bench.run(attack, target=target)))
-    return plan
+        attacks["transfer"] = partial(probe.run, target=classifier, eot_samples=1)
+    if hasattr(probe.model, "purify") and hasattr(probe.model, "classifier"):
+        target = IdentityBackward(probe.model.purify, probe.model.classifier)
+        attacks["straight-through"] = partial(probe.run, target=target)
+    weaker = list(attacks)
+    attacks["main"] = probe.run
+    attacks["restart"] = partial(probe.run, seed=probe.seed + 1000)
+    attacks["falling steps"] = partial(probe.run, seed=probe.seed + 2000, **margin, **falling)
+
+    @cache
+    def adversarial(name: str) -> Tensor:
+        return attacks[name]()
+
+    @cache
+    def wrong(name: str) -> Tensor:
+        return probe.wrong(adversarial(name))
+
+    def compare(name: str) -> Check:
+        return check_weaker_attack(name, wrong(name), wrong("main"), wrong("restart"), probe.num_samples)
+
+    def more_steps() -> Check:
+        efforts = (steps // 2, steps, 2 * steps)
+        counts = {n: wrong("main") if n == steps else probe.wrong(probe.run(steps=n)) for n in efforts}
+        others = {name: wrong(name) for name in ("restart", "larger steps", "margin loss", "falling steps")}
+        return check_effort("steps", "steps", counts, probe.num_samples, others=others)
+
+    def more_starts() -> Check:
+        both = probe.hardest([adversarial("main"), adversarial("restart")])
+        return check_effort("restarts", "starts", {1: wrong("main"), 2: probe.wrong(both)}, probe.num_samples)
+
+    under_one_sample = {
+        "same answers": lambda name: _measure_modes(probe, adversarial("main"), name),
+        "finite differences": lambda name: _measure_agreement(probe, probe.images, name),
+        "finite differences, attacked": lambda name: _measure_agreement(probe, adversarial("main"), name),
+    }
+    sizes = [size for size in UNBOUNDED if size * probe.widest >= 2 * probe.eps or size == max(UNBOUNDED)]
+    return [
+        partial(_measure_gradients, probe),
+        *(
+            partial(check, name) if probe.can_be_fixed else partial(Check, name, "suspicious", NOT_FIXED)
+            for name, check in under_one_sample.items()
+        ),
+        *([partial(_measure_samples, probe)] if probe.random else []),
+        *(partial(_measure_unbounded, probe, size) for size in sizes),
+        more_steps,
+        *([lambda: _measure_eot(probe, wrong("main"))] if probe.random else []),
+        more_starts,
+        *(partial(compare, name) for name in weaker),
+    ]

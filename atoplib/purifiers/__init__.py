@@ -1,22 +1,23 @@
 """Purifiers g: networks that rebuild an image from what a random transform left of it.
 
-A purifier is any module (B, 5, H, W) -> (B, 3, H, W) or a tuple of such (coarse, fine; the last one is the result). Input:
-masked RGB on the [-1, 1] scale, a plane of ones, the mask (1 = missing). Output: RGB in [-1, 1]. One that throws dice has an
-attribute ``noise_planes`` and is also given that many standard normal planes an image, (B, noise_planes, H, W).
+A purifier is any module (B, 5, H, W) -> (B, 3, H, W) or a tuple of such (coarse, fine; the last one is the
+result). Input: masked RGB on the [-1, 1] scale, a plane of ones, the mask (1 = missing). Output: RGB in [-1,
+1]. One that is random itself has an attribute ``noise_planes`` and is also given that many standard normal
+planes an image, (B, noise_planes, H, W).
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
-from atoplib.purifiers.deepfill import DeepFillV2, load_deepfill_weights
+from atoplib.purifiers.deepfill import DeepFillV2
 from atoplib.purifiers.denoising import DenoisingAutoencoder
 from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
 from atoplib.purifiers.discriminator import PatchDiscriminator
 from atoplib.purifiers.frozen import FrozenGatedUNet, frozen_unet
 from atoplib.purifiers.gated_unet import GatedUNet
+from atoplib.purifiers.residual import ResidualPurifier
 
 __all__ = [
     "PURIFIERS",
@@ -27,22 +28,22 @@ __all__ = [
     "GatedUNet",
     "MissingDiffusers",
     "PatchDiscriminator",
-    "build_purifier",
+    "ResidualPurifier",
+    "build",
     "frozen_unet",
-    "load_deepfill_weights",
     "load_diffusers",
-    "stage_outputs",
 ]
 
 PURIFIERS: dict[str, Callable[..., nn.Module]] = {
     "gated_unet": GatedUNet,
+    "residual": ResidualPurifier,
     "deepfill_v2": DeepFillV2,
     "denoising_autoencoder": DenoisingAutoencoder,
     "diffusion": DiffusionPurifier,
 }
 
 
-def build_purifier(name: str, **options: Any) -> nn.Module:
+def build(name: str, **options: Any) -> nn.Module:
     """Build the purifier ``name`` (a key of ``PURIFIERS``), freshly initialised.
 
     Args:
@@ -56,12 +57,5 @@ def build_purifier(name: str, **options: Any) -> nn.Module:
         raise ValueError(f"unknown purifier {name!r}; allowed: {', '.join(PURIFIERS)}")
     try:
         return PURIFIERS[name](**options)
-    except TypeError as error:
+    except (TypeError, NotImplementedError, ZeroDivisionError) as error:  # diffusers raises the latter two
         raise ValueError(f"purifier {name!r} does not take the options {options}: {error}") from error
-
-
-def stage_outputs(
-    output: Tensor | tuple[Tensor, ...],
-) -> tuple[Float[Tensor, "batch 3 height width"], ...]:
-    """A purifier's output as a tuple of stages, the result last, whatever number of stages it has."""
-    return (output,) if isinstance(output, Tensor) else tuple(output)

@@ -6,18 +6,21 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from atoplib.purifiers.gated import check_size
+
 MOST_LEVELS = 8  # 2**8 px: deeper than any image here
 
 
 class DenoisingAutoencoder(nn.Module):
-    """A convolutional autoencoder that learns to undo noise: encoder, bottleneck, decoder, and no way around them.
+    """A convolutional autoencoder that learns to undo noise: encoder, bottleneck, decoder, and no way around
+    them.
 
-    Every level halves the image and doubles the channels; the decoder mirrors it with nearest upsampling. Unlike a U-Net it
-    has no long skips and adds nothing to its input, so all of the output went through the bottleneck, which has
-    width * 2**(levels - 1) channels at 1/2**levels of the edges.
+    Every level halves the image and doubles the channels; the decoder mirrors it with nearest upsampling.
+    Unlike a U-Net it has no long skips and adds nothing to its input, so all of the output went through the
+    bottleneck, which has width * 2**(levels - 1) channels at 1/2**levels of the edges.
 
-    It goes with any transform; noise alone, as in the source, is ``rt2`` with missing_rate 0. The output is the identity
-    within [-1, 1] and has slope 0.1 outside, as GatedUNet's.
+    It goes with any transform; noise alone, as in the source, is ``rt2`` with missing_rate 0. The output is
+    the identity within [-1, 1] and has slope 0.1 outside, as GatedUNet's.
 
     Args:
         width: channels after the first halving.
@@ -26,15 +29,16 @@ class DenoisingAutoencoder(nn.Module):
     Raises:
         ValueError: for a width below 1 or levels outside 1..8.
 
-    Source: Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders"; in front of a
-    classifier: Gu & Rigazio 2014, Meng & Chen 2017 (MagNet).
+    Source: Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders"; in
+    front of a classifier: Gu & Rigazio 2014, Meng & Chen 2017 (MagNet).
     """
 
     def __init__(self, width: int = 24, levels: int = 2) -> None:
         super().__init__()
         if width < 1 or not 1 <= levels <= MOST_LEVELS:
             raise ValueError(
-                f"width must be at least 1 and levels lie in 1..{MOST_LEVELS}, got width={width}, levels={levels}"
+                f"width must be at least 1 and levels lie in 1..{MOST_LEVELS}, got width={width}, "
+                f"levels={levels}"
             )
         self.levels = levels
         widths = [width * 2**level for level in range(levels)]
@@ -50,9 +54,7 @@ class DenoisingAutoencoder(nn.Module):
 
         Raises ValueError unless height and width are divisible by 2**levels.
         """
-        height, width = inputs.shape[2:]
-        if height % 2**self.levels or width % 2**self.levels:
-            raise ValueError(f"this purifier needs height and width divisible by {2**self.levels}, got {height} x {width}")
+        check_size(inputs, 2**self.levels)
         code = inputs
         for convolution in self.encoder:
             code = F.elu(convolution(code))

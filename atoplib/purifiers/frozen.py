@@ -1,4 +1,5 @@
-"""A trained GatedUNet in the form that attacks call thousands of times: nothing of it is trained, nothing computed twice."""
+"""A trained GatedUNet in the form that attacks call thousands of times: nothing of it is trained, nothing
+computed twice."""
 
 from copy import deepcopy
 from typing import Any
@@ -9,76 +10,61 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from atoplib.contract import copy_of, has_hooks, probe_images, same_answers
+from atoplib.contract import copy_of, is_changed, probe_images, same_answers
+from atoplib.purifiers.gated import check_size
 from atoplib.purifiers.gated_unet import GatedUNet
 
 
 class FrozenGatedUNet(nn.Module):
     """What a ``GatedUNet`` computes, and its gradients to the visible pixels, up to rounding; in less time.
 
-    Its weights are copies without gradients. Squares of pixels are folded in the order in which channels-last images lie in
-    memory, which takes a third of the time of ``pixel_unshuffle``; what the first convolution makes of the plane of ones is
-    computed once, and neither that plane nor the mask gets a gradient, for no attack moves them. Gradients of gradients
-    are refused.
+    Its weights are copies without gradients. Squares of pixels are folded in the order in which channels-last
+    images lie in memory, which takes a third of the time of ``pixel_unshuffle``; what the first convolution
+    makes of the plane of ones is computed once, and neither that plane nor the mask gets a gradient, for no
+    attack moves them. Gradients of gradients are refused.
 
     Args:
-        unet: in eval mode; it is left as it is.
-
-    Raises:
-        ValueError: for a purifier in train mode.
+        unet: it is left as it is.
     """
 
     def __init__(self, unet: GatedUNet) -> None:
         super().__init__()
-        if unet.training:
-            raise ValueError("only a purifier in eval mode can be frozen; call purifier.eval()")
-        self.fold = fold = unet.fold
-        first, last = unet.encode1.conv, unet.to_rgb
+        self.unet = deepcopy(unet).to(memory_format=torch.channels_last)
+        first, last, fold = unet.encode1.conv, unet.to_rgb, unet.fold
         colours, ones, mask = first.weight.detach().split([3 * fold**2, fold**2, fold**2], dim=1)
         self.from_colours = _convolution(colours[:, _pixel_order(fold)], None)
         self.from_mask = _convolution(mask, None)
         self.from_ones = _convolution(ones.sum(dim=1, keepdim=True), first.bias)
-        self.encode1_activation = unet.encode1.activation
-        self.body = nn.ModuleDict({name: _frozen_copy(getattr(unet, name)) for name in BODY})
         self.to_rgb = _convolution(last.weight[_pixel_order(fold)], last.bias[_pixel_order(fold)])
-        self.front = None if unet.front is None else _frozen_copy(unet.front)
-        self.pixel = None if unet.pixel is None else _frozen_copy(unet.pixel)
         self.requires_grad_(False).eval()
 
     def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        """As ``GatedUNet``: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1]; errors as there."""
+        """As ``GatedUNet``: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1]; errors as
+        there."""
         return self.rebuild(inputs[:, :3], inputs[:, 4:].detach())
 
     def rebuild(
         self, visible: Float[Tensor, "batch 3 height width"], mask: Float[Tensor, "batch 1 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        """``forward`` of the planes that differ from call to call: masked RGB in [-1, 1], the mask (1 = missing)."""
-        height, width = visible.shape[2:]
-        if height % (4 * self.fold) or width % (4 * self.fold):
-            raise ValueError(f"this purifier needs height and width divisible by {4 * self.fold}, got {height} x {width}")
-        if self.front is not None:
-            visible = visible + self.front(visible)
+        """``forward`` of the planes that differ from call to call: masked RGB in [-1, 1], the mask (1 =
+        missing)."""
+        unet, fold, (height, width) = self.unet, self.unet.fold, visible.shape[2:]
+        check_size(visible, 4 * fold)
+        if unet.front is not None:
+            visible = visible + unet.front(visible)
         with torch.no_grad():
-            ones = torch.ones(1, 1, height // self.fold, width // self.fold, dtype=visible.dtype, device=visible.device)
-            constant = self.from_mask(folded(mask, self.fold)) + self.from_ones(ones)
-        features, gate = (self.from_colours(folded(visible, self.fold)) + constant).chunk(2, dim=1)
-        level1 = self.encode1_activation(features) * torch.sigmoid(gate)
-        level2 = self.body["encode2"](level1)
-        level3 = self.body["encode3"](level2)
-        for block in self.body["bottleneck"]:
-            level3 = level3 + block(level3)
-        level2 = self.body["decode2"](torch.cat([F.interpolate(level3, scale_factor=2.0), level2], dim=1))
-        level1 = self.body["decode1"](torch.cat([F.interpolate(level2, scale_factor=2.0), level1], dim=1))
-        correction = unfolded(self.to_rgb(level1), self.fold)
-        if self.pixel is not None:
-            correction = correction + self.pixel(torch.cat([visible, correction], dim=1))
-        return _SoftClip.apply(visible + correction)
+            ones = torch.ones(1, 1, height // fold, width // fold, dtype=visible.dtype, device=visible.device)
+            constant = self.from_mask(folded(mask, fold)) + self.from_ones(ones)
+        features, gate = (self.from_colours(folded(visible, fold)) + constant).chunk(2, dim=1)
+        level1 = unet.decode(unet.encode1.activation(features) * torch.sigmoid(gate))
+        return _SoftClip.apply(unet.corrected(visible, unfolded(self.to_rgb(level1), fold)))
 
 
 def frozen_unet(unet: GatedUNet) -> FrozenGatedUNet | None:
-    """A ``GatedUNet`` in eval mode as a ``FrozenGatedUNet``, where that is proved to be the same function: no hooks and no
-    parametrisations, and the same images from probe images (``contract.same_answers``); None elsewhere."""
-    if copy_of(unet) is unet or any(has_hooks(part) for part in unet.modules()):
+    """A ``GatedUNet`` in eval mode as a ``FrozenGatedUNet``, where that is proved to be the same function: no
+    hooks and no parametrisations, and the same images from probe images (``contract.same_answers``); None
+    elsewhere."""
+    if copy_of(unet) is unet or any(is_changed(part) for part in unet.modules()):
         return None
     try:
         frozen = FrozenGatedUNet(unet)
@@ -87,9 +73,6 @@ def frozen_unet(unet: GatedUNet) -> FrozenGatedUNet | None:
     probe = probe_images(4, 5, 8 * unet.fold, 8 * unet.fold)
     probe[:, 3], probe[:, 4] = 1, probe[:, 4].round()  # the plane of ones, and a mask
     return frozen if same_answers(unet, frozen, [probe]) else None
-
-
-BODY = ("encode2", "encode3", "bottleneck", "decode2", "decode1")
 
 
 class _SoftClip(torch.autograd.Function):
@@ -110,7 +93,8 @@ class _SoftClip(torch.autograd.Function):
 def folded(
     planes: Float[Tensor, "batch planes height width"], fold: int
 ) -> Float[Tensor, "batch folded_planes rows columns"]:
-    """``pixel_unshuffle`` with its channels in another order: row, column, plane; the result is channels-last."""
+    """``pixel_unshuffle`` with its channels in another order: row, column, plane; the result is
+    channels-last."""
     batch, count, height, width = planes.shape
     rows, columns = height // fold, width // fold
     squares = planes.permute(0, 2, 3, 1).reshape(batch, rows, fold, columns, fold * count).transpose(2, 3)
@@ -133,14 +117,8 @@ def _pixel_order(fold: int) -> Tensor:
 
 def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """A 3x3 convolution of stride 1 with copies of these weights."""
-    convolution = nn.Conv2d(
-        weight.shape[1], weight.shape[0], 3, padding=1, bias=bias is not None, device=weight.device, dtype=weight.dtype
-    )
-    convolution.weight.data = weight.detach().clone(memory_format=torch.channels_last)
-    if bias is not None:
-        convolution.bias.data = bias.detach().clone()
+    out_channels, in_channels = weight.shape[:2]
+    convolution = nn.Conv2d(in_channels, out_channels, 3, padding=1, device="meta")
+    convolution.weight = nn.Parameter(weight.detach().clone(memory_format=torch.channels_last))
+    convolution.bias = None if bias is None else nn.Parameter(bias.detach().clone())
     return convolution
-
-
-def _frozen_copy(module: nn.Module) -> nn.Module:
-    return deepcopy(module).to(memory_format=torch.channels_last)

@@ -1,31 +1,7 @@
-"""The three stages of AToP: train a classifier, pre-train a purifier, fine-tune the purifier adversarially."""
+"""Training: one resumable loop over a step that stands in a notebook; accuracy and cost of what it makes."""
 
-from atoplib.training.classifier import accuracy, classifier_step
-from atoplib.training.cost import training_flops
-from atoplib.training.loop import (
-    DTYPES,
-    Batch,
-    TrainingDiverged,
-    TrainingSettings,
-    Updater,
-    compute_dtype,
-    fit,
-    learning_rate_at,
-)
-from atoplib.training.purifier import FineTuningAttack, purifier_step
+from atoplib.training.loop import TrainingDiverged, fit
+from atoplib.training.measures import accuracy, flops
+from atoplib.training.optimizers import DTYPES, compute_dtype
 
-__all__ = [
-    "DTYPES",
-    "Batch",
-    "FineTuningAttack",
-    "TrainingDiverged",
-    "TrainingSettings",
-    "Updater",
-    "accuracy",
-    "classifier_step",
-    "compute_dtype",
-    "fit",
-    "learning_rate_at",
-    "purifier_step",
-    "training_flops",
-]
+__all__ = ["DTYPES", "TrainingDiverged", "accuracy", "compute_dtype", "fit", "flops"]

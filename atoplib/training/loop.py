@@ -1,439 +1,395 @@
 """The training loop: data on the device, schedule, mixed precision, averaging, saving and resuming.
 
-Every random number of a step is a function of (seed, step) alone, and every learning rate one of the step, so that a
-training that was cut off goes on exactly as if it had not been.
+Every random number of a step is a function of (seed, step) alone, and every learning rate one of the step,
+so that a training that was interrupted goes on exactly as if it had not been.
 """
 
-import hashlib
-import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass
-from itertools import chain
-from math import cos, isfinite, pi
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from hashlib import blake2b
+from math import isfinite
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
-from atoplib.checkpoints import load_state, load_weights, save_state
+from atoplib.checkpoints import check_saveable, load_weights
+from atoplib.contract import to_channels_last
 from atoplib.data import Split, augment, epoch_batches, to_float
 from atoplib.progress import Report
-from atoplib.shares import WHOLE, Share
-from atoplib.training.processes import any_process, average_over_processes, begin_together, by_the_first
+from atoplib.runs import Run
+from atoplib.training.measures import FlopCounter, collapse_warning
+from atoplib.training.optimizers import (
+    DTYPES,
+    OPTIMIZERS,
+    SCHEDULES,
+    MovingAverage,
+    compute_dtype,
+    learning_rate_at,
+    make_optimizer,
+)
+from atoplib.training.resume import Interruption, Record
 
-OPTIMIZERS = ("sgd", "adam")
-SCHEDULES = ("one_cycle", "cosine", "constant")
-DTYPES = ("auto", "float32", "bfloat16")
 CHECK_EVERY = 10  # steps between two looks at the loss: each look waits for the device
+ON_DEVICE_BYTES = 2**30  # of training images that live where they are used; more stay where they are
+
+Images = Float[Tensor, "batch channels height width"]
+Step = Callable[[Images, Int[Tensor, " batch"], float], Tensor | Mapping[str, Tensor]]
 
 
 class TrainingDiverged(RuntimeError):
     """The loss or the weights are no longer finite; the last good state is kept."""
 
 
-@dataclass(frozen=True)
-class TrainingSettings:
-    """How a network is trained; what it is trained for stands elsewhere.
-
-    Attributes:
-        epochs, batch_size: passes over the training images, images a step.
-        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adam`` (betas as given).
-        learning_rate: its peak.
-        schedule: ``one_cycle`` (linear up over the first fifth, then linear down to 0), ``cosine`` (down to 0) or
-            ``constant``.
-        weight_decay: of matrices and convolution kernels, not of biases and norms.
-        betas: Adam's.
-        grad_clip: largest gradient norm; 0 clips nothing.
-        ema_decay: of the exponential moving average of the weights that is kept as the result; 0 keeps the weights.
-        dtype: ``bfloat16`` (autocast), ``float32``, or ``auto``: bfloat16 where the machine computes it natively.
-        padding, flip: augmentation, a random crop after padding by so many pixels, and a horizontal flip.
-        max_steps: stop earlier, after so many steps (the schedule is shortened with it).
-        seed: of weights' order of data, augmentation, transforms and attacks.
-    """
-
-    epochs: int = 10
-    batch_size: int = 128
-    optimizer: str = "adam"
-    learning_rate: float = 1e-3
-    schedule: str = "one_cycle"
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    grad_clip: float = 1.0
-    ema_decay: float = 0.0
-    dtype: str = "auto"
-    padding: int = 4
-    flip: bool = True
-    max_steps: int | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("dtype", self.dtype, DTYPES),
-        ):
-            if value not in allowed:
-                raise ValueError(f"unknown {name} {value!r}; allowed: {', '.join(allowed)}")
-        if self.epochs < 1 or self.batch_size < 1:
-            raise ValueError(f"epochs and batch_size must be at least 1, got {self.epochs} and {self.batch_size}")
-        if not 0 < self.learning_rate < float("inf"):
-            raise ValueError(f"learning_rate must be above 0, got {self.learning_rate}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
-        for name in ("weight_decay", "grad_clip", "padding"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} must be 0 or more and finite, got {getattr(self, name)}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1 or None, got {self.max_steps}")
-
-
-def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that convolutions compute in: ``auto`` takes bfloat16 where the processor has instructions for it.
-
-    On a processor without them bfloat16 is emulated, ten times slower than float32.
-    """
-    if name != "auto":
-        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    if device.type == "cpu":
-        abilities = torch.cpu.get_capabilities()
-        native = abilities.get("amx_bf16") or abilities.get("avx512_bf16")
-        return torch.bfloat16 if native else torch.float32
-    return torch.float32
-
-
-def autocast(dtype: torch.dtype, device: torch.device) -> torch.autocast:
-    """The context in which a step computes in a dtype."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def number_of_steps(settings: TrainingSettings, images: int) -> tuple[int, int]:
-    """Steps of a training on so many images, and of each of its epochs, whose last images make no batch of their own.
-
-    Raises:
-        ValueError: if there are fewer images than one batch.
-    """
-    an_epoch = images // settings.batch_size
-    if an_epoch == 0:
-        raise ValueError(f"batch_size {settings.batch_size} is larger than the training set of {images} images")
-    total = settings.epochs * an_epoch
-    return (total if settings.max_steps is None else min(total, settings.max_steps)), an_epoch
-
-
-def learning_rate_at(step: int, total: int, settings: TrainingSettings) -> float:
-    """The learning rate of step ``step`` (from 0) of ``total``."""
-    done = (step + 0.5) / total
-    if settings.schedule == "constant":
-        factor = 1.0
-    elif settings.schedule == "cosine":
-        factor = (1 + cos(pi * done)) / 2
-    else:
-        factor = done / 0.2 if done < 0.2 else (1 - done) / 0.8
-    return settings.learning_rate * factor
-
-
-def make_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
-    """The optimizer of one network; weight decay for tensors of two and more dimensions only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if settings.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=0.9, nesterov=True)
-    return torch.optim.Adam(groups, lr=settings.learning_rate, betas=settings.betas)
-
-
-class MovingAverage(AveragedModel):
-    """Exponential moving average of weights and buffers, its decay growing from 0 so that early weights are forgotten.
-
-    The count of updates stays with the host, so that none of them waits for the device, as those of its base class do.
-    """
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        super().__init__(module, use_buffers=True)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take in the weights that a model has now."""
-        count = int(self.n_averaged)
-        rate = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
-        floating = [(old, new) for old, new in pairs if old.is_floating_point()]
-        torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - rate)
-        for old, new in pairs:
-            if not old.is_floating_point():
-                old.copy_(new)
-        self.n_averaged += 1
-
-
-class Batch(NamedTuple):
-    """What a step is given: images in [0, 1], labels, the generator of this step's dice, how many epochs are done, and which
-    part of the whole batch the images are."""
-
-    images: Float[Tensor, "batch 3 height width"]
-    labels: Int[Tensor, " batch"]
-    generator: torch.Generator
-    epoch: float
-    share: Share = WHOLE
-
-    def seed(self) -> int:
-        """Of a pipeline's dice in this step. On CUDA it is not drawn there: the host would wait for all that is queued."""
-        if self.generator.device.type == "cpu":
-            return int(torch.randint(2**62, (), generator=self.generator))
-        text = f"dice of the step {self.generator.initial_seed()}".encode()
-        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 2
-
-
-class Updater:
-    """The optimizers of the trained networks; a step calls ``update`` once for each of them."""
-
-    def __init__(self, networks: Mapping[str, nn.Module], settings: TrainingSettings, share: Share = WHOLE) -> None:
-        self.networks = networks
-        self.settings = settings
-        self.share = share
-        self.optimizers = {name: make_optimizer(network, settings) for name, network in networks.items()}
-
-    def set_learning_rate(self, value: float) -> None:
-        """For every optimizer."""
-        for optimizer in self.optimizers.values():
-            for group in optimizer.param_groups:
-                group["lr"] = value
-
-    def optimized(self, name: str) -> list[nn.Parameter]:
-        """The parameters of network ``name`` that are trained."""
-        return [p for group in self.optimizers[name].param_groups for p in group["params"]]
-
-    def update(self, name: str, loss: Float[Tensor, ""]) -> None:
-        """One optimizer step of network ``name`` down the gradient of ``loss``; no other network gets a gradient.
-
-        Where several processes train, it is the gradient of their mean loss.
-        """
-        optimizer, parameters = self.optimizers[name], self.optimized(name)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=parameters)
-        average_over_processes((p.grad for p in parameters if p.grad is not None), self.share)
-        if self.settings.grad_clip:
-            nn.utils.clip_grad_norm_(parameters, self.settings.grad_clip)
-        optimizer.step()
-
-
-class Interruption:
-    """Holds a first Ctrl-C back until ``check`` is called, so that no step is cut in half; a second one comes at once.
-
-    A scheduler's SIGTERM counts as a Ctrl-C, but never comes at once: it may be sent to a whole group of processes that
-    pass it on to each other. Outside the main thread, where Python allows no handler (and delivers no signal), it does
-    nothing. Where several processes train, no signal comes at once, and what one of them was told all of them do.
-    """
-
-    def __init__(self, share: Share = WHOLE) -> None:
-        self.share = share
-
-    def __enter__(self) -> "Interruption":
-        self.asked, self.pressed, self.before = False, False, {}
-        with suppress(ValueError):
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.ask)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            if handler is not None:
-                signal.signal(number, handler)
-
-    def ask(self, number: int, *_: object) -> None:
-        """The handler of both signals."""
-        if number == signal.SIGINT and self.pressed and self.share.processes == 1:
-            raise KeyboardInterrupt
-        self.asked, self.pressed = True, self.pressed or number == signal.SIGINT
-
-    def check(self) -> None:
-        """Raise the KeyboardInterrupt that was held back, if there was one."""
-        if any_process(self.asked, self.share):
-            raise KeyboardInterrupt
-
-
-Step = Callable[[Batch, Updater], dict[str, Tensor]]
-
-
 def fit(
-    step_function: Step,
-    networks: dict[str, nn.Module],
-    split: Split,
-    settings: TrainingSettings,
+    step: Step,
+    networks: nn.Module | Mapping[str, nn.Module],
+    data: Split,
     *,
-    state_path: Path | None = None,
-    identity: Mapping[str, Any] | None = None,
+    epochs: int,
+    batch_size: int,
+    learning_rate: float,
+    optimizer: str = "adam",
+    schedule: str = "one_cycle",
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    grad_clip: float = 0.0,
+    ema_decay: float = 0.0,
+    dtype: str = "auto",
+    padding: int = 0,
+    flip: bool = False,
+    max_steps: int | None = None,
+    seed: int = 0,
+    run: Run | None = None,
+    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    save: Callable[..., None] | None = None,
+    keep_every: int = 0,
+    save_every: float = 60.0,
     progress: Report | None = None,
     notify: Callable[[str], None] | None = None,
-    save_every: float = 60.0,
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,
-    keep: Callable[[nn.Module, int], None] | None = None,
-    share: Share = WHOLE,
 ) -> list[dict[str, float]]:
-    """Train ``networks`` in place; the first one is the result and, with ``ema_decay``, ends as its average.
+    """Train networks in place by the gradient of what ``step`` returns; they end in eval mode.
 
-    Ctrl-C and SIGTERM take effect after the step that is running, when the state is saved; they raise KeyboardInterrupt. A
-    second Ctrl-C does not wait for that.
+    Ctrl-C and SIGTERM take effect after the step that is running, when the state is saved; they raise
+    KeyboardInterrupt. A second Ctrl-C does not wait for that.
 
     Args:
-        step_function: computes losses and calls ``Updater.update``; returns the means to report, ``loss`` among them.
-        networks: by name, on their device; they are put into train mode.
-        split: training images.
-        state_path: where the state is saved every ``save_every`` seconds, at the end, and when interrupted; a state that
-            is there already is resumed, a finished one just loaded.
-        identity: what makes this training this one; a state that was saved under another identity is refused.
-        progress: called at the start, every few steps and at the end of an epoch, with images done and in all by this call.
-        notify: called with a sentence when something a person should know happens (a damaged state was passed over).
-        validate: called with the first network (averaged, in eval mode) after every epoch; its numbers join the history.
-        keep: called as ``validate`` is, and with the number of whole epochs that are done, to save what should stay; of
-            several processes by the first one alone.
-        share: of every batch that this process computes, where several train together (``processes.joined``); each of them
-            calls this with the same arguments, and the first one alone reads and writes the state.
+        step: ``step(x, y, epoch)`` on images x (B, 3, H, W) in [0, 1], labels y (B,) and the epochs done so
+            far (a float). It returns the loss of the first network; or a dict with it under ``loss``, the
+            own loss of each further network under that network's name, and whatever else is worth
+            reporting. torch's global generators are seeded anew before every step; under ``dtype`` it runs
+            in autocast.
+        networks: one, or several by name, on their device: the first is the result, and with ``ema_decay``
+            ends as its average.
+        data: training images; the last ones of an epoch that make no whole batch are left out.
+        epochs, batch_size: passes over the images, images a step.
+        learning_rate: its peak; ``schedule`` is ``one_cycle`` (linear up over the first fifth, then linear
+            down to 0), ``cosine`` (down to 0) or ``constant``.
+        optimizer: ``sgd`` (Nesterov momentum 0.9) or ``adam`` (with ``betas``); ``weight_decay`` is of
+            matrices and kernels.
+        grad_clip: largest gradient norm of a network; 0 clips nothing.
+        ema_decay: of the exponential moving average of the weights that is kept as the result; 0 keeps the
+            weights.
+        dtype: ``bfloat16``, ``float32``, or ``auto``: bfloat16 where the machine computes it natively.
+        padding, flip: augmentation, a random crop after padding by so many pixels, and a horizontal flip.
+        max_steps: stop after so many steps; the schedule is shortened with it.
+        seed: of the order of the data, augmentation, and all that is random in ``step``.
+        run: where the state is saved every ``save_every`` seconds, at the end, and when interrupted. A
+            training that was begun there goes on, one that is finished is only loaded, if all that it
+            depends on is the same: the step with everything that it refers to, these arguments, the
+            networks as they were given, the data, torch and the kind of device. If not, what is there is
+            moved into ``superseded-N/``, and ``notify`` gets a sentence that says what changed.
+        validate: called with the first network (averaged, in eval mode) after every epoch; its numbers join
+            the history.
+        save: ``save(network, path, epoch=n)`` is called after every ``keep_every`` epochs, with the first
+            network.
+        progress: called as ``progress(images done, images in all, "images", numbers)`` at the start and
+            every few steps.
 
     Returns:
         one dict of means an epoch: ``epoch``, ``loss``, ..., ``seconds``.
 
     Raises:
         TrainingDiverged: when the loss or a weight is no longer finite; the last good state is kept.
-        ValueError: if there are fewer images than one batch, or the state belongs to another training, or the share is none
-            of a batch.
+        ValueError: for an argument that is not allowed, fewer images than one batch, or a step without a
+            loss.
+        CheckpointError: for a network that could not be saved.
     """
-    device = next(next(iter(networks.values())).parameters()).device
-    total, steps_per_epoch = number_of_steps(settings, len(split.labels))
-    if share.processes > 1 and share.processes * share.images != settings.batch_size:
-        raise ValueError(
-            f"{share.processes} processes with {share.images} images each do not share a batch of {settings.batch_size}"
-        )
-    begin_together(networks.values(), share)
-    result_name = next(iter(networks))
-    result = networks[result_name]
-    updater = Updater(networks, settings, share)
-    averaged = MovingAverage(result, settings.ema_decay) if settings.ema_decay else None
-    dtype = compute_dtype(settings.dtype, device)
-    fingerprint = {**asdict(settings), "betas": list(settings.betas), **(identity or {})}
-    step, history, sums, seconds_before = 0, [], {}, 0.0
+    settings = dict(epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, optimizer=optimizer)
+    settings |= dict(schedule=schedule, weight_decay=weight_decay, betas=betas, grad_clip=grad_clip)
+    settings |= dict(ema_decay=ema_decay, dtype=dtype, padding=padding, flip=flip, seed=seed)
+    settings["max_steps"] = max_steps
+    _check(settings, len(data.labels))
+    say = notify or (lambda sentence: None)
+    networks = dict(networks) if isinstance(networks, Mapping) else {"network": networks}
+    record = None if run is None else Record(run, (step, validate), settings, networks, data, say)
+    training = _Training(step, networks, data, settings, None if run is None else run.state_path)
+    state = None if record is None else record.begin()
+    training.begin(state)
+    if state is not None:
+        loaded = f"Loaded, not trained again: all that it depends on is as it was; trained {run.age()} ago."
+        goes_on = f"Goes on after step {training.step} of {training.total}."
+        say(loaded if training.step == training.total else goes_on)
+    begun, last_saved = (training.step, len(training.history)), time.monotonic()
 
-    if state_path is not None:
-        state, note = by_the_first(lambda: load_state(state_path), share)
-        if note and notify:
-            notify(note)
-        if state is not None:
-            if state.get("identity") != fingerprint:
-                raise ValueError(
-                    f"{state_path} was saved by another training (other settings, data or inputs); choose another run "
-                    f"directory, or delete that file to start anew"
-                )
-            for name, network in networks.items():
-                load_weights(network, state["networks"][name], state_path)
-                updater.optimizers[name].load_state_dict(state["optimizers"][name])
-            if averaged is not None:
-                averaged.load_state_dict(state["averaged"])
-            step, history, sums, seconds_before = state["step"], state["history"], state["sums"], state["seconds"]
-            sums = {name: value.to(device) for name, value in sums.items()}
-    for network in networks.values():
-        network.train()
-    started = time.monotonic()
-    last_saved = started
+    def keep_state() -> None:
+        training.check_weights()
+        if record is not None:
+            record.save(training.state())
 
-    def save() -> None:
-        tensors = (t for network in networks.values() for t in chain(network.parameters(), network.buffers()))
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise diverged()
-        if state_path is None or share.rank:
-            return
-        save_state(
-            state_path,
-            {
-                "identity": fingerprint,
-                "networks": {name: network.state_dict() for name, network in networks.items()},
-                "optimizers": {name: optimizer.state_dict() for name, optimizer in updater.optimizers.items()},
-                "averaged": None if averaged is None else averaged.state_dict(),
-                "step": step,
-                "history": history,
-                "sums": sums,
-                "seconds": seconds_before + time.monotonic() - started,
-            },
-        )
+    def report(**numbers: float) -> None:
+        if progress is not None and training.total > begun[0]:
+            progress(training.step * batch_size, training.total * batch_size, "images", numbers)
 
-    def diverged() -> TrainingDiverged:
-        kept = "nothing was saved yet" if state_path is None or not state_path.exists() else f"kept in {state_path}"
-        return TrainingDiverged(
-            f"the training diverged near step {step} of {total}: a loss or weight is no longer finite. The last good "
-            f"state is {kept}. Try a lower learning_rate (now {settings.learning_rate}) or dtype='float32'"
-        )
+    def keep_checkpoint(network: nn.Module, epoch: int) -> None:
+        if run is not None and save is not None and keep_every and epoch % keep_every == 0:
+            save(network, run.path / f"{next(iter(networks))}-epoch{epoch:04d}.safetensors", epoch=epoch)
 
-    def report(numbers: dict[str, float]) -> None:
-        if progress is not None and total > resumed_at:
-            size = settings.batch_size
-            progress((step - resumed_at) * size, (total - resumed_at) * size, "images", numbers)
-
-    resumed_at, epochs_before, between_steps = step, len(history), True
     try:
-        with Interruption(share) as interruption:
-            report({})
+        with torch.random.fork_rng(training.gpus), Interruption() as interruption:
+            report()
             while True:
-                # Here, not after the step: a training that was cut off before this was done does it when it goes on.
-                if sums and (step == total or step % steps_per_epoch == 0):
-                    count = (step - 1) % steps_per_epoch + 1
-                    means = {name: float(value) / count for name, value in sums.items()}
-                    shown = (averaged.module if averaged else result).eval()
-                    numbers = validate(shown) if validate else {}
-                    if keep and share.rank == 0 and step % steps_per_epoch == 0:
-                        keep(shown, step // steps_per_epoch)
-                    result.train()
-                    means |= {**numbers, "seconds": seconds_before + time.monotonic() - started}
-                    history, sums = [*history, {"epoch": step / steps_per_epoch, **means}], {}
-                if step == total:
+                # Here, not after the step: a training that was interrupted before this is done does it first.
+                training.close_epoch(validate, keep_checkpoint)
+                if training.step == training.total:
                     break
-                epoch = step // steps_per_epoch
-                batches = epoch_batches(
-                    split, settings.batch_size, seed=settings.seed, epoch=epoch, start=step % steps_per_epoch
-                )
-                for images, labels in batches:
-                    generator = torch.Generator(device).manual_seed((settings.seed << 32) + step)
-                    images, labels = images.to(device), labels.to(device)
-                    images = augment(images, generator=generator, padding=settings.padding, flip=settings.flip)
-                    images = to_float(share.own(images)).contiguous(memory_format=torch.channels_last)
-                    batch = Batch(images, share.own(labels), generator, step / steps_per_epoch, share)
-                    updater.set_learning_rate(learning_rate_at(step, total, settings))
-                    between_steps = False
-                    with autocast(dtype, device):
-                        losses = step_function(batch, updater)
-                    if averaged is not None:
-                        averaged.update_parameters(result)
-                    means = {name: value.detach().float() for name, value in losses.items()}
-                    average_over_processes(means.values(), share)
-                    for name, value in means.items():
-                        sums[name] = sums.get(name, 0) + value
-                    step += 1
-                    between_steps = True
-                    if step % CHECK_EVERY == 0 or step == total or step % steps_per_epoch == 0:
-                        loss = means["loss"].item()
-                        if not isfinite(loss):
-                            raise diverged()
-                        report({"loss": loss})
+                for x, y in training.rest_of_epoch():
+                    training.advance(x, y)
+                    if training.step % CHECK_EVERY == 0 or training.epoch_is_over:
+                        report(loss=training.checked_loss())
                         if time.monotonic() - last_saved > save_every:
-                            save()
+                            keep_state()
                             last_saved = time.monotonic()
                     interruption.check()
-                    if step == total:
-                        break
+            if begun != (training.step, len(training.history)):
+                keep_state()
+            interruption.check()
+        training.finish()
     except KeyboardInterrupt:
-        if between_steps:  # half a step cannot be resumed exactly: then the last regular save stands
-            save()
+        if training.between_steps:  # half a step cannot be resumed exactly: then the last regular save stands
+            keep_state()
         raise
-    if step > resumed_at or len(history) > epochs_before:
-        save()
-    interruption.check()
-    if averaged is not None:
-        result.load_state_dict(averaged.module.state_dict())
+    finally:
+        for network in networks.values():
+            network.eval()
+        if record is not None:
+            record.leave()
+    history = training.history
+    if run is not None:
+        run.record(history=history, train_seconds=history[-1]["seconds"], train_flops=training.flops)
+        warning = collapse_warning(history, int(data.labels.max()) + 1)
+        if warning:
+            run.record(warning=warning)
+            say(warning)
     return history
+
+
+def _check(settings: Mapping[str, Any], images: int) -> None:
+    """Raise ValueError for a setting that is not allowed."""
+    for name, allowed in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("dtype", DTYPES)):
+        if settings[name] not in allowed:
+            raise ValueError(f"unknown {name} {settings[name]!r}; allowed: {', '.join(allowed)}")
+    for name in ("epochs", "batch_size", "max_steps"):
+        if settings[name] is not None and settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    if not 0 <= settings["ema_decay"] < 1:
+        raise ValueError(f"ema_decay must lie in [0, 1), got {settings['ema_decay']}")
+    batch_size = settings["batch_size"]
+    if batch_size > images:
+        raise ValueError(f"batch_size {batch_size} is larger than the training set of {images} images")
+
+
+class _Training:
+    """Networks with their optimizers and average, and how far they are."""
+
+    def __init__(
+        self,
+        step: Step,
+        networks: dict[str, nn.Module],
+        data: Split,
+        settings: Mapping[str, Any],
+        state_path: Path | None = None,
+    ) -> None:
+        self.step_function, self.networks, self.settings = step, networks, settings
+        self.state_path = state_path
+        self.result = next(iter(networks.values()))
+        for network in networks.values():
+            check_saveable(network)
+            to_channels_last(network).train()
+        self.optimizers: dict[str, torch.optim.Optimizer] = {}
+        self.average = MovingAverage(self.result, settings["ema_decay"]) if settings["ema_decay"] else None
+        self.device = next(self.result.parameters()).device
+        self.gpus = [self.device] if self.device.type == "cuda" else []
+        self.data = data.to(self.device) if data.images.nbytes <= ON_DEVICE_BYTES else data
+        self.dtype = compute_dtype(settings["dtype"], self.device)
+        self.steps_per_epoch = len(data.labels) // settings["batch_size"]
+        self.total = min(settings["epochs"] * self.steps_per_epoch, settings["max_steps"] or 2**62)
+        self.step, self.flops, self.history, self.between_steps = 0, 0, [], True
+        self.sums: dict[str, Tensor] = {}  # of what the steps of this epoch reported
+        self.last_loss = torch.zeros(())
+        self.seconds_before, self.started = 0.0, time.monotonic()
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether the last step was the last one of an epoch, or of the training."""
+        return self.step % self.steps_per_epoch == 0 or self.step == self.total
+
+    @property
+    def seconds(self) -> float:
+        """That the training took so far, in all calls."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def rest_of_epoch(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Augmented images in [0, 1] and labels of every batch that is left of this epoch."""
+        seed, batch_size = self.settings["seed"], self.settings["batch_size"]
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        for x, y in epoch_batches(self.data, batch_size, seed=seed, epoch=epoch, start=start):
+            if self.step == self.total:
+                return
+            generator = torch.Generator(self.device).manual_seed(_mixed(seed, self.step, "augmentation"))
+            how = {"padding": self.settings["padding"], "flip": self.settings["flip"]}
+            yield to_float(augment(x.to(self.device), generator=generator, **how)), y.to(self.device)
+
+    def advance(self, x: Tensor, y: Tensor) -> None:
+        """Make one step."""
+        self.between_steps = False
+        first = self.step % self.steps_per_epoch == 0
+        torch.manual_seed(_mixed(self.settings["seed"], self.step, "step"))
+        # What a step costs is counted in the first one of an epoch, which is made in any case.
+        with FlopCounter() if first else nullcontext() as counter:
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+                output = self.step_function(x, y, self.step / self.steps_per_epoch)
+            losses = _losses(output, list(self.networks))
+            self._update(losses)
+        if first:
+            self.flops += counter.get_total_flops() * min(self.steps_per_epoch, self.total - self.step)
+        if self.average is not None:
+            self.average.update_parameters(self.result)
+        for name, value in losses.items():
+            value = torch.as_tensor(value, device=self.device).detach().float()
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.last_loss = losses["loss"].detach()
+        self.step += 1
+        self.between_steps = True
+
+    def _update(self, losses: Mapping[str, Tensor]) -> None:
+        """Every network's gradient of its own loss alone, then a step of every optimizer."""
+        peak, schedule = self.settings["learning_rate"], self.settings["schedule"]
+        rate = learning_rate_at(self.step, self.total, peak=peak, schedule=schedule)
+        own = {"loss": self.optimizers[next(iter(self.networks))]}
+        own |= {name: self.optimizers[name] for name in list(self.networks)[1:]}
+        for name, optimizer in own.items():
+            optimizer.zero_grad(set_to_none=True)
+            losses[name].backward(inputs=_parameters(optimizer), retain_graph=len(own) > 1)
+        for optimizer in own.values():
+            if self.settings["grad_clip"]:
+                nn.utils.clip_grad_norm_(_parameters(optimizer), self.settings["grad_clip"])
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+
+    def close_epoch(
+        self,
+        validate: Callable[[nn.Module], Mapping[str, float]] | None,
+        keep: Callable[[nn.Module, int], None],
+    ) -> None:
+        """Add an entry to the history, if the steps of an epoch are done and have none yet."""
+        if not (self.sums and self.epoch_is_over):
+            return
+        count = (self.step - 1) % self.steps_per_epoch + 1
+        means = {name: float(value) / count for name, value in self.sums.items()}
+        shown = (self.average.module if self.average else self.result).eval()
+        numbers = validate(shown) if validate else {}
+        if self.step % self.steps_per_epoch == 0:
+            keep(shown, self.step // self.steps_per_epoch)
+        self.result.train()
+        entry = {"epoch": self.step / self.steps_per_epoch, **means, **numbers, "seconds": self.seconds}
+        self.history, self.sums = [*self.history, entry], {}
+
+    def finish(self) -> None:
+        """Put the averaged weights into the result."""
+        if self.average is not None:
+            self.result.load_state_dict(self.average.module.state_dict())
+
+    def checked_loss(self) -> float:
+        """The last loss, which raises TrainingDiverged if it is not finite."""
+        loss = self.last_loss.item()
+        if not isfinite(loss):
+            raise self._diverged()
+        return loss
+
+    def check_weights(self) -> None:
+        """Raise TrainingDiverged unless every weight and statistic is finite."""
+        for network in self.networks.values():
+            if not all(t.isfinite().all() for t in (*network.parameters(), *network.buffers())):
+                raise self._diverged()
+
+    def _diverged(self) -> TrainingDiverged:
+        there = self.state_path is not None and self.state_path.exists()
+        kept = f"The last good state is kept in {self.state_path}." if there else "No state was saved yet."
+        return TrainingDiverged(
+            f"the training diverged near step {self.step} of {self.total}: a loss or weight is no longer "
+            f"finite. {kept} Try a lower learning_rate (now {self.settings['learning_rate']}) or "
+            f"dtype='float32'"
+        )
+
+    def state(self) -> dict[str, Any]:
+        """All that is needed to go on, as tensors, numbers and lists."""
+        return {
+            "networks": {name: network.state_dict() for name, network in self.networks.items()},
+            "optimizers": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
+            "averaged": None if self.average is None else self.average.state_dict(),
+            "sums": self.sums,
+            "seconds": self.seconds,
+            **{name: getattr(self, name) for name in ("step", "history", "flops")},
+        }
+
+    def begin(self, state: Mapping[str, Any] | None) -> None:
+        """Make the optimizers, if there is anything to do; go on from a state that ``state`` returned."""
+        if state is not None:
+            self._load(state)
+        if self.step < self.total:  # a finished one is loaded without the seconds that torch takes for these
+            how = {name: self.settings[name] for name in ("learning_rate", "weight_decay", "betas")}
+            for name, network in self.networks.items():
+                self.optimizers[name] = make_optimizer(network, self.settings["optimizer"], **how)
+                if state is not None:
+                    self.optimizers[name].load_state_dict(state["optimizers"][name])
+
+    def _load(self, state: Mapping[str, Any]) -> None:
+        for name, network in self.networks.items():
+            load_weights(network, state["networks"][name], self.state_path)
+        if self.average is not None:
+            self.average.load_state_dict(state["averaged"])
+        self.step, self.history, self.flops = state["step"], state["history"], state["flops"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        self.seconds_before = state["seconds"]
+
+
+def _losses(output: Any, networks: list[str]) -> dict[str, Tensor]:
+    """What a step returned, as a dict with a loss for every network.
+
+    Raises:
+        ValueError: for a loss that is missing, or has no gradient.
+    """
+    losses = dict(output) if isinstance(output, Mapping) else {"loss": output}
+    for name in ("loss", *networks[1:]):
+        value = losses.get(name)
+        if not isinstance(value, Tensor) or value.ndim or not value.requires_grad:
+            raise ValueError(
+                f"the step must return the loss of {networks[0]!r}, or a dict with it under 'loss' and the "
+                f"own losses of further networks under their names, each a number with a gradient; {name!r} "
+                f"is {str(value)[:80]}"
+            )
+    return losses
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _mixed(seed: int, step: int, purpose: str) -> int:
+    """A seed that no other step, seed or purpose has."""
+    return int.from_bytes(blake2b(f"{seed}:{step}:{purpose}".encode(), digest_size=8).digest(), "big") >> 1

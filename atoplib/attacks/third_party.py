@@ -1,0 +1,198 @@
+"""Attacks of torchattacks by name, kept to our rules: EOT, a ball that is checked, random numbers of their
+own.
+
+Kim 2020, "Torchattacks: A PyTorch Repository for Adversarial Attacks" (arXiv 2010.01950). The library is slow
+to import and is imported by the first attack only.
+"""
+
+import inspect
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from io import TextIOBase
+from threading import Lock, get_ident
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from atoplib.attacks.eot import EOTWrapper, StepCallback, make_generator
+from atoplib.attacks.losses import cross_entropy
+from atoplib.attacks.norms import Ball, check_eps, check_settings
+from atoplib.attacks.pgd import step_sizes
+from atoplib.contract import prepare
+from atoplib.parameters import one_of
+
+LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
+DEFAULT_STEPS = 10  # of torchattacks
+ONE_AT_A_TIME = Lock()  # the random numbers of torchattacks are those of the whole process
+
+
+class ThirdParty(NamedTuple):
+    """What is known of an attack before its library is imported: the norms that it is made for, its own name
+    for the number of steps or queries ("": it has none), and whether it takes a step size beside its
+    steps."""
+
+    norms: tuple[str, ...]
+    steps: str = ""
+    queries: str = ""
+    alpha: bool = False
+
+
+ASCENT = ThirdParty(LINF, "steps", alpha=True)
+THIRD_PARTY: dict[str, ThirdParty] = {
+    # one step
+    "GN": ThirdParty(BOTH),
+    "FGSM": ThirdParty(LINF),
+    "FFGSM": ThirdParty(LINF),
+    # gradient ascent in a ball
+    "RFGSM": ASCENT,
+    "BIM": ASCENT,
+    "PGD": ASCENT,
+    "EOTPGD": ASCENT,
+    "PGDRS": ASCENT,
+    "TPGD": ASCENT,
+    "UPGD": ASCENT,
+    "Jitter": ASCENT,
+    "APGD": ThirdParty(BOTH, "steps"),
+    "APGDT": ThirdParty(BOTH, "steps"),
+    "PGDL2": ASCENT._replace(norms=L2),
+    "PGDRSL2": ASCENT._replace(norms=L2),
+    # made to transfer
+    "MIFGSM": ASCENT,
+    "NIFGSM": ASCENT,
+    "SINIFGSM": ASCENT,
+    "VMIFGSM": ASCENT,
+    "VNIFGSM": ASCENT,
+    "DIFGSM": ASCENT,
+    "TIFGSM": ASCENT,
+    "PIFGSM": ThirdParty(LINF, "num_iter_set"),
+    "PIFGSMPP": ThirdParty(LINF, "num_iter_set"),
+    # smallest perturbation
+    "CW": ThirdParty(L2, "steps"),
+    "DeepFool": ThirdParty(L2, "steps"),
+    "FAB": ThirdParty(BOTH, "steps"),
+    # black box, ensembles
+    "SPSA": ThirdParty(LINF, "nb_iter"),
+    "Square": ThirdParty(BOTH, queries="n_queries"),
+    "AutoAttack": ThirdParty(BOTH),
+}
+"""The attacks of torchattacks 3.5.1 that ask for nothing but a model."""
+
+
+def third_party(
+    model: nn.Module,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    name: str,
+    eps: float,
+    norm: str | None = None,
+    steps: int | None = None,
+    queries: int | None = None,
+    eot_samples: int = 1,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+    **options: Any,
+) -> Float[Tensor, "batch channels height width"]:
+    """Adversarial images by an attack of torchattacks, projected into our ball and checked.
+
+    Args:
+        model, images, labels, eps, seed, max_batch, callback: as ``pgd``; so many images are attacked at a
+            time that images x samples fit max_batch (one at the least), and the callback reports after every
+            such part.
+        name: a key of ``THIRD_PARTY``.
+        norm: one that the attack is made for; None: its first. An attack without a radius (CW, DeepFool)
+            finds what it finds; the result is then projected into the ball.
+        steps, queries: under the name that the attack has for them; its steps are as large as those of our
+            ``pgd``.
+        eot_samples: samples whose logits are averaged in each of the attack's forward passes.
+        options: what else the attack itself takes, such as ``decay=0.5``; its own defaults elsewhere, which
+            are made for eps = 8/255.
+
+    Raises:
+        ValueError: as ``pgd``; for an unknown attack, a norm or an option that it does not take.
+    """
+    check_settings(name=(name, one_of(*THIRD_PARTY)))
+    known = THIRD_PARTY[name]
+    norm = norm or known.norms[0]
+    check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
+    check_eps(eps, norm)
+    size = step_sizes(eps, steps or DEFAULT_STEPS)[0]
+    wanted = {known.steps: steps, known.queries: queries, "alpha": size if known.alpha else None}
+    options = {option: value for option, value in wanted.items() if option and value is not None} | options
+    model, images, labels = prepare(model, images, labels)
+    generator, device = make_generator(seed, images.device), images.device
+    number = int(torch.randint(2**31, (), generator=generator, device=device))
+    ball, wrapped = Ball(images, eps, norm), EOTWrapper(model, eot_samples)
+    adversarial, losses, done = images.detach().clone(), torch.zeros(len(images), device=device), 0
+    with ONE_AT_A_TIME, _without_a_trace(model, number, device):
+        attack = _build(name, wrapped, images[:1], eps=eps, norm=norm, seed=number, options=options)
+        for rows in torch.arange(len(images), device=device).split(max(1, max_batch // eot_samples)):
+            with torch.enable_grad(), redirect_stdout(_Silence(sys.stdout)):  # some of them print
+                # contiguous: some sample in the order of the memory
+                found = attack(images[rows].contiguous(), labels[rows])
+            adversarial[rows] = ball.rows(rows).project(found.detach())
+            done += len(rows)
+            if callback is not None:
+                with torch.no_grad():
+                    losses[rows] = cross_entropy(wrapped(adversarial[rows]), labels[rows])
+                callback(done, len(images), adversarial.clone(), losses.clone())
+    ball.check(adversarial)
+    return adversarial
+
+
+def _build(
+    name: str, model: nn.Module, image: Tensor, *, eps: float, norm: str, seed: int, options: dict[str, Any]
+) -> Any:
+    """The attack with our radius, norm, number of classes and seed under the names that it has for them."""
+    try:
+        import torchattacks
+    except ModuleNotFoundError as error:
+        raise ValueError("third-party attacks need torchattacks: pip install torchattacks") from error
+    allowed = set(inspect.signature(getattr(torchattacks, name)).parameters) - {"model"}
+    check_settings(**{f"option of {name}": (option, one_of(*sorted(allowed))) for option in options})
+    with torch.no_grad():
+        classes = model(image).shape[1]
+    # AutoAttack's own default seed is the time of day
+    ours = {"eps": eps, "max_epsilon": eps, "norm": norm.capitalize(), "n_classes": classes, "seed": seed}
+    given = {option: value for option, value in ours.items() if option in allowed} | options
+    with redirect_stdout(_Silence(sys.stdout)):  # a model without parameters makes it print
+        attack = getattr(torchattacks, name)(model, **given)
+    attack.set_device(image.device)
+    return attack
+
+
+class _Silence(TextIOBase):
+    """An output that swallows what this thread writes, and hands on what others do."""
+
+    def __init__(self, others: TextIO) -> None:
+        super().__init__()
+        self.others, self.thread = others, get_ident()
+
+    def write(self, text: str) -> int:
+        return len(text) if get_ident() == self.thread else self.others.write(text)
+
+
+@contextmanager
+def _without_a_trace(model: nn.Module, seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block the global generators of torch, NumPy and Python start from ``seed``, and no weight
+    asks for a gradient (some attacks call ``backward`` and would leave theirs behind); outside nothing
+    changed."""
+    kept = random.getstate(), np.random.get_state()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        try:
+            nn.ParameterList(weights).requires_grad_(False)
+            yield
+        finally:
+            nn.ParameterList(weights).requires_grad_(True)
+            random.setstate(kept[0])
+            np.random.set_state(kept[1])

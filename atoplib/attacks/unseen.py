@@ -1,0 +1,382 @@
+"""Threats of which training has seen nothing: occlusion, rotation and translation, common corruptions; the
+worst of all candidates, without a gradient.
+
+The corruptions are the kinds of CIFAR-10-C that torch and Pillow can make, with its strengths, but not its
+images: noise has seeds of our own, blurs are torch's, and their radii, made for 32 px, grow with the image.
+Figures on them are named as ours.
+"""
+
+import io
+from collections.abc import Callable
+from itertools import combinations, product
+from math import ceil, cos, radians, sin
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from atoplib.attacks.eot import StepCallback, make_generator
+from atoplib.attacks.norms import check_settings
+from atoplib.attacks.queries import Search
+from atoplib.decisions import Model, full_float32
+from atoplib.parameters import above, at_least, between, one_of
+
+SIDE = 32  # px, that the strengths of corruptions were made for
+
+
+def occlusion(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float = 1,
+    norm: str = "occlusion",
+    grid_size: int = 8,
+    fill: str = "grey",
+    eot_samples: int = 1,
+    rule: str = "any",
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """The worst of all images in which at most ``eps`` patches of a grid are painted over; every position is
+    tried.
+
+    Args:
+        eps: number of patches, 1 or 2.
+        grid_size: the image is cut into grid_size x grid_size patches.
+        fill: ``grey`` (0.5) or ``random`` (uniform noise in [0, 1], one sample for each image, by ``seed``).
+        eot_samples: samples of a random model that each value is averaged over; the same ones at every
+            position.
+        rule, votes: when an image counts as broken and is searched no further, see ``decisions.correct``.
+        targets: the class that each image is driven to; None: any other.
+
+    Returns:
+        images in [0, 1]: the first position that breaks an image, else that of the largest margin.
+
+    Raises:
+        ValueError: as ``contract.prepare``; for other numbers of patches, or a grid that is finer than the
+            pixels.
+
+    Source: perceptual-advex and Fawzi & Frossard 2016 for the threat; the search is exhaustive.
+    """
+    fits = {"norm": (norm, one_of("occlusion")), "eps": (eps, one_of(1, 2))}
+    check_settings(**fits, fill=(fill, one_of("grey", "random")))
+    search = Search(
+        model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
+        max_batch=max_batch,
+    )  # fmt: skip
+    images = search.images
+    cells, paint = patch_numbers(*images.shape[2:], grid_size).to(images.device), torch.full_like(images, 0.5)
+    if fill == "random":
+        paint.uniform_(generator=search.generator)
+    places = [()] + [place for k in range(1, int(eps) + 1) for place in combinations(range(grid_size**2), k)]
+
+    def candidate(number: int, rows: Tensor) -> Tensor:
+        hidden = torch.isin(cells, torch.tensor(places[number], dtype=cells.dtype, device=cells.device))
+        return torch.where(hidden, paint[rows], images[rows])
+
+    return search.try_all(candidate, len(places), callback)
+
+
+def patch_numbers(height: int, width: int, grid_size: int) -> Int[Tensor, "height width"]:
+    """Number of the patch that each pixel belongs to, row by row; patches differ by a pixel where the grid
+    does not divide.
+
+    Raises:
+        ValueError: for a grid that is finer than the pixels.
+    """
+    check_settings(grid_size=(grid_size, between(1, min(height, width))))
+    rows, columns = (torch.arange(side) * grid_size // side for side in (height, width))
+    return rows[:, None] * grid_size + columns
+
+
+def rotation_translation(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float = 30,
+    norm: str = "rotation",
+    translation: float = 0.1,
+    angles: int = 31,
+    shifts: int = 5,
+    eot_samples: int = 1,
+    rule: str = "any",
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """The worst of a grid of rotations and translations, of which the image itself is one.
+
+    Args:
+        eps: largest angle in degrees, in (0, 180].
+        translation: largest shift along each axis, as a share of the image's side, in [0, 1].
+        angles, shifts: values tried between -largest and +largest, for the angle and for each axis; odd
+            numbers have 0.
+        eot_samples, rule, votes, targets: as ``occlusion``.
+
+    Returns:
+        images in [0, 1], black where they came from outside.
+
+    Raises:
+        ValueError: as ``contract.prepare``; for angles, shifts or a grid that do not exist.
+
+    Source: Engstrom et al. 2019, section 3 (30 degrees, 10 %, 31 x 5 x 5 poses, bilinear).
+    """
+    fits = {"norm": (norm, one_of("rotation")), "eps": (eps, above(0, 180))}
+    fits |= {"translation": (translation, between(0, 1))}
+    check_settings(**fits, angles=(angles, at_least(1)), shifts=(shifts, at_least(1)))
+    search = Search(
+        model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
+        max_batch=max_batch,
+    )  # fmt: skip
+    poses = pose_grid(eps, translation, angles, shifts)
+
+    def candidate(number: int, rows: Tensor) -> Tensor:
+        return search.images[rows] if number == 0 else move(search.images[rows], *poses[number])
+
+    return search.try_all(candidate, len(poses), callback)
+
+
+def pose_grid(eps: float, translation: float, angles: int, shifts: int) -> list[tuple[float, float, float]]:
+    """(degrees, share to the right, share down): none first, then from the largest move on, which breaks
+    most."""
+
+    def values(largest: float, count: int) -> list[float]:
+        spaced = torch.linspace(-largest, largest, count, dtype=torch.float64)
+        return spaced.tolist() if count > 1 and largest else [0.0]
+
+    still, shares = (0.0, 0.0, 0.0), values(translation, shifts)
+    poses = set(product(values(eps, angles), shares, shares)) - {still}
+    size = {pose: abs(pose[0]) / eps + abs(pose[1]) + abs(pose[2]) for pose in poses}
+    return [still, *sorted(poses, key=lambda pose: (-size[pose], pose))]
+
+
+def move(
+    images: Float[Tensor, "batch channels height width"], degrees: float, right: float, down: float
+) -> Float[Tensor, "batch channels height width"]:
+    """Images turned counterclockwise about their centre, then shifted by shares of their sides; black from
+    outside."""
+    height, width = images.shape[2:]
+    c, s = cos(radians(degrees)), sin(radians(degrees))
+    # from a place in the result to its place in the image, in units of half the sides (y downwards)
+    turn = torch.tensor(
+        [[c, -s * height / width], [s * width / height, c]], dtype=images.dtype, device=images.device
+    )
+    shift = turn @ torch.tensor([[-2 * right], [-2 * down]], dtype=images.dtype, device=images.device)
+    theta = torch.cat([turn, shift], dim=1).expand(len(images), -1, -1)
+    return _resampled(images, theta, "zeros").clamp(0, 1)
+
+
+def _resampled(images: Tensor, theta: Tensor, padding: str) -> Tensor:
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+
+
+def corruption(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float = 3,
+    norm: str = "corruption",
+    kind: str = "all",
+    eot_samples: int = 1,
+    rule: str = "any",
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Corrupted images; of several kinds the worst for each image.
+
+    Args:
+        eps: severity, 1 to 5.
+        kind: a name of ``CORRUPTIONS``, or ``all``.
+        eot_samples: samples of a random model that each margin is averaged over; the same ones for every
+            kind.
+        rule, votes: when an image counts as broken and further kinds are not tried (``decisions.correct``).
+        targets: the class that each image is driven to; None: any other.
+        seed: of noises and directions; the same for every kind.
+
+    Returns:
+        images in [0, 1].
+
+    Raises:
+        ValueError: as ``contract.prepare``; for an unknown kind or severity, or images of neither 1 nor 3
+            channels.
+    """
+    check_settings(norm=(norm, one_of("corruption")), kind=(kind, one_of("all", *CORRUPTIONS)))
+    search = Search(
+        model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
+        max_batch=max_batch,
+    )  # fmt: skip
+    kinds = tuple(CORRUPTIONS) if kind == "all" else (kind,)
+    made = [corrupt(search.images, name, eps, seed=seed) for name in kinds]
+    return search.try_all(lambda number, rows: made[number][rows], len(kinds), callback)
+
+
+def corrupt(
+    images: Float[Tensor, "batch channels height width"],
+    kind: str,
+    severity: float,
+    *,
+    seed: int | torch.Generator | None = 0,
+) -> Float[Tensor, "batch channels height width"]:
+    """Images with one corruption of ``CORRUPTIONS``, of severity 1 to 5, in [0, 1].
+
+    Raises:
+        ValueError: for an unknown kind or severity, or images of neither 1 nor 3 channels.
+    """
+    channels = images.shape[1], one_of(1, 3)
+    check_settings(
+        kind=(kind, one_of(*CORRUPTIONS)), severity=(severity, one_of(1, 2, 3, 4, 5)), channels=channels
+    )
+    function, strengths = CORRUPTIONS[kind]
+    with full_float32(images.device):
+        return function(images, strengths[int(severity) - 1], make_generator(seed, images.device)).clamp(0, 1)
+
+
+def _normal(images: Tensor, generator: torch.Generator | None) -> Tensor:
+    return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
+
+
+def _gaussian_noise(images: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
+    return images + std * _normal(images, generator)
+
+
+def _shot_noise(images: Tensor, photons: float, generator: torch.Generator | None) -> Tensor:
+    return torch.poisson(images * photons, generator=generator) / photons
+
+
+def _impulse_noise(images: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
+    uniform = torch.rand(images.shape, generator=generator, device=images.device)
+    return torch.where(uniform < share, (uniform < share / 2).to(images.dtype), images)
+
+
+def _speckle_noise(images: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
+    return images + images * std * _normal(images, generator)
+
+
+def _filtered(images: Tensor, kernel: Tensor, mode: str) -> Tensor:
+    """Each channel convolved with one kernel."""
+    channels, (height, width) = images.shape[1], kernel.shape
+    padded = F.pad(images, (width // 2, width // 2, height // 2, height // 2), mode=mode)
+    weight = kernel.to(images).expand(channels, 1, -1, -1)
+    return F.conv2d(padded, weight, groups=channels)
+
+
+def _bell(std: float, first: int, last: int) -> Tensor:
+    values = torch.exp(-(torch.arange(first, last + 1) ** 2) / (2 * std**2))
+    return values / values.sum()
+
+
+def _gaussian_blur(images: Tensor, std: float, _generator: torch.Generator | None) -> Tensor:
+    std = std * images.shape[-1] / SIDE
+    reach = int(4 * std + 0.5)
+    bell = _bell(std, -reach, reach)
+    return _filtered(_filtered(images, bell[None], "replicate"), bell[:, None], "replicate")
+
+
+def _defocus_blur(
+    images: Tensor, strength: tuple[float, float], _generator: torch.Generator | None
+) -> Tensor:
+    """A disk of a radius, its edge smoothed by a bell of 3 x 3."""
+    radius, smoothing = strength[0] * images.shape[-1] / SIDE, strength[1]
+    place = torch.arange(-ceil(radius) - 1, ceil(radius) + 2)
+    disk = (place[:, None] ** 2 + place**2 <= radius**2).float()[None, None]
+    bell = _bell(smoothing, -1, 1)
+    return _filtered(
+        images, F.conv2d(disk / disk.sum(), (bell[:, None] * bell)[None, None], padding=1)[0, 0], "reflect"
+    )
+
+
+def _moved(images: Tensor, zoom: float, shift: Tensor) -> Tensor:
+    """Images enlarged about their centre, then read at places shifted by (right, down) pixels; borders
+    repeated."""
+    theta = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
+    theta[:, :, 2] = shift * 2 / torch.tensor([images.shape[3], images.shape[2]], device=images.device)
+    return _resampled(images, theta, "border")
+
+
+def _motion_blur(images: Tensor, strength: tuple[int, float], generator: torch.Generator | None) -> Tensor:
+    """One side of a bell along a line of a direction of each image's own, within 45 degrees of the
+    horizontal."""
+    radius, std = (value * images.shape[-1] / SIDE for value in strength)
+    angle = (torch.rand(len(images), generator=generator, device=images.device) - 0.5) * torch.pi / 2
+    line = torch.stack([angle.cos(), angle.sin()], dim=1).to(images.dtype)
+    weights = _bell(std, 0, 2 * ceil(radius)).tolist()
+    return sum(
+        weight * _moved(images, 1, step * line) for step, weight in enumerate(weights) if weight > 1e-6
+    )
+
+
+def _zoom_blur(images: Tensor, largest: float, _generator: torch.Generator | None) -> Tensor:
+    """The mean of the image and of its enlargements by 1.00, 1.01, ... up to the largest."""
+    still = images.new_zeros(len(images), 2)
+    zooms = [1 + step / 100 for step in range(round(100 * (largest - 1)) + 1)]
+    return (images + sum(_moved(images, zoom, still) for zoom in zooms)) / (len(zooms) + 1)
+
+
+def _brightness(images: Tensor, more: float, _generator: torch.Generator | None) -> Tensor:
+    """The value of HSV, the largest channel, raised; hue and saturation stay."""
+    value = images.amax(dim=1, keepdim=True)
+    raised = (value + more).clamp_max(1)
+    return torch.where(value > 0, images / value.clamp_min(1e-6) * raised, raised)
+
+
+def _contrast(images: Tensor, share: float, _generator: torch.Generator | None) -> Tensor:
+    means = images.mean(dim=(2, 3), keepdim=True)
+    return (images - means) * share + means
+
+
+def _by_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
+    """Each image as 8 bits through a function of Pillow."""
+    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
+    changed = [np.asarray(change(Image.fromarray(each.squeeze().numpy()))) for each in pixels]
+    return torch.from_numpy(np.stack(changed)).view_as(pixels).permute(0, 3, 1, 2).to(images) / 255
+
+
+def _jpeg(images: Tensor, quality: int, _generator: torch.Generator | None) -> Tensor:
+    def coded(image: Image.Image) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(buffer)
+
+    return _by_pillow(images, coded)
+
+
+def _pixelate(images: Tensor, share: float, _generator: torch.Generator | None) -> Tensor:
+    def coarse(image: Image.Image) -> Image.Image:
+        small = image.resize([max(1, int(side * share)) for side in image.size], Image.Resampling.BOX)
+        return small.resize(image.size, Image.Resampling.BOX)
+
+    return _by_pillow(images, coarse)
+
+
+CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
+    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50)),
+    "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
+    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
+    "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
+    "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
+    "zoom_blur": (_zoom_blur, (1.05, 1.1, 1.15, 1.2, 1.25)),
+    "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
+    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
+    "jpeg": (_jpeg, (80, 65, 58, 50, 40)),
+    "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
+}
+"""Name: its function, and its strength at severities 1 to 5, those of CIFAR-10-C (Hendrycks & Dietterich
+2019)."""

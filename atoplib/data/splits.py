@@ -1,0 +1,173 @@
+"""Splits of images as uint8 tensors: their batches, augmentation, statistics and fingerprint. This knows
+nothing of where images come from and works on the device on which they are, without a loop over images. Every
+order and every random number is a function of a seed or a generator that is passed in.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int64, UInt8
+from torch import Tensor
+
+from atoplib.contract import check_labels
+
+SUBSET_SEED = 2024  # of the fixed subsets that max_train, max_test and load_images take
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images in [0, 255] and their class indices; `indices`, where known, tells where each image is in the
+    whole split.
+
+    The images of a large set are memory-mapped (CPU) and read-only: writing into them ends the process.
+    """
+
+    images: UInt8[Tensor, "n 3 h w"]
+    labels: Int64[Tensor, "n"]
+    indices: Int64[Tensor, "n"] | None = None
+
+    def __post_init__(self) -> None:
+        check_labels(self.labels, len(self.images))
+
+    def to(self, device: str | torch.device) -> Self:
+        """The split on a device."""
+        indices = None if self.indices is None else self.indices.to(device)
+        return type(self)(self.images.to(device), self.labels.to(device), indices)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split over the same classes; `classes[label]` is the name of a label."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: tuple[str, ...]
+
+
+def subset(count: int, limit: int | tuple[int, ...] | None, seed: int = 0) -> np.ndarray:
+    """Indices of a fixed subset of `count` images, classes mixed; a smaller subset is the beginning of a
+    larger one.
+
+    With a tuple, the images at these positions. Raises ValueError for a position that does not exist.
+    """
+    if isinstance(limit, tuple):
+        chosen = np.asarray(limit, dtype=np.int64)
+        if not limit or chosen.min() < 0 or chosen.max() >= count or len(np.unique(chosen)) < len(chosen):
+            raise ValueError(f"max_test must name test images, 0 to {count - 1}, each once; got {limit}")
+        return chosen
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(SUBSET_SEED + seed)).numpy()[:limit]
+
+
+def epoch_batches(
+    split: Split, batch_size: int, *, seed: int, epoch: int, start: int = 0, drop_last: bool = True
+) -> Iterator[tuple[UInt8[Tensor, "batch 3 h w"], Int64[Tensor, "batch"]]]:
+    """Yield the batches of one epoch, images uint8 and labels int64 on the split's device.
+
+    The order is a pure function of (seed, epoch), the same on every device. `start` batches are skipped, so
+    that a training goes on in the middle of an epoch with the batches it would have seen. Arguments are
+    checked at the call.
+
+    Raises ValueError for a batch_size that gives no batch.
+    """
+    count = len(split.labels)
+    if batch_size < 1 or (drop_last and batch_size > count):
+        raise ValueError(
+            f"batch_size is {batch_size}, but this split has {count} images: give a batch_size "
+            f"from 1 to {count}" + (", or drop_last=False" if batch_size > count else "")
+        )
+    batches = count // batch_size if drop_last else -(-count // batch_size)
+    # hashed, not added: with seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1
+    mixed = int.from_bytes(hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest(), "big") >> 1
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).to(split.labels.device)
+    chosen = (order[i * batch_size : (i + 1) * batch_size] for i in range(start, batches))
+    # on the CPU ten times as fast as images[rows] at 32 px: whole images are copied, not single values
+    return ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in chosen)
+
+
+def to_float(images: UInt8[Tensor, "*batch 3 h w"]) -> Float32[Tensor, "*batch 3 h w"]:
+    """Map uint8 images in [0, 255] to float32 in [0, 1], on their device."""
+    _check_uint8(images)
+    return images.to(torch.float32).div_(255)
+
+
+def augment(
+    images: UInt8[Tensor, "batch 3 h w"], *, generator: torch.Generator, padding: int = 4, flip: bool = True
+) -> UInt8[Tensor, "batch 3 h w"]:
+    """Shift each image by up to `padding` pixels (borders reflected) and mirror it with probability 1/2, on
+    its device.
+
+    This is the padded random crop of the CIFAR recipes (He et al. 2016, section 4.2), with reflected instead
+    of black borders. The random numbers come from `generator` alone, on the generator's device. Digits want
+    flip=False.
+
+    Raises ValueError for a padding that the image is too small to reflect.
+    """
+    _check_uint8(images)
+    batch, channels, height, width = images.shape
+    if not 0 <= padding < min(height, width):
+        raise ValueError(
+            f"padding is {padding}: {height} x {width} images allow 0 to {min(height, width) - 1}"
+        )
+    shifts = torch.randint(-padding, padding + 1, (2, batch, 1), generator=generator, device=generator.device)
+    mirrored = torch.randint(0, 2, (batch, 1), generator=generator, device=generator.device) == 1
+    shifts, mirrored = shifts.to(images.device), mirrored.to(images.device)
+    rows = _reflect(torch.arange(height, device=images.device) + shifts[0], height)  # (batch, h)
+    columns = _reflect(torch.arange(width, device=images.device) + shifts[1], width)  # (batch, w)
+    columns = torch.where(mirrored & flip, columns.flip(1), columns)
+    pixels = (rows[:, :, None] * width + columns[:, None, :]).view(batch, 1, height * width)
+    return images.reshape(batch, channels, -1).gather(2, pixels.expand(-1, channels, -1)).view_as(images)
+
+
+def channel_statistics(
+    images: UInt8[Tensor, "n 3 h w"],
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Return the mean and the standard deviation of each channel over all pixels, in units of [0, 1].
+
+    Pixels are counted, so the result is the same on every device. Raises ValueError for a channel that is
+    constant: a classifier that divides by its deviation would return NaN.
+    """
+    _check_uint8(images)
+    histogram = torch.zeros(3, 256, dtype=torch.int64)
+    for part in _parts(images):
+        counts = [torch.bincount(part[:, channel].reshape(-1), minlength=256) for channel in range(3)]
+        histogram += torch.stack(counts).cpu()
+    if bool((histogram.count_nonzero(dim=1) < 2).any()):
+        raise ValueError(
+            "a colour channel has one value in all images, so it cannot be normalised: check the images"
+        )
+    values, pixels = torch.arange(256), images.numel() // 3
+    totals, squares = (histogram * values).sum(1).tolist(), (histogram * values**2).sum(1).tolist()
+    spreads = [square * pixels - total**2 for total, square in zip(totals, squares, strict=True)]
+    means = tuple(total / pixels / 255 for total in totals)
+    return means, tuple(spread**0.5 / pixels / 255 for spread in spreads)
+
+
+def fingerprint(split: Split) -> str:
+    """Return 16 hex digits of the SHA-256 of a split's shape, pixels and labels."""
+    digest = hashlib.sha256(repr(tuple(split.images.shape)).encode())
+    for part in (*_parts(split.images), split.labels):
+        digest.update(np.ascontiguousarray(part.cpu().numpy()))
+    return digest.hexdigest()[:16]
+
+
+def _check_uint8(images: Tensor) -> None:
+    if images.dtype != torch.uint8:
+        raise ValueError(
+            f"images are {images.dtype}, but uint8 in [0, 255] is needed: give the images of a Split"
+        )
+
+
+def _reflect(index: Tensor, size: int) -> Tensor:
+    index = index.abs()
+    return torch.where(index < size, index, 2 * (size - 1) - index)
+
+
+def _parts(images: Tensor) -> tuple[Tensor, ...]:
+    return images.split(max(1, 2**24 // max(1, images[:1].numel())))

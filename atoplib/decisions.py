@@ -1,0 +1,195 @@
+"""The decisions of a random model: several samples of it, the vote over them, and when an image counts as
+correct."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from math import sqrt
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from atoplib.contract import adapt, check_labels
+
+Model = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) in [0, 1] -> logits (B, classes); may be random."""
+
+RULES = ("single", "majority", "mean_softmax", "worst_of_n")
+"""By which accuracies are reported: what a user of the model meets (the first sample), two votes over the
+samples, and every sample correct (an attacker may try again)."""
+ANY = "any"
+"""At least one sample is correct: by which an attack goes on, whatever is reported, for there is something
+left to break."""
+
+PROBES = 8  # a model of few possible samples often gives one image the same one twice
+
+
+def correct(
+    logits: Float[Tensor, "samples batch classes"], labels: Int[Tensor, " batch"], rule: str = "single"
+) -> Bool[Tensor, " batch"]:
+    """Which images are classified correctly by ``rule``, one of ``RULES`` or ``any`` (at least one sample is
+    correct).
+
+    Raises:
+        ValueError: for an unknown rule, or labels that are not (batch,).
+
+    Source: the N-evaluation of DiffHammer (Wang et al. 2024) and DiffBreak (Kassis et al. 2025).
+    """
+    check_labels(labels, logits.shape[1])
+    if rule in ("worst_of_n", ANY):
+        right = logits.argmax(dim=2) == labels
+        return right.any(dim=0) if rule == ANY else right.all(dim=0)
+    return vote(logits, rule) == labels
+
+
+def vote(logits: Float[Tensor, "samples batch classes"], rule: str = "majority") -> Int[Tensor, " batch"]:
+    """The class of each image: ``single`` (of the first sample), ``majority`` (ties to the lower class) or
+    ``mean_softmax``.
+
+    Raises:
+        ValueError: for another rule.
+    """
+    if rule == "single":
+        return logits[0].argmax(dim=1)
+    if rule == "majority":
+        return F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0).argmax(dim=1)
+    if rule == "mean_softmax":
+        return logits.softmax(dim=2).mean(dim=0).argmax(dim=1)
+    raise ValueError(
+        f"unknown rule {rule!r}; allowed: {', '.join((*RULES, ANY))} (a vote: single, majority, mean_softmax)"
+    )
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Within the block float32 is computed as float32: no autocast, and on CUDA no TF32, whose 10 bits of
+    mantissa may flip a close decision."""
+    with torch.autocast(device.type, enabled=False):
+        if device.type != "cuda":
+            yield
+            return
+        settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        before = [setting.fp32_precision for setting in settings]
+        try:
+            for setting in settings:
+                setting.fp32_precision = "ieee"
+            yield
+        finally:
+            for setting, precision in zip(settings, before, strict=True):
+                setting.fp32_precision = precision
+
+
+@torch.no_grad()
+def sample_logits(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    *,
+    num_samples: int = 1,
+    max_batch: int = 512,
+) -> Float[Tensor, "samples batch classes"]:
+    """Logits of ``num_samples`` forward passes an image, samples and images in one batch, in ``full_float32``
+    also where an attack computes in less (autocast): decisions rest on them.
+
+    Args:
+        model: images in [0, 1] -> logits, random for each image of its batch by itself, or deterministic.
+        max_batch: copies of images that are in memory at once.
+
+    Raises:
+        ValueError: for num_samples < 1, or logits that are not finite: they belong to no class.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    model = adapt(model)
+    index = torch.arange(num_samples * len(images), device=images.device) % max(1, len(images))
+    with full_float32(images.device):
+        logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
+    logits = logits.unflatten(0, (num_samples, len(images)))
+    finite = logits.isfinite().all(dim=2).all(dim=0)
+    if not finite.all():
+        wrong = (~finite).nonzero().squeeze(1).tolist()
+        raise ValueError(
+            f"the model returns logits that are not finite for {len(wrong)} of {len(images)} images (the "
+            f"first is number {wrong[0]} of the batch); such an image has no class"
+        )
+    return logits
+
+
+@torch.no_grad()
+def is_random(
+    model: Model, images: Float[Tensor, "batch channels height width"], *, max_batch: int = 512
+) -> bool:
+    """Whether a model is random, so that an attack needs EOT and a decision several samples.
+
+    It is if two passes over ``PROBES`` images differ; fewer images are used several times.
+    """
+    model = adapt(model)
+    probes = images[torch.arange(PROBES, device=images.device) % len(images)].split(max_batch)
+    return any(not torch.equal(model(part), model(part)) for part in probes)
+
+
+def _parts(model: Any) -> tuple[Any, ...]:
+    return tuple(model.modules()) if isinstance(model, nn.Module) else (model,)
+
+
+def reseed(model: Any, seed: int) -> None:
+    """Start the random numbers of a model anew, where it or a part of it has any (a method ``reseed``, as
+    ``AToPPipeline``)."""
+    for part in _parts(model):
+        if hasattr(part, "reseed"):
+            part.reseed(seed)
+
+
+def supports_fixed_sample(model: Any) -> bool:
+    """Whether a model's random numbers can be fixed: it or a part of it has a method ``fixed_sample``, as
+    ``AToPPipeline``."""
+    return any(hasattr(part, "fixed_sample") for part in _parts(model))
+
+
+@contextmanager
+def fixed_sample(model: Any, seed: int) -> Iterator[None]:
+    """Within the block a random model that supports it uses the same sample in every call on batches of one
+    shape (common random numbers), a function of ``seed``; any other model is used as it is."""
+    with ExitStack() as stack:
+        for part in _parts(model):
+            if hasattr(part, "fixed_sample"):
+                stack.enter_context(part.fixed_sample(seed))
+        yield
+
+
+def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95 % interval of a proportion (Wilson 1927), within [0, 1]; ``successes`` may be a mean over
+    repetitions.
+
+    Raises:
+        ValueError: unless 0 <= successes <= trials and trials >= 1.
+    """
+    if not (trials >= 1 and 0 <= successes <= trials):
+        raise ValueError(
+            f"successes must lie in 0..trials and trials be at least 1, got {successes} of {trials}"
+        )
+    proportion, spread = successes / trials, z * z / trials
+    centre = (proportion + spread / 2) / (1 + spread)
+    half = z / (1 + spread) * sqrt(proportion * (1 - proportion) / trials + spread / (4 * trials))
+    low = 0.0 if successes == 0 else max(0.0, centre - half)
+    high = 1.0 if successes == trials else min(1.0, centre + half)
+    return low, high
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """``auto`` (CUDA if there is a GPU), ``cpu``, ``cuda`` or ``cuda:N``, as a device.
+
+    Raises:
+        ValueError: for another name, or a GPU that is not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device {name!r} is not available here ({torch.cuda.device_count()} GPUs); use auto or cpu"
+        )
+    return device

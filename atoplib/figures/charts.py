@@ -1,0 +1,340 @@
+"""Charts: accuracies of defences as bars, heat maps and lines over a parameter, the course of a training, and
+certificates beside attacks."""
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle, pairwise
+from math import ceil
+from typing import Any
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+
+from atoplib.evaluation.results import NORMS
+from atoplib.figures.style import (
+    ACCURACY,
+    MINUS,
+    SEQUENTIAL,
+    SERIES,
+    colours_of,
+    error_bars,
+    interval_of,
+    legend_below,
+    new_figure,
+    panels,
+    plain,
+    read_frame,
+    style_axes,
+)
+
+COLUMNS = ("defence", "attack", "accuracy", "low", "high")
+OUTLINE = [withStroke(linewidth=4, foreground="white")]  # the line of chance may pass behind a number
+QUANTITIES = {  # label of a panel's axis; other names stand as they are
+    "loss": "loss",
+    "reconstruction": "mean absolute difference",
+    "classification": "cross-entropy (nats)",
+    "gan": "generator's GAN loss",
+    "discriminator": "discriminator's GAN loss",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "seconds": "seconds since the start",
+    "learning_rate": "learning rate",
+}
+
+
+def accuracy_bars(
+    frame: pd.DataFrame, title: str = "", *, rule: str | None = None, chance: float | None = None
+) -> Figure:
+    """Accuracy in percent with its 95 % interval: a group of bars an attack, a colour a defence.
+
+    Args:
+        frame: of an ``Evaluation``: columns ``defence``, ``attack``, ``accuracy``, ``low``, ``high``
+            (percent), and ``norm``, ``eps``, ``rule`` where they differ. A combination may be missing.
+        rule: which decision rule is drawn; None: the first in the frame.
+        chance: accuracy of a guess in percent: a broken line across the bars.
+
+    Raises:
+        ValueError: for an empty frame, a missing column, a doubled combination, or numbers that violate
+            0 <= low <= accuracy <= high <= 100.
+    """
+    frame = read_frame(frame, *COLUMNS, "threat", rule=rule)
+    _check_once(frame, ["defence", "threat"])
+    defences, threats = (list(dict.fromkeys(frame[name])) for name in ("defence", "threat"))
+    a_row = max(1, min(len(threats), int(26 / (len(defences) + 1))))
+    a_row = ceil(len(threats) / ceil(len(threats) / a_row))  # rows alike
+    rows = [threats[start : start + a_row] for start in range(0, len(threats), a_row)]
+    figure = new_figure(max(5.0, 1.2 + 0.42 * a_row * (len(defences) + 1)), 3.2 * len(rows) + 0.4, title)
+    colours, width = colours_of(defences), 0.8 / len(defences)
+    for axes, shown in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True):
+        for defence, part in frame[frame["threat"].isin(shown)].groupby("defence", sort=False):
+            shift = width * (defences.index(defence) - (len(defences) - 1) / 2)
+            places = [shown.index(threat) + shift for threat in part["threat"]]
+            look = {"color": colours[defence], "label": plain(defence), "capsize": 3}
+            bars = axes.bar(places, part["accuracy"], width, yerr=error_bars(part), **look)
+            axes.bar_label(bars, fmt="%.1f", padding=1, fontsize=8, path_effects=OUTLINE)
+        if chance is not None:
+            look = {"color": "#595959", "linewidth": 1, "linestyle": "--", "zorder": 0.9}
+            axes.axhline(chance, label=f"chance, {chance:.3g} %", **look)
+        style_axes(axes, "y")
+        axes.set(ylabel=ACCURACY, ylim=(0, 112), yticks=range(0, 101, 20), xlim=(-0.5, a_row - 0.5))
+        axes.set_xticks(range(len(shown)), _in_lines(shown), fontsize=9)
+    legend_below(figure)
+    return figure
+
+
+def attack_heatmap(
+    frame: pd.DataFrame,
+    title: str = "",
+    *,
+    rows: str = "defence",
+    columns: str = "threat",
+    panel: str | None = None,
+    values: Mapping[str, str] | None = None,
+    rule: str | None = None,
+) -> Figure:
+    """Heat maps with the number and its 95 % interval in each cell: a row a defence, a column an attack.
+
+    Args:
+        frame: of an ``Evaluation`` or an ablation; a combination may be missing.
+        rows, columns: its columns that are crossed; ``threat`` is the attack, with norm and eps where they
+            differ.
+        panel: its column of whose values each gets a row of maps (such as ``attack`` or ``defence``); None:
+            one row.
+        values: its columns that are shown, a map each, with their label (``accuracy`` if None). Those whose
+            label ends in ``(%)`` run from 0 to 100, others from 0 to their largest. ``NAME_low``,
+            ``NAME_high`` (``low``, ``high`` of ``accuracy``) are their intervals.
+        rule: which decision rule is drawn; None: the first in the frame.
+
+    Raises:
+        ValueError: for an empty frame, a missing column, or a doubled combination.
+    """
+    values = {"accuracy": "accuracy (%)"} if values is None else dict(values)
+    frame = read_frame(frame, rows, columns, panel, *values, rule=rule)
+    _check_once(frame, [name for name in (rows, columns, panel) if name is not None])
+    down, across, shown = _ordered(frame[rows]), _ordered(frame[columns]), _parts(frame, panel, values)
+    size = 2.0 + 0.85 * len(across), 1.2 + 0.5 * len(down)
+    figure, axes = panels(len(shown), *size, title, columns=len(values) if len(values) > 1 else 3)
+    for one, (heading, part, value) in zip(axes, shown, strict=True):
+        part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index([rows, columns])
+        table, text = (part[name].unstack().reindex(index=down, columns=across) for name in (value, "text"))
+        look = {"cmap": SEQUENTIAL, "linewidths": 1, "annot_kws": {"fontsize": 8}}
+        look |= {"cbar_kws": {"label": values[value]}, "vmin": 0}
+        look["vmax"] = 100.0 if values[value].endswith("(%)") else float(frame[value].max()) or 1.0
+        sns.heatmap(table.astype(float), annot=text.fillna("–"), fmt="", ax=one, **look)
+        one.set_facecolor("#ececec")  # of cells without a value
+        one.tick_params(length=0, labelsize=8)
+        headings = [str(heading), *([values[value]] if len(values) > 1 else [])]
+        one.set_title(plain(": ".join(filter(None, headings))), fontsize=10)
+        one.set(xlabel="" if columns == "threat" else plain(columns.replace("_", " ")), ylabel="")
+        one.set_yticklabels(map(plain, down), rotation=0)
+        one.set_xticklabels(_in_lines(across), rotation=0)
+    return figure
+
+
+def parameter_lines(
+    frame: pd.DataFrame,
+    parameter: str,
+    title: str = "",
+    *,
+    label: str | None = None,
+    series: str = "defence",
+    panel: str | None = "threat",
+    values: Mapping[str, str] | None = None,
+    rule: str | None = None,
+    log: bool = False,
+) -> Figure:
+    """Lines over a parameter with their 95 % intervals: a panel an attack, a colour a defence.
+
+    Args:
+        frame: of an ``Evaluation`` or an ablation, with a column ``parameter``: numbers, or names (in their
+            order). Rows that share a value are points of their own; the line joins their means.
+        label: of the horizontal axis, with its unit.
+        series, panel: the columns that are told apart by colour and by panel; None: one panel.
+        values: columns that are shown, a panel each, with their label, as in ``attack_heatmap``.
+        rule: which decision rule is drawn; None: the first in the frame.
+        log: a logarithmic horizontal axis.
+
+    Raises:
+        ValueError: for an empty frame, a missing column, or accuracies outside [0, 100].
+    """
+    values = {"accuracy": ACCURACY} if values is None else dict(values)
+    ends = ("low", "high") if "accuracy" in values else ()
+    frame = read_frame(frame, parameter, series, panel, *values, *ends, rule=rule)
+    names = list(dict.fromkeys(frame[series]))
+    colours = colours_of(names) if series == "defence" else dict(zip(names, cycle(SERIES), strict=False))
+    shown = _parts(frame, panel, values)
+    figure, axes = panels(len(shown), 3.6, 3.1, title)
+    for one, (heading, part, value) in zip(axes, shown, strict=True):
+        for name, points in part.groupby(series, sort=False):
+            look = {"fmt": "o", "color": colours[name], "markersize": 4, "capsize": 2}
+            one.errorbar(points[parameter], points[value], error_bars(points, value), **look)
+            means = points.groupby(parameter, sort=pd.api.types.is_numeric_dtype(points[parameter]))
+            means = means[value].mean()
+            one.plot(means.index, means, color=colours[name], label=plain(name))
+        style_axes(one)
+        one.set(xlabel=plain(label or parameter.replace("_", " ")), ylabel=values[value])
+        one.set_ylim(*((-3, 103) if "(%)" in values[value] else (0, None)))
+        one.set_title(plain(heading), loc="left", fontsize=10)
+        if log:
+            one.set_xscale("log")
+            one.set_xticks(ticks := sorted(set(part[parameter])), [f"{tick:g}" for tick in ticks])
+            one.minorticks_off()
+    legend_below(figure)
+    return figure
+
+
+def accuracy_over_eps(frame: pd.DataFrame, title: str = "", *, rule: str | None = None) -> Figure:
+    """Accuracy in percent over the radius eps, a panel an attack and norm, a colour a defence; eps 0 is
+    ``clean``.
+
+    Args:
+        frame: of an ``Evaluation`` with several eps: columns ``defence``, ``attack``, ``norm``, ``eps``,
+            ``accuracy``, ``low``, ``high`` (percent).
+
+    Raises:
+        ValueError: as ``parameter_lines``, or where nothing but ``clean`` is in the frame.
+    """
+    frame = read_frame(frame, *COLUMNS, "norm", "eps", rule=rule)
+    clean, attacked = frame[frame["attack"] == "clean"], frame[frame["attack"] != "clean"]
+    if not len(attacked):
+        raise ValueError("the frame holds no attack but 'clean': evaluate with at least one eps")
+    parts = []
+    for (attack, norm), part in attacked.groupby(["attack", "norm"], sort=False):
+        start = clean[clean["defence"].isin(part["defence"])].assign(eps=0.0)
+        parts.append(pd.concat([start, part]).assign(curve=f"{attack}, {NORMS.get(norm, norm)}"))
+    label = "ε, images in [0, 1]"
+    return parameter_lines(pd.concat(parts), "eps", title, label=label, panel="curve")
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """One panel a quantity over the epochs, its last value at the top right.
+
+    Args:
+        history: one mapping an epoch, as ``training.fit`` returns it. ``epoch`` is the horizontal axis (1, 2,
+            ... without it); every other number gets a panel. A quantity may be missing in some epochs (a term
+            in its warm-up). Names with ``accuracy`` are shares in [0, 1], shown in percent.
+
+    Raises:
+        ValueError: if there is no epoch, or no number beside ``epoch``.
+    """
+    frame = pd.DataFrame(list(history))
+    curves = frame.select_dtypes("number").drop(columns="epoch", errors="ignore").dropna(axis=1, how="all")
+    if not len(history) or not curves.shape[1]:
+        raise ValueError(
+            "history holds no number beside 'epoch': give entries such as {'epoch': 1, 'loss': 0.5}"
+        )
+    epochs = frame["epoch"] if "epoch" in frame else pd.Series(range(1, len(frame) + 1))
+    figure, axes = panels(curves.shape[1], 3.4, 2.6, title)
+    margin = 0.05 * (epochs.max() - epochs.min()) or 0.5
+    for one, name in zip(axes, curves, strict=True):
+        percent = "accuracy" in name
+        values = 100 * curves[name] if percent else curves[name]
+        one.plot(epochs, values, color=SERIES[0], marker="o" if len(epochs) <= 40 else "", markersize=4)
+        style_axes(one)
+        one.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        one.set_xlim(epochs.min() - margin, epochs.max() + margin)  # the same wherever a quantity begins
+        words = name.replace("_", " ")
+        unit = "accuracy (%)" if percent else QUANTITIES.get(name.removeprefix("test_"), words)
+        one.set(xlabel="epoch", ylabel=plain(unit))
+        last = values.dropna().iloc[-1]
+        text = f"{last:.1f} %" if percent else f"{last:.4g}".replace("-", MINUS)
+        one.set_title(plain(words), loc="left", fontsize=10)
+        one.set_title(text, loc="right", fontsize=9)
+    return figure
+
+
+def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: str = "") -> Figure:
+    """What is proved and what is broken, over the l2 radius: a colour a defence, the gap between them shaded.
+
+    The accuracy against every perturbation of an l2 norm is no lower than certified (solid) and no higher
+    than the strongest attack leaves it (broken). Both are drawn as the steps that are known: a certificate
+    holds for all smaller radii, an attack for all larger ones. Both must belong to the same images and the
+    same rule, the majority vote.
+
+    Args:
+        certified: columns ``defence``, ``radius`` (l2, images in [0, 1]), ``accuracy``, ``low``, ``high``
+            (percent).
+        attacked: the same with ``eps`` instead of ``radius``; at ``eps`` 0 the clean accuracy.
+
+    Raises:
+        ValueError: for an empty frame, a missing column, a radius below 0, accuracies outside [0, 100], or a
+            certified interval above an attacked one, which no noise explains.
+    """
+    ends = ("defence", "accuracy", "low", "high")
+    proved = read_frame(certified, "radius", *ends).sort_values("radius")
+    broken = read_frame(attacked, "eps", *ends).rename(columns={"eps": "radius"}).sort_values("radius")
+    radii = pd.concat([proved["radius"], broken["radius"]])
+    if not ((radii >= 0) & (radii < float("inf"))).all():
+        raise ValueError(f"radii must be at least 0 (an l2 norm), got {sorted(set(radii))}")
+    pairs = proved.merge(broken, on="defence", suffixes=("", " attacked"))
+    pairs = pairs[(pairs["radius attacked"] <= pairs["radius"]) & (pairs["high attacked"] < pairs["low"])]
+    if len(pairs):
+        raise ValueError(
+            f"more is certified than an attack within the radius leaves: {pairs.iloc[0].to_dict()}; give one "
+            f"model, images and rule for both"
+        )
+    end = 1.04 * float(radii.max()) or 1.0
+    figure, (axes,) = panels(1, 6.4, 4.2, title)
+    for name, colour in colours_of(list(dict.fromkeys(proved["defence"]))).items():
+        lower, upper = (part[part["defence"] == name] for part in (proved, broken))
+        _bounds(axes, lower, upper, end, colour, plain(name))
+    style_axes(axes)
+    axes.set(xlim=(0, end), ylim=(0, 104), yticks=range(0, 101, 20), ylabel=f"vote's {ACCURACY}")
+    axes.set_xlabel("ℓ2 norm of the perturbation, images in [0, 1]")
+    legend_below(figure)
+    return figure
+
+
+def _check_once(frame: pd.DataFrame, names: list[str]) -> None:
+    doubled = frame[frame.duplicated(names)]
+    if len(doubled):
+        raise ValueError(
+            f"the frame holds {doubled.iloc[0][names].to_dict()} twice: give each combination once (one "
+            f"rule, norm and eps)"
+        )
+
+
+def _parts(
+    frame: pd.DataFrame, panel: str | None, values: Mapping[str, str]
+) -> list[tuple[str, pd.DataFrame, str]]:
+    """What each axes shows: the value of ``panel``, its rows, and the column whose numbers are drawn."""
+    groups = [("", frame)] if panel is None else frame.groupby(panel, sort=False)
+    return [(heading, part, value) for heading, part in groups for value in values]
+
+
+def _in_lines(names: Sequence) -> list[str]:
+    return [plain(name).replace(", ", ",\n") for name in names]
+
+
+def _ordered(values: pd.Series) -> list:
+    """Each value once: numbers ascending, others in the order in which they come."""
+    unique = list(dict.fromkeys(values))
+    return sorted(unique) if pd.api.types.is_numeric_dtype(values) else unique
+
+
+def _cell_text(row: pd.Series, value: str) -> str:
+    low, high = interval_of(value)
+    number = "–" if pd.isna(row[value]) else f"{row[value]:.1f}"
+    return f"{number}\n[{row[low]:.0f}, {row[high]:.0f}]" if low in row and not pd.isna(row[low]) else number
+
+
+def _bounds(axes: Axes, lower: pd.DataFrame, upper: pd.DataFrame, end: float, colour: str, name: str) -> None:
+    band = {"color": colour, "linewidth": 0}
+    axes.fill_between(lower["radius"], lower["low"], lower["high"], step="pre", alpha=0.2, **band)
+    values = [lower["accuracy"].iloc[0], *lower["accuracy"]]
+    axes.step([0.0, *lower["radius"]], values, where="pre", color=colour, label=f"{name}, certified")
+    known = sorted({0.0, end, *lower["radius"], *upper["radius"]})
+    # an attack reaches farther, too, and a certificate holds nearer, too
+    least = [upper.loc[upper["radius"] <= radius, "accuracy"].min() for radius in known]
+    most = [lower.loc[lower["radius"] >= radius, "accuracy"].max() for radius in known]
+    least, most = pd.Series(least).fillna(100.0).tolist(), pd.Series(most).fillna(0.0).tolist()
+    axes.step(known, least, where="post", color=colour, linestyle="--", label=f"{name}, strongest attack")
+    look = {"fmt": "o", "color": colour, "markersize": 5, "capsize": 3, "clip_on": False}
+    axes.errorbar(upper["radius"], upper["accuracy"], error_bars(upper), **look)
+    # between two known radii: what is certified at the right end, what an attack broke at the left end
+    ends = [radius for pair in pairwise(known) for radius in pair]
+    floor, ceiling = ([value for value in values for _ in range(2)] for values in (most[1:], least[:-1]))
+    axes.fill_between(ends, floor, ceiling, alpha=0.08, label=f"{name}, not known", **band)

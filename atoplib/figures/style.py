@@ -1,0 +1,155 @@
+"""What all pictures share: colours, names of attacks, and how a figure is made and written.
+
+A figure is one of its own: pyplot does not know it and no global setting is changed, so a widget's thread may
+draw.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from itertools import cycle
+from os import PathLike
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from atoplib.evaluation import eps_text
+from atoplib.files import write_atomically
+
+DPI = 160
+RIGHT, WRONG, MINUS = "\N{CHECK MARK}", "\N{BALLOT X}", "\N{MINUS SIGN}"
+DIVERGING = "RdBu_r"  # white at 0, blue below, red above: apart for colour-blind eyes, too
+SEQUENTIAL = "cividis"  # which eyes of every kind see as one ramp of lightness
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
+RIGHT_COLOUR, WRONG_COLOUR = "#2a86c8", "#d95f02"  # correct, misclassified
+DEFENCE_COLOURS = {"undefended": "#666666", "AT": "#d55e00", "AP": "#56b4e9", "AToP": "#0072b2"}
+GUEST_COLOURS = ("#e69f00", "#009e73", "#cc79a7")  # of other defences
+ACCURACY = "accuracy (%), 95 % interval"
+
+
+def colours_of(defences: Sequence[str]) -> dict[str, str]:
+    """A colour for each defence: the kit's have the same one in every figure, others take what is left in
+    their order."""
+    unused = (colour for name, colour in DEFENCE_COLOURS.items() if name not in defences)
+    left = cycle([*GUEST_COLOURS, *unused])
+    return {name: DEFENCE_COLOURS.get(name) or next(left) for name in defences}
+
+
+def plain(text: object) -> str:
+    """A text for matplotlib, in which a dollar sign is a dollar sign."""
+    return str(text).replace("$", r"\$")
+
+
+def new_figure(width: float, height: float, title: str = "") -> Figure:
+    """An empty white figure of ``width`` x ``height`` inches (a title adds to it) that lays itself out."""
+    lines = textwrap.wrap(title, max(20, int(10 * width)))
+    figure = Figure((width, height + 0.25 * len(lines)), dpi=DPI, facecolor="white", layout="constrained")
+    if lines:
+        figure.suptitle(plain("\n".join(lines)), fontsize=12)
+    return figure
+
+
+def panels(
+    count: int, width: float, height: float, title: str, columns: int = 3
+) -> tuple[Figure, list[Axes]]:
+    """A figure of ``count`` axes in rows of at most ``columns``, each ``width`` x ``height`` inches."""
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    figure = new_figure(max(4.5, columns * width), rows * height, title)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return figure, list(axes[:count])
+
+
+def style_axes(axes: Axes, grid: str = "both") -> None:
+    """Two spines, and faint lines behind what is shown; accuracies run from 0 to 100."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_axisbelow(True)
+    axes.grid(True, axis=grid, color="#e0e0e0", linewidth=0.7)
+
+
+def legend_below(figure: Figure) -> None:
+    """One legend for all axes of a figure, below them."""
+    entries = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    fitting = max(1, int(13 * figure.get_figwidth() / (6 + max(map(len, entries), default=0))))
+    look = {"loc": "outside lower center", "ncols": min(fitting, 5), "frameon": False, "fontsize": 9}
+    figure.legend(entries.values(), entries, **look)
+
+
+def read_frame(frame: pd.DataFrame, *columns: str | None, rule: str | None = None) -> pd.DataFrame:
+    """A copy of the rows of one decision rule (None: the first in the frame), in order.
+
+    Args:
+        columns: that must be there. ``threat`` is added: the attack's name, with norm and eps where one name
+            has several of them.
+
+    Raises:
+        ValueError: for a column that is missing, no row (of the rule), or accuracies in percent that violate
+            0 <= low <= accuracy <= high <= 100.
+    """
+    needed = ["attack" if name == "threat" else name for name in columns if name is not None]
+    missing = [name for name in needed if name not in frame]
+    if missing:
+        raise ValueError(f"the frame lacks {', '.join(missing)}; it has {', '.join(map(str, frame))}")
+    if "rule" in frame and len(frame):
+        frame = frame[frame["rule"] == (frame["rule"].iloc[0] if rule is None else rule)]
+    if not len(frame):
+        raise ValueError(f"the frame has no row (rule {rule or 'any'!r}): give at least one")
+    if {"accuracy", "low", "high"} <= set(needed):
+        low, middle, high = (frame[name].astype(float) for name in ("low", "accuracy", "high"))
+        wrong = frame[~((low > -1e-4) & (low < middle + 1e-4) & (middle < high + 1e-4) & (high < 100 + 1e-4))]
+        if len(wrong):
+            raise ValueError(
+                f"0 <= low <= accuracy <= high <= 100 (percent) must hold, got {wrong.iloc[0].to_dict()}"
+            )
+    frame = frame.reset_index(drop=True)
+    return frame.assign(threat=_threats(frame)) if "threat" in columns else frame
+
+
+def _threats(frame: pd.DataFrame) -> list[str]:
+    if not {"norm", "eps"} <= set(frame):
+        return list(map(str, frame["attack"]))
+    several = frame.groupby("attack")[["norm", "eps"]].transform("nunique").max(axis=1) > 1
+    return [
+        f"{row.attack}, {eps_text(float(row.eps), row.norm)}" if many else str(row.attack)
+        for row, many in zip(frame.itertuples(), several & frame["eps"].notna(), strict=True)
+    ]
+
+
+def error_bars(frame: pd.DataFrame, value: str = "accuracy") -> list[pd.Series] | None:
+    """Lengths of the bars of 95 % intervals, below and above; None for a value without an interval."""
+    low, high = interval_of(value)
+    if low not in frame:
+        return None
+    return [(frame[value] - frame[low]).clip(lower=0), (frame[high] - frame[value]).clip(lower=0)]
+
+
+def interval_of(value: str) -> tuple[str, str]:
+    """The columns of the ends of a value's interval."""
+    return ("low", "high") if value == "accuracy" else (f"{value}_low", f"{value}_high")
+
+
+def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
+    """Write a figure as PNG or PDF, by the path's suffix, atomically: an earlier file survives a failure.
+
+    The file holds no date and no version, so that equal figures give equal files. Returns the path; its
+    folder is made.
+
+    Raises:
+        ValueError: for another suffix.
+        OSError: if it cannot be written; the message says what to do.
+    """
+    path = Path(path)
+    left_out = {".png": ("Software",), ".pdf": ("CreationDate", "Creator", "Producer")}.get(
+        path.suffix.lower()
+    )
+    if left_out is None:
+        raise ValueError(f"cannot write a figure as {path.suffix!r} ({path}): it must end in .png or .pdf")
+    options = {"format": path.suffix[1:].lower(), "metadata": dict.fromkeys(left_out), "facecolor": "white"}
+    write_atomically(path, lambda part: figure.savefig(part, **options))
+    return path

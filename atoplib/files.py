@@ -1,0 +1,79 @@
+"""Files that are never half written, and the folder that they lie in."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+NOT_OF_THE_DATA = frozenset(
+    ("@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot")
+    + ("~snapshot", "__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db")
+)
+"""What network drives, archives and file systems put into folders, in lower case; thumbnails are in some of
+them."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Call ``write`` on a temporary name beside ``path``, flush to disk, then rename; an earlier file
+    survives a failure.
+
+    Raises:
+        OSError: with the path and what to do, when the disk is full or the folder cannot be written.
+    """
+    part = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        part = Path(name)
+        os.close(handle)
+        write(part)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())
+        part.chmod(0o644)
+        os.replace(part, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {path}: {error}. What was there before is untouched; free some disk space or "
+            f"choose another folder, then run again"
+        ) from error
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN is refused, as no other reader takes it."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The content of a JSON file that holds an object, None where there is none or it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def workspace_dir(workspace: str = "") -> Path:
+    """The folder that holds ``runs/`` and ``data/``: the one given, or the project's own, found upwards from
+    here.
+
+    A notebook is run from its own folder by JupyterLab and from the caller's, wherever that is, by papermill;
+    both find the same, also where only the kit was installed from a checkout elsewhere."""
+    if workspace:
+        return Path(workspace).expanduser().resolve()
+    here = Path.cwd()
+    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
+        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
+            return folder
+    return here

@@ -1,0 +1,332 @@
+"""The parameters of a notebook: stated once, in its parameters cell, and checked by the cell after it.
+
+The first cell, tagged ``parameters``, holds annotated defaults; the second checks whatever stands there by
+then::
+
+    eps: float = 8 / 255  # radius of the attack, images in [0, 1]
+    epochs: int = 6
+
+    from atoplib.parameters import at_least, between, check
+    p = check(globals(), eps=between(0, 1), epochs=at_least(1), smoke=dict(epochs=1))
+
+The type comes from the annotation, the rule from the keyword. A batch runs the same two cells by ``read``. No
+torch here."""
+
+import ast
+import difflib
+import json
+import types
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin
+
+INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
+WEIGHTS = (".safetensors", ".pth", ".pt")  # how files of weights end
+Rule = Callable[[Any], Any]
+
+
+class ParameterError(ValueError):
+    """A parameter that cannot be; the message names it and says what is allowed."""
+
+
+class Parameters:
+    """The checked parameters of a notebook, as attributes; they do not change.
+
+    Attributes:
+        run_fields: which of them name runs of which notebook, by ``run_of``.
+    """
+
+    def __init__(self, values: Mapping[str, Any], run_fields: Mapping[str, "RunOf"] | None = None) -> None:
+        self.__dict__.update(values)
+        self.__dict__["run_fields"] = dict(run_fields or {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"parameters do not change: set {name} in the parameters cell, or use p.replace({name}=...)"
+        )
+
+    def __repr__(self) -> str:
+        return f"Parameters({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.as_dict())
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of them by name, as JSON values."""
+        return {name: value for name, value in self.__dict__.items() if name != "run_fields"}
+
+    def replace(self, **changes: Any) -> "Parameters":
+        """The same with some values changed.
+
+        Raises:
+            ParameterError: for a name that is no parameter.
+        """
+        for name in changes:
+            if name not in self.__dict__:
+                raise ParameterError(f"there is no parameter {name!r}{suggestion(name, self)}")
+        return Parameters(self.as_dict() | changes, self.run_fields)
+
+
+@dataclass(frozen=True)
+class RunOf:
+    """The rule of a parameter that names a run of another notebook: ``latest``, a run's name, a path, a file
+    of weights, ``pretrained``, or "" for none.
+
+    Attributes:
+        stage: that notebook's name.
+        wanted: parameters of the run that ``latest`` means, beside the data set and its image size.
+        several: the parameter is a dict of such names.
+    """
+
+    stage: str
+    wanted: dict[str, Any] = field(default_factory=dict)
+    several: bool = False
+
+    def __call__(self, value: Any) -> Any:
+        return value
+
+
+def run_of(stage: str, **wanted: Any) -> RunOf:
+    """The rule of a parameter that names one run of the notebook ``stage``, whose parameters are as
+    ``wanted``.
+    """
+    return RunOf(stage, wanted)
+
+
+def runs_of(stage: str = "") -> RunOf:
+    """The rule of a parameter that names runs by names of one's own: {NAME: RUN} or {NAME: {KEY: RUN}}."""
+    return RunOf(stage, several=True)
+
+
+def between(low: float, high: float) -> Rule:
+    """low <= value <= high."""
+    return _rule(lambda value: low <= value <= high, f"must lie in {low:g}..{high:g}")
+
+
+def at_least(low: float) -> Rule:
+    """value >= low."""
+    return _rule(lambda value: value >= low, f"must be at least {low:g}")
+
+
+def above(low: float, most: float = float("inf")) -> Rule:
+    """low < value <= most."""
+    return _rule(
+        lambda value: low < value <= most,
+        f"must be above {low:g}" + ("" if most == float("inf") else f", at most {most:g}"),
+    )
+
+
+def one_of(*allowed: Any) -> Rule:
+    """value is one of these."""
+
+    def rule(value: Any) -> Any:
+        if value not in allowed:
+            hint = suggestion(value, map(str, allowed)) if isinstance(value, str) else ""
+            raise ValueError(f"must be one of {', '.join(map(str, allowed))}, got {value!r}{hint}")
+        return value
+
+    return rule
+
+
+def each(rule: Rule) -> Rule:
+    """The rule for every element of a list, which is not empty."""
+
+    def of_list(values: list[Any]) -> list[Any]:
+        if not values:
+            raise ValueError("must not be empty")
+        return [rule(value) for value in values]
+
+    return of_list
+
+
+def _rule(holds: Callable[[Any], bool], says: str) -> Rule:
+    def rule(value: Any) -> Any:
+        if not holds(value):  # NaN never holds
+            raise ValueError(f"{says}, got {value!r}")
+        return value
+
+    return rule
+
+
+def _folder_name(value: str) -> str:
+    if not value or Path(value).name != value or value.startswith("."):
+        raise ValueError(f"must be a plain folder name, got {value!r}")
+    return value
+
+
+COMMON: dict[str, Rule] = {
+    "experiment": _folder_name,
+    "seed": between(0, 2**31 - 1),
+    "image_size": at_least(1),
+    "max_train": at_least(1),
+    "max_test": at_least(1),
+    "max_batch": at_least(1),
+}
+"""Rules of what nearly every notebook takes."""
+
+
+def check(
+    namespace: Mapping[str, Any], *, smoke: Mapping[str, Any] | None = None, **rules: Rule
+) -> Parameters:
+    """The annotated parameters in a notebook's namespace, of the right types and as their rules want them.
+
+    Args:
+        namespace: the notebook's ``globals()``.
+        smoke: values that replace others when the parameter ``smoke`` is True: a few images and steps.
+        rules: by parameter; each takes a value and returns it, or raises ValueError. None passes where the
+            type allows it.
+
+    Raises:
+        ParameterError: for a parameter that papermill injected and this notebook does not have, a rule
+            without a parameter, a wrong type, or a value that is not allowed.
+    """
+    kinds = namespace.get("__annotations__", {})
+    if not kinds:
+        raise ParameterError("the parameters cell was not run: run it first, then this one")
+    for name in (*_injected(namespace), *rules, *(smoke or {})):
+        if name not in kinds:
+            raise ParameterError(
+                f"there is no parameter {name!r}{suggestion(name, kinds)}; allowed: "
+                + ", ".join(sorted(kinds))
+            )
+    values = {}
+    for name, kind in kinds.items():
+        value = convert(name, namespace[name], kind)
+        rule = rules.get(name, COMMON.get(name))
+        try:
+            values[name] = value if value is None or rule is None else rule(value)
+        except ValueError as error:
+            raise ParameterError(f"{name} {error}") from error
+    _check_weights(values)
+    if smoke and values.get("smoke"):
+        values |= smoke
+    return Parameters(values, {name: rule for name, rule in rules.items() if isinstance(rule, RunOf)})
+
+
+def _injected(namespace: Mapping[str, Any]) -> list[str]:
+    """Names that papermill's cell assigned, as the kernel's history of inputs tells."""
+    cells = [source for source in namespace.get("In", []) if source.lstrip().startswith(INJECTED)]
+    assigned = (node for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign))
+    return [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]
+
+
+def read(notebook: Path, overrides: Mapping[str, Any] | None = None) -> Parameters:
+    """The parameters that a notebook would have with some of them overridden: its two cells are run here,
+    without a kernel.
+
+    Raises:
+        ParameterError: as ``check``; the message names the notebook.
+    """
+    cells = [
+        cell
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "code"
+    ]
+    first = next(
+        (i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])), None
+    )
+    if first is None or first + 1 >= len(cells):
+        raise ParameterError(
+            f"{notebook.name} has no cell tagged 'parameters' with a cell after it that checks them"
+        )
+    namespace: dict[str, Any] = {"__name__": "parameters", "__annotations__": {}}
+    exec(
+        "".join(cells[first]["source"]), namespace
+    )  # the kit's own cells, or the user's: what a kernel would run
+    known = namespace["__annotations__"]
+    for name in overrides or {}:
+        if name not in known:
+            allowed = ", ".join(sorted(known))
+            raise ParameterError(
+                f"{notebook.stem} has no parameter {name!r}{suggestion(name, known)}; allowed: {allowed}"
+            )
+    namespace |= overrides or {}
+    try:
+        exec("".join(cells[first + 1]["source"]), namespace)
+    except ParameterError as error:
+        raise ParameterError(f"{notebook.stem}: {error}") from error
+    found = [value for value in namespace.values() if isinstance(value, Parameters)]
+    if len(found) != 1:
+        raise ParameterError(
+            f"the cell after the parameters of {notebook.name} must make one p = check(globals(), ...)"
+        )
+    return found[0]
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """A value as the type that a parameter has; text such as ``8/255`` or ``1e-3``, as a shell or YAML hands
+    it on, becomes a number where a float is wanted.
+
+    Raises:
+        ParameterError: if the type does not fit.
+    """
+    allowed = get_args(kind) if get_origin(kind) in (types.UnionType, Union) else (kind,)
+    if type(None) in allowed and (
+        value is None or value == "None"
+    ):  # YAML writes null, but the cells write None
+        return None
+    for each_kind in allowed:
+        base, inner = get_origin(each_kind) or each_kind, get_args(each_kind)
+        if base is float and isinstance(value, str):
+            try:
+                return float(Fraction(value.replace(" ", "")))
+            except (ValueError, ArithmeticError):  # 1e999, 1/0
+                continue
+        if base is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        if base is list and isinstance(value, list | tuple):
+            return [
+                convert(f"{name}[{i}]", item, inner[0]) if inner else item for i, item in enumerate(value)
+            ]
+        if isinstance(value, base) and (base is bool or not isinstance(value, bool)):
+            return value
+    wanted = " or ".join(
+        "None" if item is type(None) else getattr(item, "__name__", str(item)) for item in allowed
+    )
+    raise ParameterError(
+        f"parameter {name!r} must be of type {wanted}, got {value!r} ({type(value).__name__})"
+    )
+
+
+def _check_weights(values: Mapping[str, Any]) -> None:
+    """Raise ParameterError unless the parameters of somebody's own weights, where a notebook has them, fit
+    together.
+    """
+    if not {"classifier_run", "classifier", "mean", "std"} <= values.keys():
+        return
+    run, maker, mean, std = (values[name] for name in ("classifier_run", "classifier", "mean", "std"))
+    if not maker:
+        if values.get("classifier_options") or mean is not None or std is not None:
+            raise ParameterError(
+                "classifier_options, mean and std belong to somebody's network: name it by classifier = "
+                "'package.module:function', or leave them out"
+            )
+        return
+    module, _, function = maker.partition(":")
+    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
+        raise ParameterError(
+            f"classifier must be 'package.module:function', which builds the network, got {maker!r}"
+        )
+    if not run.endswith(WEIGHTS):
+        raise ParameterError(
+            f"classifier = {maker!r} builds the network of a file of weights, but classifier_run is {run!r}: "
+            f"give the path of a .pth, .pt or .safetensors file"
+        )
+    if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std)):
+        raise ParameterError(
+            f"mean and std belong together, a number a channel, got mean = {mean} and std = {std}"
+        )
+    if std is not None and min(std) <= 0:
+        raise ParameterError(f"std must be a list of positive numbers, got {std}")
+
+
+def suggestion(name: str, known: Any) -> str:
+    """`` (did you mean 'eps'?)`` for a name that is not known, "" where none is near: the one that begins it,
+    or that it begins, before others that are spelled alike."""
+    known = sorted(known)
+    starts = [other for other in known if len(other) > 2 and name.lower().startswith(other)]
+    starts += [other for other in known if len(name) > 2 and other.startswith(name.lower())]
+    near = starts[:1] or difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
