@@ -18,3 +18,19 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """64 test digits (64, 3, 32, 32) in [0, 1] and their labels."""
+    from atoplib.data import load_images
+
+    return load_images("mnist5k", 64)
+
+
+@pytest.fixture(scope="session")
+def defences():
+    """The kit's own MNIST networks: undefended, AP, AToP, AT. Not to be changed."""
+    from atoplib.pretrained import load_pretrained
+
+    return {name: load_pretrained("mnist", name) for name in ("undefended", "AP", "AToP", "AT")}

@@ -1,166 +1,43 @@
-"""Scores are the known ones; an evaluation can be repeated, interrupted and resumed to the last digit."""
+"""Numbers are the known ones; an evaluation can be repeated, interrupted and resumed to the last digit."""
 
 import json
+import re
 import shutil
-from dataclasses import replace
+from contextlib import contextmanager
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from atoplib.attacks import PGDSettings, check_budget, pgd
-from atoplib.attacks.suite import ATTACKS
-from atoplib.evaluation import (
-    PROTOCOLS,
-    Budget,
-    Outcomes,
-    PlannedAttack,
-    Protocol,
-    adjusted,
-    evaluate,
-    judge_draws,
-    masked_gradients,
-    score,
-    weakest,
-    with_seen,
-    worst_case,
-)
-from atoplib.evaluation import measure as measure_module
-from atoplib.fingerprints import model_fingerprint
+from atoplib import evaluation
+from atoplib.attacks import ATTACKS, Ball, pgd
+from atoplib.decisions import RULES, correct, reseed, sample_logits
+from atoplib.evaluation import PROTOCOLS, Protocol, Row, evaluate, measure, single
+from atoplib.evaluation.protocols import check_protocol, images_of, lee_kim_indices, radii
 from atoplib.pipeline import AToPPipeline
-from atoplib.transforms import TransformSettings
-from atoplib.verdicts import VERDICTS, Verdict, judge, reseed, wilson_interval
+from atoplib.transforms import Transform
 
 IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
-BUDGET = Budget(linf=0.05, l2=0.5)
+EPS = {"linf": 0.05, "l2": 0.5}
 PGD = {"steps": 3, "eot_samples": 2}
-PROTOCOL = Protocol(
-    "test",
-    "a small one",
-    (
-        PlannedAttack("transfer", "pgd", sees="classifier", settings=PGD),
-        PlannedAttack("white-box", "pgd", settings=PGD),
-        PlannedAttack("white-box l2", "pgd", norm="l2", settings=PGD),
-    ),
-    num_draws=5,
+ROWS = (
+    Row("pgd", "transfer", threat_model="transfer", options=PGD),
+    Row("pgd", "white-box", options=PGD),
+    Row("pgd", "white-box l2", "l2", options=PGD),
 )
+PROTOCOL = Protocol("test", "a small one", ROWS, votes=5)
 COLUMNS = ["clean", "transfer", "white-box", "white-box l2", "worst case linf", "worst case"]
+NAMES = ["undefended", "other", "pipeline"]
 
 
-def outcomes_of(one_shot, attack="pgd", norm="linf", defence="a", seconds=1.0, draws=3):
-    """Outcomes whose verdicts all agree: a list of lists, seeds and images."""
-    right = torch.tensor(one_shot, dtype=torch.bool)
-    return Outcomes(defence, attack, norm, draws, dict.fromkeys(VERDICTS, right), right.float(), seconds)
-
-
-def test_the_draws_of_each_image_are_judged_by_every_verdict():
-    logits = torch.tensor([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 9.0], [1.0, 0.0]], [[1.0, 0.0], [1.0, 0.0]]])
-    right, average = judge_draws(logits, torch.tensor([0, 0]))
-    assert {name: value.tolist() for name, value in right.items()} == {
-        "one_shot": [True, True],
-        "majority": [True, True],
-        "mean_softmax": [False, True],
-        "worst_of_n": [False, True],
-    }
-    assert average.tolist() == pytest.approx([2 / 3, 1])
-
-
-def test_the_worst_of_the_draws_can_be_that_of_the_first_ones():
-    logits = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
-    (few, _), (whole, average) = (judge_draws(logits, torch.tensor([0]), worst_of=count) for count in (2, None))
-    assert few["worst_of_n"].item() and not whole["worst_of_n"].item() and average.item() == pytest.approx(2 / 3)
-
-
-def test_an_attack_that_is_judged_by_more_draws_breaks_no_more_images_by_the_worst_of_them():
-    class Fickle(nn.Module):
-        def forward(self, images):
-            right = (torch.rand(len(images)) < 0.9).float() + 0 * images.mean(dim=(1, 2, 3))
-            return torch.stack([right, 0.5 * torch.ones_like(right)], dim=1)
-
-    nothing = PlannedAttack("as usual", "fgsm")
-    protocol = Protocol("a test", "", (nothing, replace(nothing, label="by more draws", num_draws=200)), num_draws=5)
-    labels = torch.zeros(40, dtype=torch.int64)
-    fickle = Fickle().eval()
-    found = evaluate({"a": fickle}, IMAGES, labels, protocol, BUDGET, classifier=fickle)
-    by = {item.attack: item for item in found.scores}
-    assert by["by more draws"].draws == 200 and by["as usual"].draws == by["worst case"].draws == 5
-    for attack in ("clean", "as usual", "by more draws"):
-        assert 0.35 < by[attack].worst_of_n < 0.85, "0.9 ** 5 = 0.59, and 0.9 ** 200 would be nothing"
-
-
-def test_a_score_is_the_mean_over_seeds_with_its_interval_and_spread():
-    found = score(outcomes_of([[1, 1, 1, 0], [1, 0, 1, 0], [1, 0, 0, 0]]))
-    assert (found.images, found.draws, found.seeds, found.seconds) == (4, 3, 3, 1.0)
-    assert found.one_shot == found.majority == found.average == found.accuracy == pytest.approx(0.5)
-    assert found.interval("worst_of_n") == pytest.approx(wilson_interval(2, 4))
-    assert (found.low, found.high) == pytest.approx(wilson_interval(2, 4))
-    assert found.spread == pytest.approx(0.25)
-    assert found.images_per_second == pytest.approx(12)
-
-
-def test_one_seed_has_no_spread():
-    assert score(outcomes_of([[1, 0]])).spread is None
-
-
-def test_the_worst_case_counts_an_image_only_if_it_survives_every_attack():
-    several = [outcomes_of([[1, 1, 0, 1], [1, 1, 1, 1]]), outcomes_of([[0, 1, 1, 1], [1, 0, 1, 1]], "apgd", draws=2)]
-    worst = worst_case(several, "all")
-    assert worst.right["majority"].tolist() == [[False, True, False, True], [True, False, True, True]]
-    assert worst.average.tolist() == [[0, 1, 0, 1], [1, 0, 1, 1]]
-    assert (worst.defence, worst.attack, worst.norm, worst.draws, worst.seconds) == ("a", "all", "linf", 2, 2.0)
-    assert worst_case([*several, outcomes_of([[1] * 4] * 2, norm="l2")], "all").norm == ""
-
-
-@pytest.mark.parametrize("several", [[], [outcomes_of([[1]]), outcomes_of([[1]], defence="b")]], ids=["none", "two"])
-def test_a_worst_case_of_no_or_several_defences_is_refused(several):
-    with pytest.raises(ValueError, match="of a single defence"):
-        worst_case(several, "all")
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"attack": "pdg"}, "unknown attack 'pdg'; allowed: .*pgd"),
-        ({"norm": "l7"}, "pgd knows the norms linf, l2, not 'l7'"),
-        ({"sees": "nothing"}, "unknown sees 'nothing'; allowed: defence, classifier, bpda"),
-    ],
-    ids=str,
-)
-def test_an_attack_that_cannot_be_planned_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        PlannedAttack(**{"label": "a", "attack": "pgd"} | change)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"attacks": (PROTOCOL.attacks[0],) * 2}, "two attacks of test have the label 'transfer'"),
-        ({"num_images": 0}, "must be at least 1, got 0 and 5"),
-        ({"selection": "best"}, "unknown selection 'best'"),
-    ],
-    ids=str,
-)
-def test_an_impossible_protocol_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(PROTOCOL, **change)
-
-
-@pytest.mark.parametrize("change, message", [({"linf": 8}, "8/255?"), ({"l2": 0}, "budget l2 must be above 0, got 0")])
-def test_an_impossible_budget_is_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        replace(BUDGET, **change)
-
-
-def test_settings_scale_with_the_budget_and_a_calm_model_needs_one_draw():
-    planned = PlannedAttack("a", "pgd", norm="l2", relative_step=0.1, settings=PGD)
-    expected = PGDSettings(0.5, "l2", 3, 0.05, 2, verdict=PROTOCOL.verdict)
-    assert planned.build(BUDGET, random=True, verdict=PROTOCOL.verdict) == expected
-    assert planned.build(BUDGET, random=False, verdict=PROTOCOL.verdict).eot_samples == 1
-
-
-def linear(seed=0):
+def linear(seed=0, classes=3):
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 3)).eval()
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, classes)).eval()
+
+
+LABELS = linear()(IMAGES).argmax(dim=1)  # so that the undefended classifier is correct on all of them
 
 
 class Recolour(nn.Module):
@@ -170,392 +47,6 @@ class Recolour(nn.Module):
         return (given[:, :3] * 0.9 + 0.05).tanh()
 
 
-def setting():
-    classifier = linear()
-    pipeline = AToPPipeline(TransformSettings("rt2", noise_std=0.05, grid_size=4), Recolour(), linear()).eval()
-    return classifier, {"undefended": classifier, "other": linear(7), "pipeline": pipeline}
-
-
-LABELS = linear()(IMAGES).argmax(dim=1)  # so that the undefended classifier is right on all of them
-
-
-def run(protocol=PROTOCOL, defences=None, **settings):
-    classifier, usual = setting()
-    settings = {"batch_size": 20, "keep_images": True} | settings
-    return evaluate(defences or usual, IMAGES, LABELS, protocol, BUDGET, classifier=classifier, **settings)
-
-
-def numbers(evaluation):
-    return [replace(item, seconds=0) for item in evaluation.scores]
-
-
-def assert_same(first, second):
-    assert numbers(first) == numbers(second)
-    for a, b in zip(first.outcomes, second.outcomes, strict=True):
-        assert all(torch.equal(a.right[name], b.right[name]) for name in VERDICTS)
-    assert first.adversarial.keys() == second.adversarial.keys()
-    for key, images in first.adversarial.items():
-        assert torch.equal(images, second.adversarial[key]), key
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A directory that holds a whole evaluation."""
-    return tmp_path_factory.mktemp("evaluation")
-
-
-@pytest.fixture(scope="module")
-def result(finished):
-    return run(directory=finished)
-
-
-@pytest.fixture
-def directory(result, finished, tmp_path):
-    """A copy of that directory."""
-    return shutil.copytree(finished, tmp_path / "copy")
-
-
-def by_name(evaluation):
-    return {(item.defence, item.attack): item for item in evaluation.scores}
-
-
-def test_every_defence_has_every_column_and_its_worst_cases_in_order(result):
-    assert [(s.defence, s.attack) for s in result.scores] == [
-        (name, column) for name in ("undefended", "other", "pipeline") for column in COLUMNS
-    ]
-    assert all(s.images == 40 and s.draws == (5 if s.defence == "pipeline" else 1) for s in result.scores)
-
-
-def test_a_worst_case_is_that_of_its_columns(result):
-    outcomes = {(item.defence, item.attack): item.right["one_shot"] for item in result.outcomes}
-    for name in ("undefended", "other", "pipeline"):
-        both = outcomes[name, "transfer"] & outcomes[name, "white-box"]
-        assert torch.equal(outcomes[name, "worst case linf"], both)
-        assert torch.equal(outcomes[name, "worst case"], both & outcomes[name, "white-box l2"])
-
-
-def test_the_transfer_images_are_made_once_against_the_classifier_alone(result):
-    shown = result.adversarial
-    assert torch.equal(shown["undefended", "clean", 0], IMAGES)
-    for defence in ("other", "pipeline"):
-        assert torch.equal(shown[defence, "transfer", 0], shown["undefended", "transfer", 0])
-        assert not torch.equal(shown[defence, "white-box", 0], shown[defence, "transfer", 0])
-    for (_, attack, _), images in shown.items():
-        if attack != "clean":
-            norm = "l2" if attack.endswith("l2") else "linf"
-            check_budget(images, IMAGES, getattr(BUDGET, norm), norm)
-
-
-def test_a_pipeline_with_another_classifier_meets_the_blind_attack_on_its_own():
-    first, other = linear(), linear(7)
-    transform = TransformSettings("rt2", noise_std=0.05, grid_size=4)
-    ap, atop = (AToPPipeline(transform, Recolour(), classifier).eval() for classifier in (linear(), other))
-    protocol = replace(PROTOCOL, attacks=PROTOCOL.attacks[:1])
-    shown = run(protocol, {"undefended": first, "AP": ap, "AToP": atop, "other": other}).adversarial
-    assert torch.equal(shown["AP", "transfer", 0], shown["undefended", "transfer", 0])
-    assert torch.equal(shown["other", "transfer", 0], shown["undefended", "transfer", 0]), "no pipeline: nothing to see"
-    alone = evaluate(
-        {"its": other}, IMAGES, LABELS, protocol, BUDGET, classifier=other, batch_size=20, keep_images=True
-    ).adversarial
-    assert torch.equal(shown["AToP", "transfer", 0], alone["its", "transfer", 0])
-    assert not torch.equal(shown["AToP", "transfer", 0], shown["AP", "transfer", 0])
-
-
-def test_the_white_box_attack_on_the_classifier_is_the_transfer_attack(result):
-    shown = result.adversarial
-    assert torch.equal(shown["undefended", "white-box", 0], shown["undefended", "transfer", 0])
-    scores = by_name(result)
-    assert scores["undefended", "clean"].one_shot == 1
-    assert scores["undefended", "white-box"].one_shot == scores["undefended", "transfer"].one_shot < 0.5
-
-
-def test_the_white_box_attack_is_the_stronger_one_on_what_the_transfer_attack_does_not_know(result):
-    scores = by_name(result)
-    assert scores["other", "white-box"].one_shot < scores["other", "transfer"].one_shot
-
-
-def test_the_scores_are_those_of_the_images_that_come_with_them(result):
-    for defence, model in (("undefended", linear()), ("other", linear(7))):
-        for attack in ("clean", "transfer", "white-box"):
-            right = model(result.adversarial[defence, attack, 0]).argmax(dim=1) == LABELS
-            found = by_name(result)[defence, attack]
-            assert found.one_shot == found.majority == found.worst_of_n == pytest.approx(right.float().mean().item())
-
-
-def test_a_random_defence_has_verdicts_that_differ(result):
-    scores = by_name(result)
-    assert any(
-        scores["pipeline", attack].worst_of_n < scores["pipeline", attack].one_shot for attack in ("clean", "transfer")
-    )
-
-
-def test_a_second_evaluation_gives_the_same_numbers_and_images(result):
-    torch.manual_seed(99)  # the global generator plays no part
-    assert_same(result, run())
-
-
-def test_a_used_up_sequence_of_dice_does_not_change_an_evaluation(result):
-    classifier, defences = setting()
-    for _ in range(3):
-        defences["pipeline"](IMAGES)
-    again = evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, batch_size=20, keep_images=True)
-    assert_same(result, again)
-
-
-def test_seeds_are_repetitions_with_other_random_starts_and_dice(result):
-    both = run(seeds=(0, 1))
-    for defence in ("undefended", "pipeline"):
-        first, second = (both.adversarial[defence, "white-box", seed] for seed in (0, 1))
-        assert torch.equal(first, result.adversarial[defence, "white-box", 0]) and not torch.equal(first, second)
-    assert all(item.seeds == 2 and item.spread is not None for item in both.scores)
-    assert both.outcomes[0].right["one_shot"].shape == (2, 40)
-
-
-def test_attack_and_verdict_use_different_dice_in_every_piece():
-    classifier, defences = setting()
-    pipeline, seen = defences["pipeline"], []
-    reseed = pipeline.reseed
-    pipeline.reseed = lambda seed: (seen.append(seed), reseed(seed))
-    evaluate({"pipeline": pipeline}, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, batch_size=20)
-    assert len(set(seen)) == 4, "two batches, each with dice for attacks and others for verdicts"
-    assert {0, 1} < set(seen), "those of the first batch are seed and seed + 1"
-
-
-def test_a_single_batch_is_what_a_call_by_hand_gives(result):
-    classifier, defences = setting()
-    found = evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier, seeds=(5,), keep_images=True)
-    pipeline, settings = defences["pipeline"], PGDSettings(BUDGET.linf, **PGD)
-    reseed(pipeline, 5)
-    by_hand = pgd(pipeline, IMAGES, LABELS, settings, generator=torch.Generator().manual_seed(5), max_batch=256)
-    assert torch.equal(by_hand, found.adversarial["pipeline", "white-box", 5])
-    reseed(pipeline, 6)
-    right = judge(pipeline, by_hand, LABELS, Verdict("majority", 5), max_batch=256)
-    assert float(right.float().mean()) == pytest.approx(by_name(found)["pipeline", "white-box"].majority)
-
-
-def test_only_a_random_defence_costs_eot_draws():
-    classifier, defences = setting()
-    copies = dict.fromkeys(("other", "pipeline"), 0)
-    for name in copies:
-
-        def count(_model, given, name=name):
-            copies[name] += len(given[0]) if torch.is_grad_enabled() else 0
-
-        defences[name].register_forward_pre_hook(count)
-    one = replace(PROTOCOL, attacks=PROTOCOL.attacks[1:2])
-    evaluate({n: defences[n] for n in copies}, IMAGES, LABELS, one, BUDGET, classifier=classifier)
-    assert copies == {"other": 3 * 40, "pipeline": 3 * 40 * 2}
-
-
-def test_progress_counts_the_images_of_every_attack_and_target():
-    calls = []
-    run(progress=lambda done, total, unit, numbers: calls.append((done, total, unit)))
-    counts = [done for done, _, _ in calls]
-    assert counts == sorted(counts) and counts[-1] == 40 * (1 + 1 + 3 + 3)
-    assert {call[1:] for call in calls} == {(320, "images")}
-    assert {46, 53, 60} <= set(counts), "within a piece of 20 images progress follows the attack's 3 steps"
-
-
-def stopped_after(images, directory, **settings):
-    """An evaluation into ``directory`` that Ctrl-C ends once ``images`` images are done."""
-
-    def stop(done, *_):
-        if done >= images:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(directory=directory, progress=stop, **settings)
-
-
-@pytest.mark.parametrize("images", [60, 150, 300])
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(result, tmp_path, monkeypatch, images):
-    stopped_after(images, tmp_path)
-    kept = len(list(tmp_path.glob("*.safetensors")))
-    assert kept >= 2
-    calls = []
-    attack = measure_module._attack
-    monkeypatch.setattr(measure_module, "_attack", lambda *given: (calls.append(given), attack(*given))[1])
-    assert_same(result, run(directory=tmp_path))
-    assert len(calls) == 2 * (1 + 1 + 3 + 3) - kept, "what was finished is not done again"
-
-
-def test_a_finished_evaluation_is_only_read(result, directory, monkeypatch):
-    monkeypatch.setattr(measure_module, "_attack", None)
-    again = run(directory=directory)
-    assert_same(result, again)
-    assert [item.seconds for item in again.scores] == [item.seconds for item in result.scores]
-
-
-def test_a_damaged_piece_is_measured_again(result, directory):
-    for path in sorted(directory.glob("*.safetensors"))[::3]:
-        path.write_bytes(path.read_bytes()[:-20])
-    assert_same(result, run(directory=directory))
-
-
-@pytest.mark.parametrize(
-    "change, named",
-    [
-        ({"protocol": replace(PROTOCOL, num_draws=4)}, "protocol"),
-        ({"seeds": (3,)}, "seeds"),
-        ({"batch_size": 8}, "batch_size"),
-        ({"keep_images": False}, "images_kept"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
-)
-def test_results_of_another_evaluation_are_refused_and_stay(result, directory, change, named):
-    before = {path: path.read_bytes() for path in directory.iterdir()}
-    with pytest.raises(ValueError, match=f"another evaluation.*different: {named}.*another directory"):
-        run(directory=directory, **change)
-    assert before == {path: path.read_bytes() for path in directory.iterdir()}
-
-
-def test_results_of_another_kind_of_device_are_refused_because_its_dice_are_others(directory):
-    path = directory / "evaluation.json"
-    identity = json.loads(path.read_text())
-    path.write_text(json.dumps({**identity, "device": "cuda"}))
-    with pytest.raises(ValueError, match="different: device"):
-        run(directory=directory)
-
-
-def test_lee_and_kims_steps_are_theirs_in_each_norm():
-    steps = {item.norm: item.relative_step for item in PROTOCOLS["lee-kim"].attacks if item.sees == "defence"}
-    assert steps == {"linf": pytest.approx(0.007 / (8 / 255)), "l2": pytest.approx(0.005 / 0.5)}
-
-
-def test_results_of_another_model_or_of_other_images_are_refused(directory):
-    classifier, defences = setting()
-    with torch.no_grad():
-        defences["other"][1].bias[0] += 1e-3
-    settings = {"classifier": classifier, "directory": directory, "batch_size": 20, "keep_images": True}
-    with pytest.raises(ValueError, match="different: models"):
-        evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, **settings)
-    _, defences = setting()
-    with pytest.raises(ValueError, match="different: images"):
-        evaluate(defences, IMAGES.flip(0), LABELS, PROTOCOL, BUDGET, **settings)
-    defences["pipeline"].transform = replace(defences["pipeline"].transform, noise_std=0.06)
-    with pytest.raises(ValueError, match="different: models"):
-        evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, **settings)
-
-
-def test_pieces_without_a_word_of_what_they_are_stay_unread(directory):
-    (directory / "evaluation.json").unlink()
-    with pytest.raises(ValueError, match="no evaluation.json that says of what; choose another directory"):
-        run(directory=directory)
-
-
-def test_a_disk_that_fills_up_keeps_what_was_finished(result, tmp_path, monkeypatch):
-    write, left = measure_module.Store.save, [4]
-
-    def full(self, *given):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError("No space left on device")
-        write(self, *given)
-
-    monkeypatch.setattr(measure_module.Store, "save", full)
-    with pytest.raises(OSError, match="No space"):
-        run(directory=tmp_path)
-    monkeypatch.undo()
-    assert len(list(tmp_path.glob("*.safetensors"))) == 4
-    assert_same(result, run(directory=tmp_path))
-
-
-@pytest.mark.parametrize("place", ["defence", "classifier"])
-def test_a_model_in_train_mode_is_refused_before_its_statistics_move(place):
-    norm = nn.BatchNorm2d(3)
-    wrong = nn.Sequential(norm, linear())
-    wrong.eval()
-    norm.train()
-    classifier = wrong if place == "classifier" else linear()
-    defences = {"wrong": wrong} if place == "defence" else {"right": linear()}
-    with pytest.raises(ValueError, match="is in train mode"):
-        evaluate(defences, IMAGES, LABELS, PROTOCOL, BUDGET, classifier=classifier)
-    assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
-
-
-@pytest.mark.parametrize(
-    "images, labels, settings, message",
-    [
-        (IMAGES * 255, LABELS, {}, r"images must lie in \[0, 1\]"),
-        (IMAGES, LABELS + 1, {}, r"labels must lie in 0\.\.2"),
-        (IMAGES, LABELS, {"seeds": ()}, "different seeds are needed"),
-        (IMAGES, LABELS, {"seeds": (1, 1)}, "different seeds are needed"),
-        (IMAGES, LABELS, {"batch_size": 0}, "batch_size and max_batch must be at least 1"),
-    ],
-    ids=["images", "labels", "no seed", "seed twice", "batch size"],
-)
-def test_bad_input_is_refused(images, labels, settings, message):
-    with pytest.raises(ValueError, match=message):
-        evaluate({"a": linear()}, images, labels, PROTOCOL, BUDGET, classifier=linear(), **settings)
-
-
-def test_the_attack_may_compute_in_bfloat16_but_the_verdict_is_float32():
-    classifier, seen = linear(), {True: set(), False: set()}
-
-    def see(_module, _inputs, output):
-        if len(output) > 1:  # of one image only the form of its logits is looked at
-            seen[torch.is_grad_enabled()].add(output.dtype)
-
-    classifier.register_forward_hook(see)
-    found = run(defences={"a": classifier}, attack_dtype=torch.bfloat16)
-    assert seen[True] == {torch.bfloat16}
-    assert seen[False] == {torch.float32}
-    for item in found.outcomes[:4]:
-        shown = found.adversarial["a", item.attack, 0]
-        assert torch.equal(item.right["one_shot"][0], classifier(shown).argmax(dim=1) == LABELS)
-
-
-@pytest.mark.parametrize("name", PROTOCOLS)
-def test_every_protocol_runs_and_its_attacks_stay_within_their_budgets(name):
-    torch.manual_seed(0)
-    classifier = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 5)).eval()
-    purifying = AToPPipeline(TransformSettings("rt2", noise_std=0.05, grid_size=4), Recolour(), classifier).eval()
-    protocol = adjusted(PROTOCOLS[name], steps=2, eot_samples=2, queries=5, num_draws=3)
-    images = IMAGES[:6]
-    labels = classifier(images).argmax(dim=1)
-    defences = {"undefended": classifier, "pipeline": purifying}
-    found = evaluate(defences, images, labels, protocol, BUDGET, classifier=classifier, keep_images=True)
-    columns = {planned.heading for planned in protocol.attacks}
-    blind = {planned.heading for planned in protocol.attacks if planned.sees == "bpda"}
-    assert columns <= {s.attack for s in found.scores if s.defence == "pipeline"}
-    assert columns - blind <= {s.attack for s in found.scores if s.defence == "undefended"}
-    assert not blind & {s.attack for s in found.scores if s.defence == "undefended"}, "nothing purifies there"
-    for planned in protocol.attacks:
-        if planned.norm != "flow":
-            shown = found.adversarial["pipeline", planned.heading, 0]
-            check_budget(shown, images, getattr(BUDGET, planned.norm), planned.norm)
-
-
-def test_the_columns_of_a_changed_protocol_say_what_was_run():
-    changed = with_seen(adjusted(PROTOCOLS["compare"], steps=2, eot_samples=3), ["linf"])
-    assert [planned.heading for planned in changed.attacks] == [
-        "blind: transfer",
-        "known: PGD-2 + EOT-3 linf",
-        "unseen: PGD-2 + EOT-3 l2",
-        "unseen: StAdv + EOT-3",
-        "unseen: Square linf",
-    ]
-    for protocol in PROTOCOLS.values():
-        assert not any("{" in planned.heading for planned in protocol.attacks)
-
-
-@pytest.mark.parametrize("label", ["PGD-{steps}", "{queries}, and {steps}", "half a { brace", "{}"])
-def test_a_label_names_only_settings_that_the_attack_has(label):
-    with pytest.raises(ValueError, match=r"may name the settings \{queries\} in braces, not "):
-        PlannedAttack(label, "square", settings={"queries": 3})
-
-
-def test_an_attack_is_not_planned_with_settings_that_it_does_not_take():
-    with pytest.raises(ValueError, match="pgd does not take queries; allowed: .*steps"):
-        replace(PROTOCOL, attacks=(PlannedAttack("a", "pgd", settings={"queries": 3}),))
-
-
-def test_a_random_defence_meets_autoattack_rand_and_a_calm_one_the_standard_version():
-    planned = PlannedAttack("AutoAttack", "autoattack", settings={"steps": 3})
-    random, calm = (planned.build(BUDGET, random=value, verdict=PROTOCOL.verdict) for value in (True, False))
-    assert (random.version, random.verdict) == ("rand", PROTOCOL.verdict) and calm.version == "standard"
-
-
 class Rounded(nn.Module):
     """A purifier without gradient."""
 
@@ -563,135 +54,597 @@ class Rounded(nn.Module):
         return (given[:, :3] * 64).round() / 64
 
 
-def test_bpda_is_attacked_and_the_defence_itself_is_judged():
-    classifier = linear()
-    defence = AToPPipeline(TransformSettings("none", grid_size=4), Rounded(), classifier).eval()
-    attacks = tuple(PlannedAttack(sees, "pgd", sees=sees, settings={"steps": 5}) for sees in ("defence", "bpda"))
-    protocol = replace(PROTOCOL, attacks=attacks)
-    found = by_name(evaluate({"rounded": defence}, IMAGES, LABELS, protocol, BUDGET, classifier=classifier))
-    assert found["rounded", "bpda"].one_shot < 0.5 < found["rounded", "defence"].one_shot
+class Flips(nn.Module):
+    """Turns the logits of every other image round, at random: a gradient over samples points nowhere."""
 
-
-@pytest.mark.parametrize("name", ["apgd", "fab", "square", "autoattack"])
-def test_an_attack_in_bfloat16_believes_in_no_error_that_float32_does_not_make(name):
-    """Most images stand at their boundary afterwards, where half of the digits decide."""
-    torch.manual_seed(3)
-    classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(6 * 36, 5)).eval()
-    images = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(4))
-    with torch.no_grad():
-        labels = classifier(images).argmax(dim=1)
-    effort = {"steps": 10, "queries": 100}
-    settings = {option: value for option, value in effort.items() if option in ATTACKS[name].options}
-    protocol = Protocol("one", "of its own", (PlannedAttack("it", name, settings=settings),), num_draws=1)
-    standing = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        found = evaluate({"a": classifier}, images, labels, protocol, Budget(0.02, 1.0), classifier=classifier,
-                         attack_dtype=dtype)  # fmt: skip
-        standing[dtype] = int(found.outcomes[1].right["one_shot"].sum())
-    assert standing[torch.float32] < 90, "there is something to believe"
-    assert standing[torch.bfloat16] <= standing[torch.float32] + 3
-
-
-def test_the_worst_case_holds_the_clean_images():
-    classifier = linear()
-    with torch.no_grad():
-        wrong = (classifier(IMAGES).argmax(dim=1) + 1) % 3
-    found = evaluate({"a": classifier}, IMAGES, wrong, PROTOCOL, Budget(0.9, 9.0), classifier=classifier)
-    clean, *_, worst = found.outcomes
-    assert not clean.right["one_shot"].any() and not worst.right["one_shot"].any()
-
-
-class GlobalDice(nn.Module):
-    """Throws torch's global dice."""
-
-    def __init__(self, body, noise):
+    def __init__(self):
         super().__init__()
-        self.body, self.noise = body, noise
+        self.body, self.known = linear(), None
+
+    @contextmanager
+    def fixed_sample(self, seed):
+        self.known = seed
+        yield
+        self.known = None
+
+    def forward(self, images):
+        generator = None if self.known is None else torch.Generator().manual_seed(self.known)
+        return self.body(images) * (1 - 2 * torch.randint(2, (len(images), 1), generator=generator))
+
+
+class Noisy(nn.Module):
+    """Takes torch's global random numbers."""
+
+    def __init__(self, noise, seed=0):
+        super().__init__()
+        self.body, self.noise = linear(seed), noise
 
     def forward(self, images):
         return self.body(images) + self.noise * torch.randn(len(images), 3)
 
 
-def test_global_dice_are_seeded_for_every_piece():
+def purifying(classifier=None, purifier=None, noise=0.05, name="rt2"):
+    transform = Transform(name, noise_std=noise, grid_size=4)
+    return AToPPipeline(transform, purifier or Recolour(), classifier or linear()).eval()
+
+
+def setting():
+    return dict(zip(NAMES, (linear(), linear(7), purifying()), strict=True))
+
+
+def run(defences=None, images=IMAGES, labels=LABELS, **options):
+    options = {"protocol": PROTOCOL, "eps": EPS, "keep_images": True} | options
+    return evaluate(defences or setting(), images, labels, **options)
+
+
+def assert_same(first, second):
+    assert first.frame.drop(columns="seconds").equals(second.frame.drop(columns="seconds"))
+    for one, other in zip(first.outcomes, second.outcomes, strict=True):
+        assert np.array_equal(one.correct, other.correct) and np.array_equal(
+            one.sample_mean, other.sample_mean
+        )
+        assert (one.images is None) == (other.images is None)
+        assert one.images is None or torch.equal(one.images, other.images), one.attack
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(measure, "PIECE", 20)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A directory that holds a whole evaluation, and its result."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "PIECE", 20)
+        return folder, run(run_dir=folder)
+
+
+@pytest.fixture
+def result(finished):
+    return finished[1]
+
+
+@pytest.fixture
+def directory(finished, tmp_path, small_pieces):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+def accuracy(result, defence, attack, rule="single"):
+    frame = result.frame
+    return frame[(frame.defence == defence) & (frame.attack == attack) & (frame.rule == rule)].accuracy.item()
+
+
+# what is measured
+
+
+def test_every_defence_has_every_column_by_every_rule_and_its_worst_cases_last(result):
+    frame = result.frame
+    rows = [(name, column, rule) for name in NAMES for column in COLUMNS for rule in RULES]
+    assert list(zip(frame.defence, frame.attack, frame.rule, strict=True)) == rows
+    asked = [
+        "defence",
+        "attack",
+        "norm",
+        "eps",
+        "rule",
+        "accuracy",
+        "low",
+        "high",
+        "images",
+        "passes",
+        "seconds",
+    ]
+    assert set(asked) <= set(frame)
+    assert (frame.images == 40).all() and (frame.votes == np.where(frame.defence == "pipeline", 5, 1)).all()
+    assert frame.accuracy.between(frame.low, frame.high).all() and frame.high.max() == 100
+    assert dict(zip(frame.attack, frame.eps, strict=True)) == pytest.approx(
+        dict(zip(COLUMNS, (0, 0.05, 0.05, 0.5, 0.05, float("nan")), strict=True)), nan_ok=True
+    )
+
+
+def test_a_worst_case_is_that_of_its_columns_image_by_image(result):
+    for name in NAMES:
+        right = {column: result.correct[name, column]["single"] for column in COLUMNS}
+        both = right["clean"] & right["transfer"] & right["white-box"]
+        assert right["worst case linf"].equals(both)
+        assert right["worst case"].equals(both & right["white-box l2"])
+
+
+def test_the_worst_case_holds_the_clean_images():
+    wrong = (LABELS + 1) % 3
+    found = run({"a": linear()}, labels=wrong, eps={"linf": 0.9, "l2": 9.0})
+    assert accuracy(found, "a", "clean") == accuracy(found, "a", "worst case") == 0
+
+
+def test_transfer_images_are_made_once_on_the_classifier_and_all_stay_within_their_radius(result):
+    for name in NAMES:
+        shown = {column: result.adversarial(name, column) for column in COLUMNS[:4]}
+        assert torch.equal(shown["clean"], IMAGES)
+        assert torch.equal(shown["transfer"], result.adversarial("undefended", "transfer"))
+        assert torch.equal(shown["transfer"], shown["white-box"]) == (name == "undefended")
+        for column in COLUMNS[1:4]:
+            norm = "l2" if column.endswith("l2") else "linf"
+            Ball(IMAGES, EPS[norm], norm).check(shown[column])
+
+
+def test_accuracies_are_those_of_the_images_that_come_with_them(result):
+    for name, model in (("undefended", linear()), ("other", linear(7))):
+        for column in COLUMNS[:4]:
+            right = model(result.adversarial(name, column)).argmax(dim=1) == LABELS
+            assert accuracy(result, name, column) == pytest.approx(100 * right.float().mean().item())
+            assert accuracy(result, name, column, "worst_of_n") == accuracy(result, name, column)
+    assert accuracy(result, "other", "white-box") < accuracy(result, "other", "transfer")
+    of_n = [accuracy(result, "pipeline", column, "worst_of_n") for column in COLUMNS[:4]]
+    assert sum(of_n) < sum(accuracy(result, "pipeline", column) for column in COLUMNS[:4])
+
+
+def test_a_pipeline_with_another_classifier_meets_the_transfer_attack_on_its_own():
+    defences = {"undefended": linear(), "AP": purifying(), "AToP": purifying(linear(7)), "other": linear(7)}
+    plan = PROTOCOL._replace(rows=ROWS[:1])
+    shown = {name: run(defences, protocol=plan).adversarial(name, "transfer") for name in defences}
+    assert torch.equal(shown["AP"], shown["undefended"]) and torch.equal(shown["other"], shown["undefended"])
+    alone = run({"its": linear(7)}, protocol=plan, classifier=linear(7))
+    assert torch.equal(shown["AToP"], alone.adversarial("its", "transfer"))
+    assert not torch.equal(shown["AToP"], shown["AP"])
+
+
+def test_one_module_needs_no_name_and_without_another_model_there_is_no_transfer_attack():
+    found = run(linear(7))
+    assert list(dict.fromkeys(found.frame.defence)) == ["defence"]
+    assert "transfer" not in set(found.frame.attack)
+    sister = run(purifying(), classifier=purifying(linear(7)))
+    assert accuracy(sister, "defence", "transfer") > accuracy(sister, "defence", "white-box")
+
+
+def test_a_second_evaluation_gives_the_same_whatever_was_drawn_before(result, small_pieces):
+    torch.manual_seed(99)  # the global generator plays no part
+    defences = setting()
+    for _ in range(3):
+        defences["pipeline"](IMAGES)
+    assert_same(result, run(defences))
+
+
+def test_global_random_numbers_are_seeded_for_every_piece():
     found = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        found.append(run(defences={"a": GlobalDice(linear(), 0.5).eval()}))
+        found.append(run({"a": Noisy(0.5).eval()}))
     assert_same(*found)
+    other = run({"a": Noisy(0.5).eval()}, seed=1)
+    assert not torch.equal(found[0].adversarial("a", "white-box"), other.adversarial("a", "white-box"))
 
 
-def test_a_model_is_known_by_the_numbers_that_it_keeps_but_for_its_seed():
-    quiet, loud = (GlobalDice(linear(), noise).eval() for noise in (0.1, 0.9))
-    assert model_fingerprint(quiet) != model_fingerprint(loud)
-    pipeline = AToPPipeline(TransformSettings("rt2", noise_std=0.05, grid_size=4), Recolour(), linear()).eval()
-    before = model_fingerprint(pipeline)
-    pipeline.reseed(99)
-    assert model_fingerprint(pipeline) == before
+def test_attack_and_decision_have_separate_seeds_in_every_piece(small_pieces):
+    pipeline, seen = purifying(), []
+    begin = pipeline.reseed
+    pipeline.reseed = lambda seed: (seen.append(seed), begin(seed))
+    run({"pipeline": pipeline})
+    assert len(set(seen)) == 4, "two batches, each with one seed of attacks and another of decisions"
+    assert {0, 1} < set(seen), "those of the first batch are seed and seed + 1"
 
 
-def test_an_attack_may_have_a_verdict_of_more_draws_than_the_rest():
-    pipeline = AToPPipeline(TransformSettings("rt2", noise_std=0.3, grid_size=4), Recolour(), linear()).eval()
-    attacks = tuple(replace(item, num_draws=9 if item.norm == "l2" else None) for item in PROTOCOL.attacks)
-    found = run(replace(PROTOCOL, attacks=attacks), {"a": pipeline})
-    assert [item.draws for item in found.outcomes] == [5, 5, 5, 9, 5, 5]
-    bpda = next(item for item in PROTOCOLS["strict"].attacks if item.sees == "bpda")
-    assert bpda.num_draws == 150, "as Hill et al. 2021 judge"
-    assert all(item.num_draws is None for item in adjusted(PROTOCOLS["strict"], num_draws=3).attacks)
+def test_one_batch_is_what_a_call_by_hand_gives():
+    found, pipeline = run(seed=5), purifying()
+    reseed(pipeline, 5)
+    by_hand = pgd(pipeline, IMAGES, LABELS, eps=0.05, seed=5, max_batch=256, **PGD)
+    assert torch.equal(by_hand, found.adversarial("pipeline", "white-box"))
+    reseed(pipeline, 6)
+    right = correct(sample_logits(pipeline, by_hand, num_samples=5), LABELS, "majority")
+    assert found.correct["pipeline", "white-box"]["majority"].tolist() == right.tolist()
 
 
-def test_a_weaker_attack_that_wins_is_told():
-    attacks = (PlannedAttack("PGD", "pgd"), PlannedAttack("Square", "square"), PlannedAttack("StAdv", "stadv", "flow"))
-    protocol = replace(PROTOCOL, attacks=attacks)
-    found = [outcomes_of([[1] * 20], "PGD"), outcomes_of([[0] * 6 + [1] * 14], "Square")]
-    (said,) = masked_gradients([*found, outcomes_of([[0] * 20], "StAdv", "flow")], protocol)
-    assert "a: Square breaks 6 images that the white-box attacks miss, which break 0 that it misses (p 0.016)" in said
-    assert masked_gradients([found[0], outcomes_of([[0] * 4 + [1] * 16], "Square")], protocol) == []
-    assert masked_gradients([outcomes_of([[0] * 20], "PGD"), found[1]], protocol) == []
+def test_passes_are_counted_and_a_deterministic_defence_gets_as_many_by_restarts(result):
+    passes = result.frame[result.frame.attack == "white-box"].groupby("defence").passes.first()
+    assert passes["pipeline"] == pytest.approx(6, abs=0.1), "3 steps of 2 EOT samples, and one image to check"
+    assert passes["other"] == pytest.approx(3, abs=0.1), "which need no EOT"
+    equal = Row("pgd_ensemble", "equal", options=PGD | {"restarts": 1, "early_stop": 0}, equal_passes=True)
+    found = run(protocol=PROTOCOL._replace(rows=(equal,)), eps={"linf": 1e-4, "l2": 1.0})
+    passes = found.frame[found.frame.attack == "equal"].groupby("defence").passes.first()
+    assert 6 <= passes["undefended"] <= 6 + 2 + 3 and 6 <= passes["pipeline"] <= 7, (
+        "decisions between restarts"
+    )
 
 
-def test_evaluations_of_others_are_kept_beside_and_found_again(tmp_path):
-    def measured(seed: int, budget: Budget = BUDGET) -> list:
-        model = linear(seed)
-        return evaluate(
-            {"it": model}, IMAGES, LABELS, PROTOCOL, budget, classifier=model, directory=tmp_path, keep_others=True
-        ).scores
-
-    first = measured(0)
-    measured(1)
-    measured(0, Budget(linf=0.02, l2=0.1))
-    folders = sorted(path for path in tmp_path.iterdir())
-    assert len(folders) == 3 and all(path.is_dir() for path in folders)
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
-    again = measured(0)
-    assert [replace(item, seconds=0) for item in again] == [replace(item, seconds=0) for item in first]
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == before, "nothing is measured anew"
+def test_the_worst_of_n_rests_on_as_many_samples_after_every_attack():
+    rows = (Row("fgsm", "as usual"), Row("fgsm", "by more votes", votes=100))
+    found = run({"a": Noisy(0.3).eval()}, protocol=PROTOCOL._replace(rows=rows), eps=1e-6)
+    votes = found.frame.groupby("attack").votes.first()
+    assert votes["by more votes"] == 100 and votes["as usual"] == votes["worst case"] == 5
+    of_n = [accuracy(found, "a", name, "worst_of_n") for name in ("clean", "as usual", "by more votes")]
+    assert max(of_n) - min(of_n) < 25 and max(of_n) < 90
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_attacks_in_float32_are_as_exact_as_verdicts(monkeypatch, dtype):
-    entered = []
-
-    class Noted:
-        def __init__(self, device):
-            self.device = device
-
-        def __enter__(self):
-            entered.append(self.device.type)
-
-        def __exit__(self, *_):
-            pass
-
-    monkeypatch.setattr(measure_module, "full_float32", Noted)
-    with measure_module._computing_in(dtype, torch.device("cpu")):
-        assert torch.is_autocast_enabled("cpu") == (dtype == torch.bfloat16)
-    assert entered == (["cpu"] if dtype == torch.float32 else [])
+def test_bpda_is_attacked_and_the_defence_itself_decides():
+    defence = purifying(purifier=Rounded(), name="none")
+    rows = tuple(Row("pgd", name, threat_model=name, options={"steps": 5}) for name in ("white-box", "bpda"))
+    found = run({"rounded": defence, "f": linear()}, protocol=PROTOCOL._replace(rows=rows))
+    assert accuracy(found, "rounded", "bpda") < 50 < accuracy(found, "rounded", "white-box")
+    assert "bpda" not in set(found.frame[found.frame.defence == "f"].attack), "nothing purifies there"
 
 
-def test_what_a_defence_keeps_in_one_norm_is_not_what_it_keeps_in_all():
-    def outcome(defence: str, norm: str, share: float) -> Outcomes:
-        right = (torch.arange(20) < 20 * share)[None]
-        return Outcomes(defence, norm, norm, 1, dict.fromkeys(VERDICTS, right), right.float())
+def test_who_knows_the_sample_breaks_what_randomness_hides_and_that_is_no_worst_case():
+    known = Row("pgd", "known", options={"steps": 10}, random_only=True, known_sample=True)
+    rows = (Row("pgd", "EOT", options={"steps": 10, "eot_samples": 4}), known)
+    found = run(
+        {"undefended": linear(), "flips": Flips().eval()}, protocol=PROTOCOL._replace(rows=rows), eps=0.03
+    )
+    assert accuracy(found, "flips", "known") < accuracy(found, "flips", "EOT") - 20
+    assert "worst case" not in set(found.frame.attack), "one attack is its own worst case"
+    assert "known" not in set(found.frame[found.frame.defence == "undefended"].attack)
 
-    found = [outcome("a", "", 0.95), outcome("a", "linf", 0.5), outcome("a", "linf", 0.4), outcome("a", "flow", 0.0)]
-    found += [outcome("b", "linf", 0.0), outcome("c", "l2", 0.5)]
-    assert weakest(found, "linf") == pytest.approx({"a": 0.4, "b": 0.0, "c": 1.0})
+
+def test_accuracy_over_eps_falls_and_what_is_broken_stays_broken():
+    sizes = [0.002, 0.005, 0.01, 0.02]
+    plan = PROTOCOL._replace(rows=(Row("pgd", "white-box", options={"steps": 5}),))
+    found = run({"f": linear(7)}, labels=linear(7)(IMAGES).argmax(dim=1), protocol=plan, eps=sizes)
+    rows = [item for item in found.outcomes if item.attack == "white-box"]
+    assert [item.eps for item in rows] == sizes
+    for smaller, larger in zip(rows, rows[1:], strict=False):
+        assert not (larger.correct & ~smaller.correct).any()
+        broken = torch.from_numpy(~smaller.correct[0])
+        assert torch.equal(larger.images[broken], smaller.images[broken])
+        assert larger.passes == pytest.approx(1 + 5 * smaller.correct[0].mean(), abs=0.05), (
+            "the rest alone is attacked"
+        )
+    assert rows[0].correct.mean() > rows[-1].correct.mean()
+    assert torch.equal(found.adversarial("f", "white-box"), rows[-1].images)
+    assert torch.equal(found.adversarial("f", "white-box", 0.002), rows[0].images)
+    assert list(found.table().columns) == ["clean", *(f"white-box, ε = {eps:.3g}" for eps in sizes)]
+
+
+def test_progress_never_falls_says_what_runs_and_ends_at_the_total(small_pieces):
+    calls = []
+    run(progress=lambda done, total, unit, message: calls.append((done, total, message)))
+    done, totals, messages = zip(*calls, strict=True)
+    assert list(done) == sorted(done) and len(set(totals)) == 1 and done[-1] == totals[0]
+    assert "pipeline, white-box" in messages
+    assert any(re.match(r"undefended, white-box: \d of 40 correct so far", message) for message in messages)
+
+
+LONG = ("compare", "cpu", "lee-kim", "standard")  # whose rows those of strict and quick are, too
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in PROTOCOLS]
+)
+def test_every_protocol_runs_and_its_attacks_stay_within_their_radii(name):
+    classifier = linear(classes=5)
+    defences = {"undefended": classifier, "pipeline": purifying(classifier)}
+    wanted = {"steps": 2, "eot_samples": 2, "queries": 5, "votes": 3}
+    known = {"votes"}.union(*(row.options for row in PROTOCOLS[name].rows))
+    wanted = {key: value for key, value in wanted.items() if key in known}
+    images, labels = IMAGES[:2], classifier(IMAGES[:2]).argmax(dim=1)
+    found = run(defences, images, labels, protocol=name, **wanted)
+    for row in check_protocol(name, **wanted).rows:
+        columns = {who for who, attack in found.correct if attack == row.heading}
+        assert columns == ({"pipeline"} if row.random_only or row.threat_model == "bpda" else set(defences))
+        if row.norm in ("linf", "l2", "l1"):
+            Ball(images, found.facts["eps"][row.norm][0], row.norm).check(
+                found.adversarial("pipeline", row.heading)
+            )
+
+
+def test_the_attack_may_compute_in_bfloat16_but_decisions_are_float32():
+    classifier, seen = linear(), {True: set(), False: set()}
+    classifier.register_forward_hook(
+        lambda _module, _given, output: seen[torch.is_grad_enabled() and len(output) > 1].add(output.dtype)
+    )
+    run({"a": classifier}, dtype=torch.bfloat16)
+    assert seen[True] == {torch.bfloat16} and torch.float32 in seen[False]
+
+
+@pytest.mark.parametrize("name, options", [("apgd", {"steps": 10}), ("square", {"queries": 100})])
+def test_an_attack_in_bfloat16_believes_in_no_error_that_float32_does_not_make(name, options):
+    """Most images lie at their boundary afterwards, where half of the digits decide."""
+    torch.manual_seed(3)
+    classifier = nn.Sequential(nn.Conv2d(3, 6, 3), nn.GELU(), nn.Flatten(), nn.Linear(6 * 36, 5)).eval()
+    images = torch.rand(100, 3, 8, 8, generator=torch.Generator().manual_seed(4))
+    labels = classifier(images).argmax(dim=1)
+    plan = PROTOCOL._replace(rows=(Row(name, "it", options=options),))
+    left = [
+        accuracy(run({"a": classifier}, images, labels, protocol=plan, eps=0.02, dtype=dtype), "a", "it")
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert left[0] < 90 and left[1] <= left[0] + 3
+
+
+def test_the_kits_defences_fall_as_they_are_known_to(defences, digits):
+    images, labels = (tensor[:16] for tensor in digits)
+    found = evaluate(defences, images, labels, protocol="demo", steps=6, eot_samples=2)
+    assert found.facts["eps"] == {"linf": [0.3]}, "the usual radius of grey images"
+    left = {name: accuracy(found, name, "white-box") for name in defences}
+    assert left["undefended"] == 0 and left["AP"] < 20 and left["AToP"] > 50 and left["AT"] > 50
+    assert accuracy(found, "AToP", "transfer") > left["AToP"]
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("place", ["defence", "classifier"])
+def test_a_model_in_train_mode_is_refused_before_its_statistics_move(place):
+    norm = nn.BatchNorm2d(3)
+    wrong = nn.Sequential(norm, linear()).eval()
+    norm.train()
+    with pytest.raises(ValueError, match="is in train mode"):
+        run(
+            {"a": wrong if place == "defence" else linear()},
+            classifier=wrong if place == "classifier" else None,
+        )
+    assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"images": IMAGES * 255}, r"\[0, 1\]"),
+        ({"labels": LABELS + 1}, r"labels must lie in 0\.\.2"),
+        ({"max_batch": 0}, "max_batch >= 1"),
+        ({"protocol": "demmo"}, "unknown protocol 'demmo'; allowed: demo, quick"),
+        ({"protocol": single("pdg")}, "unknown attack 'pdg'; allowed: .*pgd"),
+        ({"protocol": single("square"), "norm": "l1"}, "unknown norm of square 'l1'; allowed: .*linf"),
+        (
+            {"protocol": single("pgd", threat_model="blind")},
+            "unknown threat_model 'blind'; allowed: white-box",
+        ),
+        (
+            {"protocol": PROTOCOL._replace(rows=(Row("pgd", options={"queries": 3}),))},
+            "unknown option of pgd 'queries'",
+        ),
+        ({"protocol": PROTOCOL._replace(rows=(Row("pgd"), Row("pgd", step=1.0)))}, "have the same name"),
+        ({"steps": 0}, "numbers of at least 1 .*not steps=0"),
+        ({"queries": 9}, "protocol 'test' takes the options eot_samples, steps, votes"),
+        ({"eps": 8.0}, "eps of linf .*at most 1.* got 8.0"),
+        ({"eps": -0.1}, "eps of linf must be above 0"),
+        ({"eps": []}, "ascending list of at least one"),
+        ({"eps": [0.2, 0.1]}, "ascending list"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_bad_input_is_refused_in_a_sentence(change, message):
+    with pytest.raises(ValueError, match=message):
+        run({"a": linear()}, **change)
+
+
+# protocols are data
+
+
+def test_options_scale_with_eps_and_a_deterministic_model_needs_no_eot():
+    row = Row("pgd", step=0.1, options=PGD, equal_passes=True)
+    random, calm = (row.keywords(0.5, random=value, rule="any", votes=5) for value in (True, False))
+    assert random == PGD | {"alpha": 0.05, "rule": "any", "votes": 5}
+    assert calm == {"steps": 3, "eot_samples": 1, "restarts": 2, "alpha": 0.05, "rule": "any", "votes": 1}
+    assert (
+        row._replace(equal_passes=False).keywords(1, random=False, rule="any", votes=5).get("restarts")
+        is None
+    )
+
+
+def test_a_deterministic_model_gets_the_passes_of_a_long_run_as_more_starts():
+    for name, protocol in PROTOCOLS.items():
+        for row in (row for row in protocol.rows if row.equal_passes):
+            random, calm = (row.keywords(1.0, random=value, rule="any", votes=5) for value in (True, False))
+            passes = [given["steps"] * given["eot_samples"] * given["restarts"] for given in (random, calm)]
+            assert passes[0] == passes[1] and calm["eot_samples"] == 1 and calm["steps"] < 80, name
+
+
+def test_a_changed_protocol_says_so_and_its_columns_what_was_run():
+    changed = check_protocol("compare", steps=2, eot_samples=3, votes=4)
+    assert changed.name == "compare (steps 2, eot_samples 3, votes 4)" and changed.num_votes == 4
+    heads = [row.heading for row in changed.rows]
+    assert heads[:4] == ["transfer", "PGD-2 + EOT-3 linf", "PGD-2 + EOT-3 l2", "flow + EOT-3"]
+    assert [row.votes for row in check_protocol("strict", votes=3).rows if row.threat_model == "bpda"] == [
+        None
+    ]
+    assert check_protocol("demo", steps=None) == check_protocol("demo")
+
+
+def test_the_norm_asked_for_is_that_of_all_rows_that_name_none():
+    rows = check_protocol("quick", "l2").rows
+    assert [row.norm for row in rows] == ["l2", "l2", "l2", "l2", "flow", "l2"]
+    assert len(rows) == len(PROTOCOLS["quick"].rows) - 1, "what l2 has anyhow is not run twice"
+
+
+def test_published_protocols_have_their_published_numbers():
+    steps = {
+        row.norm or "linf": row.step for row in PROTOCOLS["lee-kim"].rows if row.threat_model == "white-box"
+    }
+    assert steps == {"linf": pytest.approx(0.007 / (8 / 255)), "l2": pytest.approx(0.005 / 0.5)}
+    assert [row.votes for row in PROTOCOLS["strict"].rows if row.threat_model == "bpda"] == [150], (
+        "Hill et al."
+    )
+    assert all(protocol.num_votes >= 10 for name, protocol in PROTOCOLS.items() if name != "authors-log")
+    assert PROTOCOLS["strict"].num_votes == 20, "as many as EOT samples"
+    assert lee_kim_indices()[:3] == np.random.RandomState(0).permutation(10_000)[:3].tolist()
+    assert images_of(PROTOCOLS["lee-kim"], "cifar10", 5) == lee_kim_indices()[:5]
+    assert images_of(PROTOCOLS["lee-kim"], "mnist") == 512 and images_of(PROTOCOLS["demo"], "cifar10") == 200
+
+
+def test_usual_radii_depend_on_whether_images_are_grey():
+    grey = IMAGES[:, :1].expand(-1, 3, -1, -1)
+    assert radii(grey)["linf"] == (0.3,) and radii(IMAGES)["linf"] == (8 / 255,)
+    assert radii(grey)["l2"] == (2.0,) and radii(IMAGES, 1.0, "l2")["l2"] == (1.0,)
+    assert radii(IMAGES, [0.1, 0.2]) == {"linf": (0.1, 0.2)}, "a list is of one norm alone"
+    assert radii(IMAGES, {"l2": [0.1, 1]})["l2"] == (0.1, 1) and radii(IMAGES, {"l2": 1})["linf"] == (
+        8 / 255,
+    )
+
+
+# what is kept
+
+
+def stopped_after(share, folder):
+    """An evaluation that Ctrl-C ends once this share is done."""
+
+    def stop(done, total, *_):
+        if done >= share * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=folder, progress=stop)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
+    result, tmp_path, monkeypatch, small_pieces, share
+):
+    stopped_after(share, tmp_path)
+    kept = len(list(tmp_path.glob("pieces/*.safetensors")))
+    assert 0 < kept < 16
+    calls, one = [], measure._measure
+    monkeypatch.setattr(measure, "_measure", lambda *given: (calls.append(given), one(*given))[1])
+    assert_same(result, run(run_dir=tmp_path))
+    assert len(calls) == 2 * (1 + 1 + 3 + 3) - kept, "what was finished is not done again"
+
+
+def test_a_finished_evaluation_is_only_read_and_a_damaged_piece_measured_again(
+    result, directory, monkeypatch
+):
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_measure", None)
+        again = run(run_dir=directory, notify=said.append)
+    assert again.frame.equals(result.frame)
+    assert len(said) == 1 and said[0].startswith("Loaded, not measured again")
+    for path in sorted(directory.glob("pieces/*.safetensors"))[::3]:
+        path.write_bytes(path.read_bytes()[:-20])
+    assert_same(result, run(run_dir=directory, notify=lambda sentence: pytest.fail(sentence)))
+
+
+def another(defences):
+    with torch.no_grad():
+        defences["other"][1].bias[0] += 1e-3
+    return defences
+
+
+def wider(defences):
+    return defences | {"pipeline": purifying(noise=0.06)}
+
+
+@pytest.mark.parametrize(
+    "change, said, stay",
+    [
+        ({"defences": another(setting())}, r"defences \(other\)", 8),
+        ({"defences": wider(setting())}, r"defences \(pipeline\)", 8),
+        ({"images": IMAGES.flip(0)}, "images", 0),
+        ({"labels": LABELS.flip(0)}, "labels", 0),
+        ({"seed": 3}, r"shared \(seed\)", 0),
+        ({"eps": {"linf": 0.05, "l2": 0.6}}, r"eps \(l2\)", 10),
+        ({"protocol": PROTOCOL._replace(votes=4)}, "protocol", 0),
+        ({"protocol": PROTOCOL._replace(rows=ROWS[:2])}, r"protocol; eps \(l2\)", 10),
+    ],
+    ids=["weights", "transform", "images", "labels", "seed", "eps", "votes", "rows"],
+)
+def test_what_changed_is_said_measured_anew_and_the_old_archived(directory, change, said, stay):
+    before, notes = (directory / "frame.csv").read_bytes(), []
+    pieces = {path.name for path in directory.glob("pieces/*")}
+    found = run(run_dir=directory, notify=notes.append, **change)
+    assert_same(found, run(**change))
+    assert len(notes) == 1
+    assert (directory / "superseded-1/frame.csv").read_bytes() == before
+    archived = {path.name for path in directory.glob("superseded-1/pieces/*")}
+    assert archived | {path.name for path in directory.glob("pieces/*")} >= pieces
+    assert re.search(f"because it changed: {said}", notes[0]), notes[0]
+    assert len(pieces - archived) >= stay
+
+
+def test_another_environment_and_other_code_of_an_attack_count(result, directory, monkeypatch):
+    notes = []
+    monkeypatch.setattr(measure, "environment", lambda device: {"torch": "99", "device": "cuda"})
+    run(run_dir=directory, notify=notes.append)
+    assert "environment (" in notes[0] and "0 of 16 pieces" in notes[0]
+    monkeypatch.setattr(measure, "ATTACKS", {**ATTACKS, "pgd": ATTACKS["pgd_ensemble"]})
+    run(run_dir=directory, notify=notes.append)
+    assert "attacks (pgd)" in notes[1] and "2 of 16 pieces" in notes[1], "clean images were not attacked"
+
+
+def test_a_disk_that_fills_up_keeps_what_was_finished(result, tmp_path, monkeypatch, small_pieces):
+    write, left = measure.write_atomically, [4]
+
+    def full(*given):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError("No space left on device")
+        write(*given)
+
+    monkeypatch.setattr(measure, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        run(run_dir=tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(measure, "PIECE", 20)
+    assert len(list(tmp_path.glob("pieces/*.safetensors"))) == 4
+    assert_same(result, run(run_dir=tmp_path))
+
+
+# tables and files
+
+
+def test_all_files_can_be_read_back_and_say_the_same(result, tmp_path):
+    result.write(tmp_path, caption="a_test & 5 %", indices=range(100, 140), published=True, costs={"a": 1})
+    assert pd.read_csv(tmp_path / "frame.csv", keep_default_na=False)[["defence", "attack", "rule"]].equals(
+        result.frame[["defence", "attack", "rule"]]
+    )
+    assert pd.read_csv(tmp_path / "frame.csv").accuracy.to_numpy() == pytest.approx(
+        result.frame.accuracy.to_numpy()
+    )
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (
+        content["costs"] == {"a": 1}
+        and content["indices"][0] == 100
+        and content["protocol"]["name"] == "test"
+    )
+    assert content["frame"][4]["accuracy"] == result.frame.accuracy[4]
+    images = pd.read_csv(tmp_path / "images.csv")
+    assert len(images) == len(result.outcomes) * 40 and images["index"].between(100, 139).all()
+    one = images[(images.defence == "pipeline") & (images.attack == "white-box")]
+    assert one.majority.tolist() == result.correct["pipeline", "white-box"]["majority"].astype(int).tolist()
+    assert one.label.tolist() == LABELS.tolist()
+    markdown, latex = ((tmp_path / name).read_text() for name in ("table.md", "table.tex"))
+    assert "72.85" in markdown and "72.85" in latex and "worst of N" in markdown
+    assert r"a\_test \& 5 \%" in latex and latex.count(r"\begin{table}") == 4
+
+
+def test_the_table_marks_the_best_and_what_is_missing(result):
+    bold = result.table(bold=True)
+    assert list(bold.columns) == COLUMNS and list(bold.index) == NAMES
+    assert bold.loc["undefended", "clean"].startswith("**100.0**\N{NO-BREAK SPACE}[91.2,")
+    assert "**" not in bold.loc["other", "clean"]
+    assert "| undefended | **100.0**" in result._repr_markdown_()
+    alone = evaluation.Evaluation(
+        tuple(item for item in result.outcomes[:7] if item.attack != "transfer"), LABELS.numpy()
+    )
+    assert alone.table().loc["other", "white-box"] == "–"
+    table = evaluation.markdown_table(pd.DataFrame({"a|b": ["c"], "n": [1 / 3], "none": [None]}), index=False)
+    assert table.splitlines() == ["| a\\|b | n | none |", "| --- | ---: | --- |", "| c | 0.333 | – |"]
+
+
+def test_a_further_worst_case_is_of_the_attacks_that_are_chosen(result):
+    found = result.with_worst("worst unseen", lambda item: item.norm == "l2")
+    assert [item.attack for item in found.outcomes[:7]] == [*COLUMNS, "worst unseen"]
+    right = found.correct["other", "clean"] & found.correct["other", "white-box l2"]
+    assert found.correct["other", "worst unseen"].equals(right)
+    with pytest.raises(ValueError, match="of a single defence, got 0"):
+        evaluation.worst_case([])
+    with pytest.raises(KeyError, match="keep_images=True"):
+        found.adversarial("other", "worst case")

@@ -1,157 +1,203 @@
-"""The notebooks themselves, executed: by papermill through the recipe runner, and cell by cell by nbval."""
+"""The notebooks themselves: each executed once by a kernel (by papermill through a recipe, or by nbval); what
+has to run again runs its cells in this interpreter.
+"""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import nbformat
-import papermill
+import pandas
 import pytest
-import torch
 import yaml
-from papermill.parameterize import parameterize_notebook
-from safetensors.torch import load_file
 
-from atoplib.batch import main
-from atoplib.checkpoints import load_checkpoint, read_header
-from atoplib.classifiers import fold_batch_norms
-from atoplib.explorer.knobs import to_yaml
-from atoplib.explorer.widgets import make_explorer
-from atoplib.parameters import NOTEBOOKS, REPORT, Visualize
-from atoplib.pipeline import load_pipeline
+from atoplib.batch import __main__ as command
+from atoplib.files import read_json
 
-ROOT = Path(__file__).resolve().parent.parent
-DEMO = [*yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"], REPORT]
+ROOT = Path(__file__).resolve().parents[1]
+STAGES = sorted(path.stem for path in (ROOT / "notebooks").glob("*.ipynb"))
+DEMO = [*yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"], "08_report"]
+OTHERS = [stage for stage in STAGES if stage not in DEMO]
 
 
-def scores(workspace: Path) -> list[dict]:
-    """What the attack notebook measured in a workspace, without its timings."""
-    (path,) = workspace.glob("runs/mnist-smoke/04_attack-*/metrics.json")
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in json.loads(path.read_text())["scores"]]
+def cells_of(stage: str) -> list[dict[str, Any]]:
+    return json.loads((ROOT / "notebooks" / f"{stage}.ipynb").read_text(encoding="utf-8"))["cells"]
+
+
+def is_parameters(cell: dict[str, Any]) -> bool:
+    return "parameters" in cell["metadata"].get("tags", [])
+
+
+def source(cell: dict[str, Any]) -> str:
+    return "".join(cell["source"])
+
+
+# ----------------------------------------------------------------------------------------------- by kernels
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which the recipe mnist ran in smoke size."""
     workspace = tmp_path_factory.mktemp("demo")
-    assert main(["mnist", "--smoke", "--report", "--workspace", str(workspace)]) == 0
+    assert command.main(["mnist", "--smoke", "--report", "--workspace", str(workspace)]) == 0
     return workspace
 
 
-def test_the_recipe_leaves_executed_notebooks_pages_and_pictures(demo: Path) -> None:
+def run_of(workspace: Path, stage: str) -> Path:
+    (run,) = workspace.glob(f"runs/mnist-smoke/{stage}-*")
+    return run
+
+
+def test_the_recipe_leaves_executed_notebooks_pages_pictures_and_an_index(demo: Path) -> None:
+    index = (demo / "runs/mnist-smoke/index.html").read_text()
     for stage in DEMO:
-        (run,) = demo.glob(f"runs/mnist-smoke/{stage}-*")
+        run = run_of(demo, stage)
         cells = nbformat.read(run / "notebook.ipynb", as_version=4).cells
         assert all(cell.get("execution_count") for cell in cells if cell.cell_type == "code"), stage
-        assert "<html" in (run / "notebook.html").read_text()
+        assert "<html" in (run / "notebook.html").read_text() and f"{run.name}/notebook.html" in index
         assert [*run.glob("figures/*.png"), *run.glob("pictures/*.png")], stage
-        assert json.loads((run / "manifest.json").read_text())["status"] == "complete"
+        manifest = read_json(run / "manifest.json")
+        assert manifest["status"] == "complete" and manifest["code"] and manifest["versions"]["torch"], stage
+    for stage in DEMO[:3]:
+        assert read_json(run_of(demo, stage) / "metrics.json")["train_flops"] > 0, stage
 
 
-def test_every_training_states_the_flops_that_it_took(demo: Path) -> None:
-    for stage, file in zip(DEMO, ("classifier", "purifier", "purifier"), strict=False):
-        (run,) = demo.glob(f"runs/mnist-smoke/{stage}-*")
-        stated = json.loads((run / "metrics.json").read_text())["train_flops"]
-        assert stated > 0 and read_header(run / f"{file}.safetensors")["metrics"]["train_flops"] == stated
-    assert read_header(run / "purifier.safetensors")["metrics"]["pretrain_flops"] > 0
-
-
-def test_the_report_names_the_results_it_was_made_from(demo: Path) -> None:
-    """So that it is made anew when one of them is."""
-    (manifest,) = demo.glob("runs/mnist-smoke/08_report-*/manifest.json")
-    inputs = json.loads(manifest.read_text())["inputs"]
-    assert [name.rpartition("-")[0] for name in sorted(inputs)] == DEMO[:-1]
-    assert all(entry["file"] == f"{name}/metrics.json" for name, entry in inputs.items())
-
-
-def test_a_second_call_reuses_what_is_done(demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_second_call_loads_what_is_done_and_a_dry_run_says_so(
+    demo: Path, capsys: pytest.CaptureFixture[str], without_shape_checks: None
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")}
-    assert main(["mnist", "--smoke", "--report", "--workspace", str(demo)]) == 0
+    assert command.main(["mnist", "--smoke", "--report", "--workspace", str(demo)]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("done before") == len(DEMO)
-    assert "| AToP" in printed and "notebook.html" in printed
+    assert printed.count("done before") == len(DEMO) and "AToP" in printed and "index.html" in printed
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("notebook.ipynb")} == before
 
 
-def test_every_notebook_passes_nbval_and_a_fresh_directory_gives_the_same_numbers(demo: Path, tmp_path: Path) -> None:
+def test_the_other_notebooks_pass_nbval_on_the_runs_of_the_demo(demo: Path, tmp_path: Path) -> None:
     copies = []
-    for stage in NOTEBOOKS:
-        notebook = papermill.iorw.load_notebook_node(str(ROOT / "notebooks" / f"{stage}.ipynb"))
-        notebook = parameterize_notebook(notebook, {"smoke": True, "workspace": str(tmp_path)})
-        for cell in notebook.cells:  # papermill's marks are not part of the format that nbval reads
-            cell.metadata.pop("papermill", None)
+    for stage in OTHERS:
+        notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4)
+        first = next(i for i, cell in enumerate(notebook.cells) if is_parameters(cell))
+        given = {"smoke": True, "workspace": str(demo)}
+        lines = [
+            f"{name} = {value!r}"
+            for name, value in given.items()
+            if f"\n{name}: " in notebook.cells[first].source
+        ]
+        notebook.cells.insert(first + 1, nbformat.v4.new_code_cell("\n".join(lines)))
         copies.append(tmp_path / f"{stage}.ipynb")
         nbformat.write(notebook, copies[-1])
-    command = [sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir"]
-    command += [str(tmp_path), *map(str, copies)]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=900)
-    assert ended.returncode == 0, ended.stdout[-5000:]
-    assert scores(tmp_path) == scores(demo)
-
-
-def test_a_mistyped_parameter_stops_a_notebook_with_a_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks/01_train_classifier.ipynb")]
-    command += [str(tmp_path / "out.ipynb"), "-k", "python3", "--no-progress-bar"]
-    command += ["-p", "epochz", "3", "-p", "workspace", str(tmp_path)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1
-    assert "no parameter 'epochz' (did you mean 'epochs'?)" in ended.stderr
-    assert not (tmp_path / "runs").exists()
-
-
-def run_notebook(stage: str, folder: Path, *options: str) -> nbformat.NotebookNode:
-    """A notebook executed by papermill's own command."""
-    out = folder / f"{stage}.ipynb"
-    command = [sys.executable, "-m", "papermill", str(ROOT / "notebooks" / f"{stage}.ipynb"), str(out), "-k", "python3"]
-    command += ["--no-progress-bar", "-p", "workspace", str(folder), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert ended.returncode == 0, ended.stderr[-3000:]
-    return nbformat.read(out, as_version=4)
-
-
-@pytest.mark.parametrize("stage", ["05_visualize", "07_ablate"])
-def test_before_anything_is_trained_the_explorer_shows_the_weights_of_the_kit(stage: str, tmp_path: Path) -> None:
-    executed = run_notebook(stage, tmp_path, "-p", "smoke", "True")
-    outputs = [output for cell in executed.cells for output in cell.get("outputs", [])]
-    assert any("those that come with the kit" in output.get("text", "") for output in outputs)
-    stills = [output.data for output in outputs if "atop-still" in output.get("data", {}).get("text/html", "")]
-    assert len(stills) == 1 and stills[0]["image/png"]
-
-
-def test_before_anything_is_trained_the_weights_of_the_kit_are_compared(tmp_path: Path) -> None:
-    executed = run_notebook("06_compare", tmp_path, "-p", "smoke", "True")
-    shown = [
-        output.get("data", {}).get("text/markdown", "") for cell in executed.cells for output in cell.get("outputs", [])
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--nbval-lax",
+        "-p",
+        "no:cacheprovider",
+        "-c",
+        os.devnull,
+        "--rootdir",
     ]
-    (table,) = (text for text in shown if text.startswith("One-shot"))
-    assert [line.split()[1] for line in table.splitlines()[4:]] == ["undefended", "AT", "AP", "AToP"]
-    assert "known: PGD" in table and "unseen: worst case" in table
-    (run,) = tmp_path.glob("runs/mnist-smoke/06_compare-*")
-    metrics = json.loads((run / "metrics.json").read_text())
-    assert {row["attack"] for row in metrics["scores"]} >= {"clean", "blind: transfer", "unseen: worst case", "worst case"}
-    assert metrics["costs"]["AT"]["training"] > 1e12 and metrics["costs"]["AToP"]["passes"] == 3
-    assert (run / "figures" / "accuracy.png").is_file() and (run / "figures" / "accuracy-against-flops.png").is_file()
+    ended = subprocess.run(
+        [*command, str(tmp_path), *map(str, copies)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert ended.returncode == 0, ended.stdout[-5000:]
+    count = sum(cell["cell_type"] == "code" for stage in OTHERS for cell in cells_of(stage))
+    assert f"{count + len(OTHERS)} passed" in ended.stdout
 
 
-def test_the_attack_notebook_measures_what_the_explorer_copied(tmp_path: Path) -> None:
-    source = Visualize(workspace=str(tmp_path), max_test=20).or_pretrained()
-    classifier, _ = load_checkpoint(source.weights("undefended"), kind="classifier")
-    classifier = fold_batch_norms(classifier).to(memory_format=torch.channels_last)
-    knobs = {"eps": 0.3, "steps": 4, "eot_samples": 2, "num_draws": 5, "image": 3, "seed": 2, "noise_std": 0.25}
-    explorer = make_explorer(load_pipeline(source.purifiers["AToP"], classifier), source.load_data(), **knobs)
-    explorer.refresh()
-    assert explorer.worker.wait(300)
-    view = explorer.view
-    copied = tmp_path / "copied.yaml"
-    copied.write_text(to_yaml(view.knobs, source.as_dict(), max_batch=view.max_batch))
-    run_notebook("04_attack", tmp_path, "-f", str(copied), "-p", "keep_images", "True")
-    (run,) = tmp_path.glob("runs/mnist/04_attack-*")
-    (piece,) = run.glob("pieces/*/white-box-atop-*.safetensors")
-    torch.testing.assert_close(load_file(piece)["adversarial"][0], view.adversarial, atol=1e-5, rtol=0)
-    scores = json.loads((run / "metrics.json").read_text())["scores"]
-    (score,) = (row for row in scores if (row["defence"], row["attack"]) == ("AToP", "white-box"))
-    assert score["one_shot"] == float(int(view.votes[0]) == view.label)
-    assert score["majority"] == float(view.majority == view.label)
-    assert score["worst_of_n"] == float(view.right_draws == 5)
+# -------------------------------------------------------------------------------------- in this interpreter
+
+
+def run_cells(stage: str, capsys: pytest.CaptureFixture[str], **given: object) -> tuple[dict[str, Any], str]:
+    """Execute a notebook's code cells here; returns its names, and what it printed or displayed as text."""
+    namespace: dict[str, Any] = {"__name__": "__main__", "__annotations__": {}}
+    capsys.readouterr()
+    for cell in (cell for cell in cells_of(stage) if cell["cell_type"] == "code"):
+        code = "\n".join(line for line in source(cell).splitlines() if not line.startswith("%"))
+        exec(compile(code, f"<{stage}>", "exec"), namespace)
+        if is_parameters(cell):
+            namespace |= given
+    return namespace, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage", DEMO[:5])
+def test_by_hand_after_the_demo_nothing_is_computed_again(
+    stage: str, demo: Path, capsys: pytest.CaptureFixture[str], without_shape_checks: None
+) -> None:
+    run = run_of(demo, stage)
+    weights = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    metrics = read_json(run / "metrics.json")
+    _, printed = run_cells(stage, capsys, smoke=True, workspace=str(demo))
+    assert run_of(demo, stage) == run, "another run was made"
+    assert {path.name: path.read_bytes() for path in run.glob("*.safetensors")} == weights
+    if stage < "05":
+        assert re.search(r"[Ll]oaded", printed), printed[-2000:]
+        assert read_json(run / "metrics.json") == metrics
+
+
+def test_a_fresh_directory_gives_the_same_numbers(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_shape_checks: None
+) -> None:
+    for stage in DEMO[:4]:
+        run_cells(stage, capsys, smoke=True, workspace=str(tmp_path), **demo_parameters(demo, stage))
+    first, second = (
+        pandas.read_csv(run_of(workspace, "04_attack") / "frame.csv") for workspace in (demo, tmp_path)
+    )
+    pandas.testing.assert_frame_equal(first.drop(columns="seconds"), second.drop(columns="seconds"))
+
+
+def demo_parameters(demo: Path, stage: str) -> dict[str, object]:
+    """What the recipe gives a notebook beside its defaults."""
+    return yaml.safe_load((ROOT / "notebooks/recipes/mnist.yaml").read_text())["notebooks"][stage]
+
+
+@pytest.mark.parametrize("stage", ["04_attack", "05_visualize", "06_compare", "07_ablate"])
+def test_before_anything_is_trained_the_weights_of_the_kit_are_used_and_it_is_said(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], without_shape_checks: None
+) -> None:
+    _, printed = run_cells(stage, capsys, smoke=True, workspace=str(tmp_path))
+    assert "kit" in printed
+    assert read_json(run_of(tmp_path, stage) / "manifest.json")["status"] == "complete"
+
+
+def test_a_mistyped_parameter_stops_a_notebook_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match=r"no parameter 'epochz' \(did you mean 'epochs'\?\)"):
+        run_cells("01_train_classifier", capsys, In=["# Parameters\nepochz = 3"])
+
+
+# ----------------------------------------------------------------------------------------------- their form
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_notebook_is_committed_without_outputs_its_cells_fit_a_screen_and_it_ends_with_three_exercises(
+    stage: str,
+) -> None:
+    cells = cells_of(stage)
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    for cell in code:
+        if not is_parameters(cell):
+            lines = source(cell).splitlines()
+            assert len(lines) <= 20 and max(map(len, lines)) < 90, source(cell)
+        text = re.sub(
+            r"^ *figures\.save_figure\(.*$", "", source(cell), flags=re.MULTILINE
+        )  # kept, not shown
+        shown = "display(" in text or re.search(
+            r"^(figures\.purification_grid|explore)\(", text, re.MULTILINE
+        )
+        of_images = re.search(r"picture_path|purification_grid|explore\(", text)
+        assert not (shown and of_images) or "pictures" in cell["metadata"].get("tags", []), text
+    assert sum(map(is_parameters, cells)) == 1 and len({cell["id"] for cell in cells}) == len(cells)
+    assert [line[:2] for line in source(cells[-1]).splitlines() if re.match(r"\d\.", line)] == [
+        "1.",
+        "2.",
+        "3.",
+    ]

@@ -1,0 +1,172 @@
+"""Which weights a notebook's parameters mean, and the defences that they make."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from atoplib import checkpoints, defences, purifiers
+from atoplib.checkpoints import CheckpointError
+from atoplib.parameters import Parameters, run_of
+from atoplib.pipeline import AToPPipeline
+from atoplib.pretrained import pretrained_path
+from atoplib.runs import open_run
+
+FIELDS = {
+    "classifier_run": run_of("01_train_classifier", adversarial=False, purifier_run=""),
+    "at_run": run_of("01_train_classifier", adversarial=True, purifier_run=""),
+    "ap_run": run_of("02_pretrain_purifier"),
+    "atop_run": run_of("03_finetune_atop"),
+}
+
+
+def parameters(folder, **changes):
+    values = dict(
+        experiment="test",
+        dataset="mnist5k",
+        image_size=None,
+        workspace=str(folder),
+        smoke=False,
+        device="cpu",
+        seed=0,
+    )
+    return Parameters(values | dict.fromkeys(FIELDS, "latest") | changes, FIELDS)
+
+
+def run_with(folder, stage, weights, **values):
+    """A complete run that holds some of the kit's weights."""
+    kind = "classifier" if stage.startswith("01") else "purifier"
+    with open_run(parameters(folder, **values), stage) as run:
+        shutil.copy(weights, run.path / f"{kind}.safetensors")
+    return run.path
+
+
+def test_before_there_is_a_run_latest_is_what_the_kit_has_and_that_is_said(tmp_path):
+    said = []
+    p = defences.resolve(parameters(tmp_path), said.append)
+    assert {p.classifier_run, p.at_run, p.ap_run, p.atop_run} == {"pretrained"} and len(said) == 4
+    assert "no run of 01_train_classifier yet" in said[0]
+    assert defences.find_weights(p, p.atop_run, "AToP") == pretrained_path("mnist5k", "atop")
+    for other in (dict(dataset="cifar100"), dict(image_size=64)):
+        p = defences.resolve(parameters(tmp_path, **other), lambda sentence: pytest.fail(sentence))
+        assert p.classifier_run == "latest"
+        with pytest.raises(FileNotFoundError, match="run the notebook 01_train_classifier.ipynb first"):
+            defences.load_defences(p)
+
+
+def test_a_run_comes_before_the_kit_and_of_the_kind_that_is_meant(tmp_path):
+    plain = run_with(
+        tmp_path,
+        "01_train_classifier",
+        pretrained_path("mnist", "undefended"),
+        adversarial=False,
+        purifier_run="",
+    )
+    robust = run_with(
+        tmp_path, "01_train_classifier", pretrained_path("mnist", "at"), adversarial=True, purifier_run=""
+    )
+    p = defences.resolve(parameters(tmp_path))
+    assert (p.classifier_run, p.at_run, p.ap_run) == (plain.name, robust.name, "pretrained")
+    assert defences.find_weights(p, p.at_run, "AT").parent == robust
+    assert defences.find_weights(p, str(plain / "classifier.safetensors")).parent == plain
+    with pytest.raises(FileNotFoundError, match="there is no file weights.pth"):
+        defences.find_weights(p, "weights.pth")
+    with pytest.raises(ValueError, match="no weights of 'undefended' for 'imagenette' come with the kit"):
+        defences.find_weights(p, "pretrained:imagenette")
+
+
+def test_the_kits_defences_are_loaded_as_pretrained_gives_them(tmp_path, digits, defences_of_kit):
+    p = defences.resolve(parameters(tmp_path))
+    found = defences.load_defences(p)
+    assert list(found) == ["undefended", "AP", "AToP", "AT"] and not found.missing
+    for name, defence in found.items():
+        images, expected = digits[0][:4], defences_of_kit[name]
+        for model in (defence, expected):
+            if isinstance(model, AToPPipeline):
+                model.reseed(3)
+        with torch.no_grad():
+            assert torch.allclose(defence(images), expected(images), atol=2e-2), name
+        assert not any(weight.requires_grad for weight in defence.parameters()) and not defence.training
+        assert found.sources[name] == pretrained_path("mnist", name)
+
+
+@pytest.fixture
+def defences_of_kit():
+    from atoplib.pretrained import load_pretrained
+
+    return {name: load_pretrained("mnist", name) for name in ("undefended", "AP", "AToP", "AT")}
+
+
+def purifier_for(folder, classifier):
+    """A run of notebook 3 whose purifier was fine-tuned for a classifier."""
+    source = pretrained_path("mnist", "atop")
+    network, header = checkpoints.load(source, kind="purifier")
+    facts = {
+        name: value
+        for name, value in header.items()
+        if name not in ("format", "sha256", "kind", "architecture", "options")
+    }
+    path = folder / "tuned.safetensors"
+    options = {"kind": "purifier", "architecture": header["architecture"], "options": header["options"]}
+    checkpoints.save(path, network, **options, **facts | {"classifier": classifier})
+    return run_with(folder, "03_finetune_atop", path)
+
+
+def test_atop_is_composed_with_the_classifier_that_it_was_fine_tuned_for(tmp_path, digits):
+    own = run_with(
+        tmp_path, "01_train_classifier", pretrained_path("mnist", "at"), adversarial=True, purifier_run=""
+    )
+    tuned = purifier_for(tmp_path, own.name)
+    p = defences.resolve(parameters(tmp_path))
+    found = defences.load_defences(p, ("AToP", "AT"))
+    images = digits[0][:4]
+    assert found.sources["AToP"].parent == tuned
+    assert torch.allclose(found["AToP"].classifier(images), found["AT"](images), atol=1e-5)
+    other = defences.load_defences(
+        parameters(tmp_path, atop_run=tuned.name, atop_classifier_run="pretrained"), ("AToP",)
+    )
+    assert not torch.allclose(other["AToP"].classifier(images), found["AT"](images), atol=1e-2)
+    shutil.rmtree(own)
+    left = defences.load_defences(
+        p, ("undefended", "AToP") if p.classifier_run == "pretrained" else ("AToP",)
+    )
+    assert "does not hold any more" in left.missing["AToP"] and "AToP" not in left
+    purifier_for(tmp_path, "custom: Net")
+    missing = defences.load_defences(defences.resolve(parameters(tmp_path)), ("AToP",)).missing["AToP"]
+    assert "fine-tuned for a custom classifier (Net)" in missing
+
+
+def test_further_defences_are_a_purifier_a_classifier_or_both(tmp_path):
+    others = {
+        "AP 2": "pretrained",
+        "robust": {"classifier": str(pretrained_path("mnist", "at"))},
+        "AP, robust": {"purifier": "pretrained", "classifier": str(pretrained_path("mnist", "at"))},
+    }
+    found = defences.load_defences(defences.resolve(parameters(tmp_path, others=others)), ("undefended",))
+    assert [isinstance(found[name], AToPPipeline) for name in others] == [True, False, True]
+    with pytest.raises(FileNotFoundError, match="there is no run 'nothing'"):
+        defences.load_defences(
+            parameters(tmp_path, classifier_run="pretrained", others={"x": "nothing"}), ("undefended",)
+        )
+
+
+def test_what_is_left_out_says_which_notebook_makes_it(tmp_path):
+    found = defences.load_defences(parameters(tmp_path, classifier_run="pretrained"))
+    assert list(found) == ["undefended"] and set(found.missing) == {"AP", "AToP", "AT"}
+    assert "run the notebook 02_pretrain_purifier.ipynb first" in found.missing["AP"]
+
+
+def test_a_checkpoint_names_its_origin_without_places_and_somebodys_file_none(tmp_path):
+    p = parameters(tmp_path, classifier_run="pretrained")
+    facts = defences.facts(p)
+    assert facts["dataset"] == "mnist5k" and str(tmp_path) not in json.dumps(facts)
+    assert defences.source_of(defences.load_classifier(p)) == "pretrained"
+    assert defences.source_of(nn.Linear(2, 2)) == "custom: Linear"
+    assert defences.training_flops(pretrained_path("mnist", "undefended")) > 0
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "net.pth")
+    assert defences.training_flops(tmp_path / "net.pth") is None
+    with pytest.raises(CheckpointError, match="holds a purifier, not a classifier"):
+        defences.load_classifier(p, str(pretrained_path("mnist", "ap")))
+    assert isinstance(defences.load_purifier(p, "pretrained")[0], purifiers.GatedUNet)

@@ -1,0 +1,217 @@
+"""The flow attack warps as an independent warp does, keeps to its bound, and breaks what moving pixels can
+break."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import map_coordinates
+from torch import nn
+from torch.nn import functional as F
+
+from atoplib.attacks import PassCounter, flow
+from atoplib.attacks.flow import check_flow, find_flow, spread, warp
+from atoplib.attacks.losses import margin
+
+QUICK = {"steps": 20, "eot_samples": 1}
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def images_of(count=3, height=10, width=10):
+    return torch.rand(count, 3, height, width, generator=seeded(count))
+
+
+def moves_of(images, bound):
+    return (torch.rand(len(images), 2, *images.shape[2:], generator=seeded(1)) * 2 - 1) * bound
+
+
+def constant(images, down, right):
+    moves = torch.tensor([down, right]).view(1, 2, 1, 1)
+    return moves.expand(len(images), 2, *images.shape[2:]).clone()
+
+
+@pytest.mark.parametrize("bound", [0.05, 0.5, 2.0])
+@pytest.mark.parametrize("height, width", [(10, 10), (6, 11), (1, 7), (5, 1)])
+def test_the_warp_agrees_with_scipys(height, width, bound):
+    images = images_of(2, height, width).double()
+    moves = moves_of(images, bound).double()
+    found = warp(images, moves)
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    for image, shift, result in zip(images, moves, found, strict=True):
+        points = np.stack([rows + shift[0].numpy() * height / 2, columns + shift[1].numpy() * width / 2])
+        expected = [map_coordinates(channel.numpy(), points, order=1, mode="nearest") for channel in image]
+        torch.testing.assert_close(result, torch.tensor(np.stack(expected)))
+
+
+def test_the_warp_and_its_gradient_agree_with_grid_sample_away_from_the_border():
+    images = images_of(2).double()
+    moves = moves_of(images, 0.3).double().requires_grad_()
+    ramp = torch.rand(2, 3, 10, 10, generator=seeded()).double()
+    grid = F.affine_grid(torch.eye(2, 3).expand(2, 2, 3).double(), list(images.shape), align_corners=False)
+    grid = grid + moves.flip(1).movedim(1, 3)
+    expected = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+    found = warp(images, moves)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad((result * ramp).sum(), moves)[0] for result in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_no_flow_changes_nothing_and_a_whole_pixel_only_shifts():
+    images = images_of()
+    assert torch.equal(warp(images, constant(images, 0.0, 0.0)), images)
+    shifted = warp(images, constant(images, 0.2, 0.4))  # one and two of ten pixels
+    torch.testing.assert_close(shifted[:, :, :-1, :-2], images[:, :, 1:, 2:])
+
+
+def test_control_points_are_spread_bilinearly_and_stay_within_their_bound():
+    points = (torch.rand(2, 2, 4, 5, generator=seeded()) * 2 - 1).double()
+    expected = F.interpolate(points, size=(12, 9), mode="bilinear", align_corners=True)
+    torch.testing.assert_close(spread(points, 12, 9), expected)
+    assert spread(points.sign(), 12, 9).abs().max() <= 1
+
+
+class Ramp(nn.Module):
+    """Two classes by a smooth weight: the closed form of the best flow is the bound along the image's
+    slope."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def forward(self, images):
+        self.calls.append(len(images))
+        score = (images - 0.5).mean(dim=(1, 2, 3)) * 40
+        return torch.stack([-score, score], dim=1)
+
+
+def test_on_a_ramp_the_attack_finds_the_known_optimum():
+    """The brightness of a ramp rises most where every pixel looks its bound further up: the last column
+    cannot."""
+    ramp = (torch.arange(10.0) / 20).expand(2, 3, 10, 10)
+    labels = torch.zeros(2, dtype=torch.int64)
+    found = flow(Ramp().eval(), ramp, labels, steps=30, eot_samples=2)
+    best = ramp.clone()
+    best[..., :9] += 0.05 * 10 / 2 / 20
+    torch.testing.assert_close(found, best)
+
+
+def small_model(classes=4):
+    layers = nn.Conv2d(3, 8, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(8 * 64, classes)
+    return nn.Sequential(*layers).eval()
+
+
+def test_the_attack_breaks_images_and_keeps_its_bound():
+    model, images = small_model(), images_of(24)
+    labels = model(images).argmax(dim=1)
+    moves = find_flow(model, images, labels, eps=0.3, **QUICK)
+    adversarial = flow(model, images, labels, eps=0.3, **QUICK)
+    check_flow(adversarial, images, moves, 0.3)
+    assert moves.abs().max() == pytest.approx(0.3)
+    assert (model(adversarial).argmax(dim=1) != labels).float().mean() > 0.5
+    assert not adversarial.requires_grad
+
+
+def test_the_margin_that_is_returned_is_the_best_of_the_way():
+    model, images = small_model(), images_of(6)
+    labels = model(images).argmax(dim=1)
+    seen = []
+    found = flow(model, images, labels, **QUICK, restarts=2, callback=lambda *given: seen.append(given))
+    assert [given[0] for given in seen] == list(range(1, len(seen) + 1))
+    assert {given[1] for given in seen} == {40}
+    bests = torch.stack([best for *_, best in seen])
+    assert torch.equal(bests, bests.cummax(dim=0).values)
+    torch.testing.assert_close(margin(model(found), labels), bests[-1])
+
+
+def test_restarts_break_more_and_leave_what_is_broken_alone():
+    model, images = small_model(), images_of(40)
+    labels = model(images).argmax(dim=1)
+    few = {"eps": 0.03, "steps": 3, "eot_samples": 1}
+    one, many = (flow(model, images, labels, **few, restarts=restarts) for restarts in (1, 8))
+    broken_by_one, broken = (model(found).argmax(dim=1) != labels for found in (one, many))
+    assert torch.equal(one[broken_by_one], many[broken_by_one])
+    assert broken_by_one.sum() < broken.sum() and (broken | ~broken_by_one).all()
+
+
+@pytest.mark.parametrize("control", [2, 4])
+def test_a_flow_of_control_points_is_bilinear_between_them(control):
+    model, images = small_model(), images_of(4)
+    labels = model(images).argmax(dim=1)
+    moves = find_flow(model, images, labels, eps=0.2, steps=5, eot_samples=1, control=control)
+    assert 0.1 < moves.abs().max() <= 0.2 + 1e-6
+    bends = moves.diff(dim=3).diff(dim=3).abs().amax(dim=(0, 1, 2)) > 1e-5
+    assert bends.sum() <= 2 * (control - 2), "straight between the control points"
+
+
+def test_the_last_step_counts_too():
+    model, images = small_model(), images_of(6)
+    labels = model(images).argmax(dim=1)
+    seen = []
+    found = flow(model, images, labels, steps=1, eot_samples=1, callback=lambda *given: seen.append(given))
+    ((step, steps, warped, margins),) = seen
+    assert (step, steps) == (1, 1) and not torch.equal(found, images)
+    torch.testing.assert_close(found, warped)
+    torch.testing.assert_close(margins, margin(model(warped), labels))
+
+
+@pytest.mark.parametrize("max_batch", [1, 5, 512])
+def test_samples_and_images_share_batches_of_at_most_max_batch(max_batch):
+    model, images = Ramp().eval(), images_of(3)
+    counter = PassCounter(model)
+    flow(counter, images, torch.tensor([0, 1, 0]), steps=2, eot_samples=4, max_batch=max_batch)
+    assert max(model.calls) <= max(max_batch, 8)  # two looks for randomness, of 8 images each
+    assert counter.gradient_passes == 1 + (2 + 1) * 3 * 4, "a check; the last step is looked at, too"
+
+
+def test_an_attack_of_parts_is_the_attack_of_the_whole_and_changes_nothing_else():
+    model, images = small_model(), images_of(4)
+    kept, labels = images.clone(), torch.tensor([0, 1, 2, 3])
+    # later, rounding errors grow where a pixel crosses into another cell of the grid
+    few = {"steps": 4, "eot_samples": 1}
+    whole = flow(model, images, labels, **few)
+    with torch.no_grad():
+        each = torch.cat([flow(model, images[i : i + 1], labels[i : i + 1], **few) for i in range(4)])
+    torch.testing.assert_close(each, whole, atol=1e-4, rtol=0)
+    assert torch.equal(images, kept) and all(weight.grad is None for weight in model.parameters())
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda a, f: a[0, 0, 0, 0].fill_(float("nan")), "by nan"),
+        (lambda a, f: a[0, 0, 0, 0].fill_(1.01), r"outside \[0, 1\]"),
+        (lambda a, f: a[0, 0, 0, 0].sub_(0.01), "not the warped image"),
+        (lambda a, f: f[0, 0, 0, 0].fill_(0.051), "above its bound"),
+    ],
+    ids=["nan", "above", "painted", "bound"],
+)
+def test_a_result_outside_its_bound_never_passes(spoil, message):
+    images = images_of() * 0.5 + 0.25
+    moves = moves_of(images, 0.05)
+    adversarial = warp(images, moves)
+    check_flow(adversarial, images, moves, 0.05)
+    spoil(adversarial, moves)
+    with pytest.raises(AssertionError, match=message):
+        check_flow(adversarial, images, moves, 0.05)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"eps": 0.0}, "eps must be above 0, at most 2"),
+        ({"eps": 8.0}, "eps must be above 0, at most 2, got 8.0"),
+        ({"eps": float("nan")}, "eps must be above"),
+        ({"norm": "linf"}, "norm must be one of flow"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"eot_samples": 0}, "eot_samples must be at least 1"),
+        ({"restarts": 0}, "restarts must be at least 1"),
+        ({"control": 1}, "control must be at least 2"),
+        ({"targets": torch.tensor([1, 1, 0])}, "the target of image 1 is its own class, 1"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        flow(small_model(), images_of(), torch.tensor([0, 1, 2]), **QUICK | wrong)

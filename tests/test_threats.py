@@ -1,0 +1,350 @@
+"""Occlusion, rotation and translation against brute force; corruptions; minimum-norm attacks against closed
+forms."""
+
+from itertools import combinations, product
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from atoplib.attacks import ATTACKS, Ball, default_eps
+from atoplib.attacks.minimum_norm import ddn, fmn, minimum_norms
+from atoplib.attacks.unseen import (
+    CORRUPTIONS,
+    corrupt,
+    corruption,
+    move,
+    occlusion,
+    pose_grid,
+    rotation_translation,
+)
+from atoplib.data import load_images
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+class Toy(nn.Module):
+    """A small network, or one whose logits get noise: every sample another, which can be fixed by a seed or
+    cannot."""
+
+    def __init__(self, noise=0.0, classes=4, size=8):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * (size - 2) ** 2, classes)
+        )
+        self.noise, self.generator = noise, seeded(9)
+
+    def forward(self, images):
+        logits = self.body(images)
+        return (
+            logits + self.noise * torch.randn(logits.shape, generator=self.generator)
+            if self.noise
+            else logits
+        )
+
+
+def toy_set(count=16):
+    model, images = Toy().eval(), torch.rand(count, 3, 8, 8, generator=seeded(1))
+    return model, images, model(images).argmax(dim=1)
+
+
+@torch.no_grad()
+def gaps(model, images, labels):
+    logits = model(images)
+    other = logits.scatter(1, labels[:, None], -torch.inf).amax(dim=1)
+    return other - logits.gather(1, labels[:, None])[:, 0]
+
+
+def check_against_brute_force(model, labels, found, candidates):
+    """What any candidate breaks is broken; elsewhere the result is the candidate nearest to an error."""
+    known = torch.stack([gaps(model, each, labels) for each in candidates])
+    breakable = (known > 0).any(dim=0)
+    assert 0 < breakable.sum() < len(labels)
+    assert torch.equal(gaps(model, found, labels) > 0, breakable)
+    torch.testing.assert_close(gaps(model, found, labels)[~breakable], known.amax(dim=0)[~breakable])
+    same = torch.stack([(each - found).abs().flatten(1).amax(dim=1) < 1e-6 for each in candidates])
+    assert same.any(dim=0).all(), "the result is none of the candidates"
+
+
+@pytest.mark.parametrize("eps, grid, fill", [(1, 4, "grey"), (1, 3, "random"), (2, 5, "grey")])
+def test_occlusion_is_the_worst_of_all_positions(eps, grid, fill):
+    model, images, labels = toy_set(400)
+    sure = gaps(model, images, labels).argsort()[: 300 if eps == 1 else 100].view(20, -1)[:, 0]
+    images, labels = images[sure], labels[sure]
+    found = occlusion(model, images, labels, eps=eps, grid_size=grid, fill=fill, seed=3)
+    paint = (
+        torch.rand(images.shape, generator=seeded(3)) if fill == "random" else torch.full_like(images, 0.5)
+    )
+    edges = [-(-8 * i // grid) for i in range(grid + 1)]
+    candidates = [images]
+    for number in range(1, eps + 1):
+        for place in combinations(product(range(grid), repeat=2), number):
+            covered = images.clone()
+            for row, column in place:
+                window = (..., slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1]))
+                covered[window] = paint[window]
+            candidates.append(covered)
+    check_against_brute_force(model, labels, found, candidates)
+    assert (found != images).any(dim=1).flatten(1).sum(dim=1).max() <= eps * (8 // grid + 1) ** 2
+
+
+def test_rotation_and_translation_are_the_worst_of_the_grid():
+    model, images, labels = toy_set(400)
+    sure = gaps(model, images, labels).argsort()[:300].view(20, -1)[:, 0]
+    images, labels = images[sure], labels[sure]
+    options = {"eps": 5, "translation": 0.06, "angles": 5, "shifts": 3}
+    found = rotation_translation(model, images, labels, **options)
+    poses = product(torch.linspace(-5, 5, 5).tolist(), *[torch.linspace(-0.06, 0.06, 3).tolist()] * 2)
+    check_against_brute_force(model, labels, found, [move(images, *pose) for pose in poses])
+    assert found.min() >= 0 and found.max() <= 1
+
+
+def test_a_move_turns_and_shifts_as_pillow_does():
+    generator = np.random.default_rng(0)
+    coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    picture = Image.fromarray(coarse).resize((36, 24), Image.Resampling.BICUBIC)
+    images = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
+    for degrees, right, down in ((25, 0, 0), (0, 0.25, -0.125), (-40, 0, 0)):
+        turned = picture.rotate(degrees, Image.Resampling.BILINEAR, translate=(0, 0))
+        shifted = turned.transform(
+            turned.size,
+            Image.Transform.AFFINE,
+            (1, 0, -right * 36, 0, 1, -down * 24),
+            Image.Resampling.BILINEAR,
+        )
+        expected = torch.from_numpy(np.asarray(shifted).copy()).permute(2, 0, 1) / 255
+        ours = move(images, degrees, right, down)[0]
+        inside = move(torch.ones_like(images), degrees, right, down)[0] > 0.999
+        assert ((ours - expected).abs()[inside] < 0.06).float().mean() > 0.97
+    torch.testing.assert_close(move(images, 0, 0, 0), images)
+    both, steps = move(images, 10, 0.1, 0.05), move(move(images, 10, 0, 0), 0, 0.1, 0.05)
+    assert (both - steps)[:, :, 8:16, 12:24].abs().max() < 0.05
+
+
+def test_the_grid_of_poses_holds_every_pose_once_and_none_first():
+    poses = pose_grid(30, 0.1, 31, 5)
+    assert len(poses) == len(set(poses)) == 31 * 25 and poses[0] == (0, 0, 0)
+    assert abs(poses[1][0]) == 30
+    assert pose_grid(30, 0.0, 3, 5) == [(0, 0, 0), (-30, 0, 0), (30, 0, 0)]
+
+
+@pytest.mark.parametrize(
+    "attack, options", [(occlusion, {"grid_size": 4}), (rotation_translation, {"angles": 5, "shifts": 3})]
+)
+def test_a_random_model_is_searched_by_mean_margins_and_judged_by_votes(attack, options):
+    plain, images, labels = toy_set(24)
+    noise = gaps(plain, images, labels).abs().median().item() / 4
+    sharp = attack(plain, images, labels, **options)
+    seen = []
+    found = attack(
+        Toy(noise).eval(), images, labels, **options, eot_samples=16, rule="majority", votes=101,
+        callback=lambda step, steps, points, values: seen.append((step, steps, points.shape, values.shape)),
+    )  # fmt: skip
+    assert seen[0][2:] == (images.shape, labels.shape) and [step for step, *_ in seen] == list(
+        range(1, len(seen) + 1)
+    )
+    clear = gaps(plain, sharp, labels).abs() > noise
+    agree = (gaps(plain, found, labels) > 0) == (gaps(plain, sharp, labels) > 0)
+    assert clear.sum() > 10 and agree[clear].float().mean() > 0.9
+    with pytest.raises(ValueError, match="a single sample"):
+        attack(Toy(noise).eval(), images, labels, **options, votes=1)
+
+
+def test_with_targets_a_search_ends_where_the_target_is_the_answer():
+    model, images, labels = toy_set(32)
+    targets = (labels + 1) % 4
+    found = occlusion(model, images, labels, eps=2, grid_size=4, targets=targets)
+    candidates = [occlusion(model, images[:1], labels[:1], eps=2, grid_size=4, targets=targets[:1])]
+    assert torch.equal(candidates[0], found[:1])
+    assert (gaps(model, found, targets) <= gaps(model, images, targets)).all()
+    assert (model(found).argmax(dim=1) == targets).sum() > (model(images).argmax(dim=1) == targets).sum()
+
+
+# Corruptions
+
+
+@pytest.fixture(scope="module")
+def smooth():
+    """Smooth coloured pictures."""
+    coarse = torch.rand(8, 3, 5, 5, generator=seeded(4))
+    return torch.nn.functional.interpolate(coarse, 32, mode="bicubic").clamp(0, 1)
+
+
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_corruption_grows_with_its_severity_and_is_the_same_each_time(kind, smooth):
+    made = [corrupt(smooth, kind, severity) for severity in (1, 2, 3, 4, 5)]
+    assert all(each.shape == smooth.shape and each.min() >= 0 and each.max() <= 1 for each in made)
+    change = [(each - smooth).square().mean().item() for each in made]
+    assert 0 < change[0] == min(change) and change[4] == max(change), change
+    before = torch.get_rng_state()
+    assert torch.equal(corrupt(smooth, kind, 5), made[4]) and torch.equal(torch.get_rng_state(), before)
+    noisy = kind.endswith("noise") or kind == "motion_blur"
+    assert torch.equal(corrupt(smooth, kind, 5, seed=1), made[4]) != noisy
+    gray = corrupt(smooth[:, :1], kind, 3)
+    assert gray.shape == (8, 1, 32, 32)
+
+
+def test_noises_have_the_moments_of_their_strengths(smooth):
+    flat = torch.full((64, 3, 32, 32), 0.5)
+    for kind, std in (("gaussian_noise", 0.08), ("shot_noise", (0.5 / 100) ** 0.5), ("speckle_noise", 0.06)):
+        moved = corrupt(flat, kind, 3) - flat
+        assert moved.mean().abs() < 2e-3 and moved.std().item() == pytest.approx(std, rel=0.02)
+    hit = corrupt(flat, "impulse_noise", 5)
+    assert (hit != 0.5).float().mean().item() == pytest.approx(0.07, abs=0.003)
+    assert (hit == 1).float().mean().item() == pytest.approx(0.035, abs=0.003)
+
+
+def test_deterministic_corruptions_are_their_definitions(smooth):
+    from scipy.ndimage import gaussian_filter
+
+    pixels = smooth.double().numpy()
+    blurred = gaussian_filter(pixels, (0, 0, 1.0, 1.0), mode="nearest", truncate=4)
+    np.testing.assert_allclose(corrupt(smooth, "gaussian_blur", 5).numpy(), blurred, atol=1e-5)
+    means = smooth.mean(dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(corrupt(smooth, "contrast", 5), (smooth - means) * 0.15 + means)
+    import colorsys
+
+    red, green, blue = smooth[0, :, 3, 4].tolist()
+    hue, saturation, value = colorsys.rgb_to_hsv(red, green, blue)
+    expected = colorsys.hsv_to_rgb(hue, saturation, min(1, value + 0.15))
+    assert corrupt(smooth, "brightness", 3)[0, :, 3, 4].tolist() == pytest.approx(expected, abs=1e-5)
+    for blur in ("defocus_blur", "motion_blur", "zoom_blur", "gaussian_blur"):
+        flat = torch.full((2, 3, 32, 32), 0.3)
+        torch.testing.assert_close(corrupt(flat, blur, 5), flat)
+    small = Image.fromarray((smooth[0] * 255).round().byte().permute(1, 2, 0).numpy()).resize(
+        (20, 20), Image.Resampling.BOX
+    )
+    coarse = (
+        torch.from_numpy(np.asarray(small.resize((32, 32), Image.Resampling.BOX)).copy()).permute(2, 0, 1)
+        / 255
+    )
+    torch.testing.assert_close(corrupt(smooth, "pixelate", 5)[0], coarse)
+
+
+def test_the_attack_takes_the_worst_kind_or_the_one_that_is_named(defences, digits):
+    images, labels = (part[:16] for part in digits)
+    model = defences["undefended"]
+    alone = corruption(model, images, labels, eps=1, kind="contrast")
+    torch.testing.assert_close(alone, corrupt(images, "contrast", 1))
+    made = [corrupt(images, kind, 1) for kind in CORRUPTIONS]
+    check_against_brute_force(model, labels, corruption(model, images, labels, eps=1), made)
+
+
+@pytest.mark.parametrize(
+    "attack, options",
+    [
+        (corruption, {"kind": "gaussian_blur"}),
+        (occlusion, {"grid_size": 2}),
+        (rotation_translation, {"angles": 3}),
+    ],
+)
+def test_under_autocast_candidates_stay_in_float32(defences, digits, attack, options):
+    images, labels = (part[:4] for part in digits)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = attack(defences["AT"], images, labels, **options)
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "attack, wrong, message",
+    [
+        (occlusion, {"eps": 3}, "eps must be one of 1, 2"),
+        (occlusion, {"grid_size": 9}, r"grid_size must lie in 1..8, got 9"),
+        (occlusion, {"fill": "black"}, "fill must be one of grey, random"),
+        (occlusion, {"norm": "linf"}, "norm must be one of occlusion"),
+        (rotation_translation, {"eps": 200}, "eps must be above 0, at most 180"),
+        (rotation_translation, {"translation": 1.5}, r"translation must lie in 0..1"),
+        (rotation_translation, {"shifts": 0}, "shifts must be at least 1"),
+        (corruption, {"kind": "fog"}, "kind must be one of all, gaussian_noise"),
+        (corruption, {"eps": 6}, "severity must be one of 1, 2, 3, 4, 5, got 6"),
+        (ddn, {"norm": "linf"}, "norm must be one of l2"),
+        (fmn, {"norm": "l0"}, "norm must be one of linf, l2, l1"),
+        (fmn, {"steps": 0}, "steps must be at least 1"),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_threats_that_do_not_exist_are_refused(attack, wrong, message):
+    model, images, labels = toy_set(2)
+    with pytest.raises(ValueError, match=message):
+        attack(model, images, labels, **wrong)
+
+
+def test_images_of_two_channels_have_no_corruption():
+    with pytest.raises(ValueError, match="channels must be one of 1, 3, got 2"):
+        corrupt(torch.rand(1, 2, 8, 8), "jpeg", 1)
+
+
+# Minimum norm
+
+
+class Linear(nn.Module):
+    """Logits that are linear in the pixels: the distance to every boundary is known."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.randn(5, 48, generator=seeded(1))
+
+    def forward(self, images):
+        return (images.flatten(1) - 0.5) @ self.weight.T.to(images.dtype)
+
+
+@pytest.mark.parametrize(
+    "attack, norm, dual", [(ddn, "l2", 2), (fmn, "l2", 2), (fmn, "linf", 1), (fmn, "l1", torch.inf)]
+)
+def test_a_minimum_norm_attack_ends_at_the_nearest_boundary(attack, norm, dual):
+    model, images = Linear().eval(), torch.rand(20, 3, 4, 4, generator=seeded(5)) * 0.6 + 0.2
+    labels = model(images).argmax(dim=1)
+    logits = model(images)
+    distances = (logits.gather(1, labels[:, None]) - logits) / (
+        model.weight[labels][:, None] - model.weight
+    ).norm(p=dual, dim=2)
+    known = distances.scatter(1, labels[:, None], torch.inf).amin(dim=1)
+    options = {"steps": 200, "first_norm": 0.1} if attack is ddn else {"steps": 60, "alpha": 0.2}
+    found = attack(model, images, labels, norm=norm, **options)
+    sizes = minimum_norms(model, images, labels, found, norm)
+    assert sizes.isfinite().all() and (sizes >= known - 1e-5).all()
+    assert (sizes / known).median() < {"l1": 1.3, "l2": 1.1, "linf": 1.03}[norm]
+    eps = known.median().item()
+    kept = attack(model, images, labels, norm=norm, eps=eps, **options)
+    Ball(images, eps, norm).check(kept)
+    targets = (labels + 1) % 5
+    hit = attack(model, images, labels, norm=norm, targets=targets, **options)
+    assert (model(hit).argmax(dim=1) == targets).float().mean() > 0.9
+
+
+def test_minimum_norms_tell_the_accuracy_at_every_radius_and_random_models_have_none():
+    model, images, labels = toy_set(12)
+    labels[:2] = (labels[:2] + 1) % 4
+    found = ddn(model, images, labels, steps=40)
+    sizes = minimum_norms(model, images, labels, found)
+    assert (sizes[:2] == 0).all() and (sizes[2:] > 0).all()
+    found[3] = images[3]
+    assert minimum_norms(model, images, labels, found)[3] == torch.inf
+    with pytest.raises(ValueError, match="the model is random; use pgd"):
+        fmn(Toy(0.1).eval(), images, labels)
+
+
+def test_every_row_of_the_registry_for_these_threats_runs_with_its_usual_radius(defences):
+    images, labels = load_images("mnist5k", 3)
+    for name in ("occlusion", "rotation_translation", "corruption", "ddn", "fmn", "square", "spsa", "apgd"):
+        row = ATTACKS[name]
+        small = {
+            "steps": 2,
+            "queries": 3,
+            "samples": 2,
+            "grid_size": 2,
+            "angles": 3,
+            "shifts": 1,
+            "kind": "jpeg",
+        }
+        options = {key: value for key, value in small.items() if key in row.options}
+        for norm in row.norms:
+            found = row.function(
+                defences["AT"], images, labels, eps=default_eps(norm, "mnist"), norm=norm, **options
+            )
+            assert found.shape == images.shape and found.min() >= 0 and found.max() <= 1
