@@ -23,14 +23,15 @@ CANDIDATES = $(if $(PYTHON),$(PYTHON),python3 python3.13 python3.12 python3.11)
 # Settings of the caller's shell that would lead Python out of $(VENV).
 unexport PYTHONPATH PYTHONHOME
 
-.PHONY: help setup demo reproduce test lab lock clean-runs
+.PHONY: help setup demo reproduce test test-long lab lock clean-runs
 .DEFAULT_GOAL = help
 
 help:  ## list the targets
 	@echo "make demo                  train, attack and purify: the recipe mnist, into $(WORKSPACE)/runs"
 	@echo "make demo RECIPE=cifar10   another recipe (notebooks/recipes); WORKSPACE=DIR puts its results elsewhere"
 	@echo "make reproduce             AT, AP and AToP on CIFAR-10, for one GPU; ARGS='--minutes 9' in stages, ARGS=--smoke anywhere"
-	@echo "make test                  run every test, the notebooks included"
+	@echo "make test                  run the tests, the notebooks included"
+	@echo "make test-long             those that take long: kills, Slurm, the browser, third-party attacks at length"
 	@echo "make lab                   JupyterLab on the notebooks"
 	@echo "make clean-runs            remove replaced runs and leftovers; ARGS=--all: every run in $(WORKSPACE)/runs"
 	@echo "make setup                 install into $(VENV) only (the others do it when needed); PYTHON=PATH to choose"
@@ -43,8 +44,12 @@ demo: $(STAMP)  ## run a recipe, notebook after notebook
 	@$(RUN) -m atoplib.batch "$(RECIPE)" --workspace "$(WORKSPACE)" $(ARGS)
 
 # Files side by side, one thread each; ARGS="-n 0 tests/test_attacks.py" runs one file as usual.
-test: $(STAMP)  ## run every test
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
+TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)  ## run the tests, the notebooks included
+	@$(TEST) -m "not long" $(ARGS)
+
+test-long: $(STAMP)  ## kills, Slurm, the browser's long paths, third-party attacks at length
+	@$(TEST) -m long $(ARGS)
 
 reproduce: $(STAMP)  ## AT, AP and AToP on CIFAR-10, for one GPU
 	@$(RUN) -m atoplib.batch reproduce --workspace "$(WORKSPACE)" --results "$(RESULTS)" $(ARGS)
@@ -106,7 +111,7 @@ lock:  ## compile requirements.lock
 	@command -v "$(UV)" >/dev/null || { echo "uv is not installed: pip install uv, or UV=/path/to/uv" >&2; exit 1; }
 	@set -e; new=$$(mktemp); trap 'rm -f "$$new"' EXIT; \
 	cp requirements.lock "$$new"; \
-	"$(UV)" pip compile --quiet --universal --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
+	"$(UV)" pip compile --quiet --universal --extra test --python-version 3.11 --no-annotate --no-header --no-emit-index-url \
 	    $(ARGS) pyproject.toml -o "$$new"; \
 	{ sed '/^[^#]/,$$d' requirements.lock; cat "$$new"; } > requirements.lock.new; \
 	mv requirements.lock.new requirements.lock
