@@ -1,4 +1,6 @@
-"""What the benchmarks share: the machine in words, numbers and tables as Markdown, arguments of the command line."""
+"""What the benchmarks share: the machine in words, numbers and tables as Markdown, arguments of the command
+line.
+"""
 
 import argparse
 import os
@@ -14,10 +16,14 @@ from atoplib.training import compute_dtype
 
 
 def machine_facts(device: torch.device) -> dict[str, str]:
-    """What the numbers depend on: processor, threads, torch, and the instructions that decide which dtype is fast."""
+    """What the numbers depend on: processor, threads, torch, and the instructions that decide which dtype is
+    fast.
+    """
     abilities = torch.cpu.get_capabilities()
     relevant = ("avx", "amx", "bf16", "fp16", "sve")
-    present = [name for name, there in abilities.items() if there is True and any(part in name for part in relevant)]
+    present = [
+        name for name, there in abilities.items() if there is True and any(part in name for part in relevant)
+    ]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     native = ["float32"] + (["bfloat16"] if compute_dtype("auto", device) == torch.bfloat16 else [])
     facts = {
@@ -81,7 +87,9 @@ def find_device(name: str) -> torch.device:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda") from error
+        raise argparse.ArgumentTypeError(
+            f"{name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda"
+        ) from error
     return device
 
 
