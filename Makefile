@@ -58,7 +58,7 @@ clean-runs: $(STAMP)  ## free the room that no result needs
 	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)
 
 lab: $(STAMP)  ## JupyterLab on the notebooks
-	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb $(ARGS)
 
 ifneq ($(DONE),$(CURDIR))
 .PHONY: $(STAMP)

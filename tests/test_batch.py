@@ -371,6 +371,8 @@ def test_a_dry_run_says_what_would_be_run_and_what_is_there_checks_all_and_touch
     assert not workspace.exists()
     assert call(notebooks, text, "--dry-run", "-p", "dataset", f"folder:{notebooks}/nowhere") == 1
     assert f"{FIRST}: " in (said := capsys.readouterr().err) and "nowhere" in said and "Traceback" not in said
+    assert call(notebooks, text, "--dry-run", "-p", "classifier_run", "nothere") == 1
+    assert "classifier_run is 'nothere', but there is no such run" in capsys.readouterr().err
     (notebooks / "file").touch()
     assert call(notebooks, text, "--dry-run", "--results", str(notebooks / "file" / "results")) == 1
     assert f"because {notebooks / 'file'} is a file" in capsys.readouterr().err

@@ -34,6 +34,23 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def check_runs(jobs: Sequence[Job]) -> None:
+    """Raise RecipeError where a parameter names a run that is neither planned nor there."""
+    planned = {job.run_dir.name for job in jobs}
+    for job in jobs:
+        for name, value in job.parameters.items():
+            if not name.endswith("_run") or not isinstance(value, str) or value.endswith(WEIGHTS):
+                continue
+            if value in ("", "latest", "own", *planned) or value.startswith("pretrained"):
+                continue
+            places = (job.run_dir.parent / value, Path(value).expanduser())
+            if not any((place / "manifest.json").is_file() for place in places):
+                raise RecipeError(
+                    f"{job.label}: {name} is {value!r}, but there is no such run in {job.run_dir.parent}, "
+                    f"nor at that path; give latest, pretrained, the name of a run, or a path"
+                )
+
+
 class Checking:
     """The process that checks the parameters of jobs.
 
@@ -42,6 +59,7 @@ class Checking:
     """
 
     def __init__(self, jobs: Sequence[Job], *, here: bool = True) -> None:
+        check_runs(jobs)
         self.said: TextIO = tempfile.TemporaryFile("w+")
         command = [sys.executable, "-P", "-m", __name__, "here" if here else "elsewhere"]
         self.process = subprocess.Popen(
