@@ -215,7 +215,7 @@ def test_the_attack_notebook_accepts_the_yaml() -> None:
     }
     p = parameters.read(NOTEBOOK, yaml.safe_load(to_yaml(values, {"dataset": "mnist5k"})))
     assert (p.eps, p.steps, p.seed, p.image, p.norm, p.threat_model) == (0.25, 17, 4, 3, "l2", "transfer")
-    assert (p.num_draws, p.missing_rate, p.noise_std, p.transform) == (4, 0.25, 0.2, "rt2")
+    assert (p.num_samples, p.missing_rate, p.noise_std, p.transform) == (4, 0.25, 0.2, "rt2")
 
 
 def test_another_attack_or_norm_brings_what_belongs_to_it() -> None:
@@ -660,7 +660,7 @@ def test_an_image_of_ones_own_is_fitted_attacked_and_can_be_given_its_class() ->
 def test_a_yaml_sets_the_values_and_a_wrong_one_is_a_sentence() -> None:
     explorer = make()
     explorer.refresh()
-    view = ask(explorer, "yaml", text="eps: 0.02\ntransform: rt3\nimage: 4\nnum_draws: 3")
+    view = ask(explorer, "yaml", text="eps: 0.02\ntransform: rt3\nimage: 4\nnum_samples: 3")
     assert [view.values[name] for name in ("eps", "transform", "image", "votes")] == [0.02, "rt3", 4, 3]
     explorer.handle({"do": "yaml", "text": "image: 400"})
     assert "there is no image 400" in explorer.status["text"] and settled(explorer).values["image"] == 4

@@ -99,7 +99,7 @@ CONTROLS = {control.name: control for control in (
             "standard deviation, images in [0, 1]", 0.25, 0, 1, 0.05, 10),
     Control("num_masks", "masks", "range", "more", "RT3: each misses one patch in so many", 4, 2, 16, 1, 64),
     Control("votes", "votes", "range", "more",
-            "samples that decide", 10, 1, 50, 1, 200, parameter="num_draws"),
+            "samples that decide", 10, 1, 50, 1, 200, parameter="num_samples"),
     Control("norm", "norm", "menu", "more", "what \N{GREEK SMALL LETTER EPSILON} is a radius of", "linf"),
     Control("eot_samples", "EOT samples", "range", "more",
             "samples averaged in each gradient", 1, 1, 50, 1, 100),
