@@ -14,10 +14,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from atoplib.probing import PROBE_SIZES, probe_images
+
 PROBABILITY_TOLERANCE = 5e-3  # of the sum of an image's outputs; a softmax in bfloat16 misses 1 by as much
 SAME_FUNCTION = 1e-4  # largest difference of two networks' answers, relative to the largest answer
 # Of probe images, the most usual first.
-PROBE_SIZES = ((32, 32), (28, 28), (64, 64), (224, 224), (96, 96), (128, 128), (24, 40), (299, 299))
 NORMALISATION = "atoplib.classifiers", "Normalize"
 KNOWN = ("atoplib.", "torch.nn.modules.", "torchvision.models.")  # layers that take any memory format
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -379,14 +380,6 @@ def same_answers(
         tolerance = SAME_FUNCTION * max(float(expected.abs().max()), 1e-6)
         return float((answer - expected).abs().max()) <= tolerance
     return False
-
-
-def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
-    """The same images in [0, 1] in every process; of all values, dark, bright, black and white in turn."""
-    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    images[1::4], images[2::4] = 0.1 * images[1::4], 1 - 0.1 * images[2::4]
-    images[3::4] = images[3::4].round()
-    return images
 
 
 @torch.no_grad()

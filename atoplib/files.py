@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,16 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
+    """Move files and folders of ``folder`` to the same places in its next ``superseded-N``; returns that."""
+    archive = folder / f"superseded-{1 + sum(1 for _ in folder.glob('superseded-*'))}"
+    for path in paths:
+        place = archive / path.relative_to(folder)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place)
+    return archive
 
 
 def workspace_dir(workspace: str = "") -> Path:

@@ -11,12 +11,10 @@ import hashlib
 import importlib
 import json
 import os
-import random
 import sys
 import sysconfig
 import types
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,6 @@ PLAIN = ("argparse", "builtins", "collections", "datetime", "decimal", "fraction
 PLAIN += ("operator", "re", "torchvision", "types")
 """Libraries whose objects are told apart by what a copy of them would carry over."""
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib"))
-PROBES = ((3, 32, 32), (5, 32, 32), (1, 28, 28), (3, 64, 64), (3, 224, 224), (1, 32, 32))
-"""Sizes of the images that a network is asked about, the first that it takes."""
 
 
 def _short(*parts: bytes | str) -> str:
@@ -338,11 +334,14 @@ def model_hash(model: Any, images: Any = None) -> str:
     attributes, hooks and replaced functions among them; but for its mode and its seed, which a training or an
     evaluation sets.
 
-    Where a part is neither torch's nor the kit's, also of what the whole answers to fixed images, the first
-    of ``images`` (B, C, H, W) or of ``PROBES``: what is kept where none of this looks changes an answer. A
-    network that answers the same images differently is random, and its answers do not count.
+    Where a part is neither torch's nor the kit's, also of what the whole answers to probe images, or to the
+    first of ``images`` (B, C, H, W) where it takes none of those: what is kept where none of this looks
+    changes an answer. A network that answers the same images differently is random, and its answers do not
+    count.
     """
     import torch
+
+    from atoplib.probing import answers
 
     if not isinstance(model, torch.nn.Module):
         return function_hash(model)
@@ -356,7 +355,7 @@ def model_hash(model: Any, images: Any = None) -> str:
         parts += _walk(kept, {id(model): (0, model)})
     for name, tensor in model.state_dict().items():
         parts.append(f"{name} {tensor_hash(tensor) if isinstance(tensor, torch.Tensor) else repr(tensor)}")
-    return _short(*parts, *(_answers(model, images) if own else ()))
+    return _short(*parts, *(answers(model, images) if own else ()))
 
 
 def _decides(name: str, value: Any) -> bool:
@@ -364,77 +363,3 @@ def _decides(name: str, value: Any) -> bool:
     empty = isinstance(value, bool | int | str | dict | list | tuple | set | None) and not value
     scripted = type(value).__name__ in ("ScriptModule", "ScriptMethod")  # repr is an address; answers tell
     return not scripted and name not in NO_ATTRIBUTES and not (name.startswith("_") and empty)
-
-
-@contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
-    """Leave modes, buffers and every source of random numbers as they were, the network's own, too."""
-    import numpy as np
-    import torch
-
-    modes = [(part, part.training) for part in model.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    generators = [item for part in model.modules() for item in _generators(vars(part))]
-    states = [(item, item.get_state()) for item in generators]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
-    try:
-        with torch.no_grad(), torch.random.fork_rng():
-            yield
-    finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        for generator, state in states:
-            generator.set_state(state)
-        for part, training in modes:
-            part.training = training
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
-
-
-def _generators(values: Any) -> Iterator[Any]:
-    import torch
-
-    for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, torch.Generator):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            yield from _generators(value)
-
-
-def _answers(network: Any, images: Any) -> Iterator[str]:
-    """A digest of what a network makes of fixed images, in eval mode, bright and dark ones; nothing for a
-    random network, or one that takes none of them.
-    """
-    import torch
-
-    tensors = (*network.parameters(), *network.buffers(), torch.zeros(()))
-    weight = next(tensor for tensor in tensors if tensor.is_floating_point())
-    random_images = (torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)) for shape in PROBES)
-    candidates = random_images if images is None else [images[:2].detach().float().cpu()]
-    with _undisturbed(network):
-        network.eval()
-        for probe in candidates:
-            probe = torch.cat([probe, torch.ones_like(probe[:1]), torch.zeros_like(probe[:1])])
-            try:
-                probe = probe.to(weight.device, weight.dtype)
-                first, second = (list(_numbers(network(probe))) for _ in range(2))
-            except Exception:  # whatever a network of another size raises
-                continue
-            if first == second:
-                yield from first
-            return
-
-
-def _numbers(output: Any) -> Iterator[str]:
-    """The numbers of an output; four digits: another number of threads rounds otherwise."""
-    import torch
-
-    if isinstance(output, torch.Tensor):
-        yield "".join(f"{value:.3e} " for value in output.detach().flatten().double().tolist()[:4096])
-    elif isinstance(output, Mapping):
-        yield from (text for value in output.values() for text in _numbers(value))
-    elif isinstance(output, tuple | list):
-        yield from (text for value in output for text in _numbers(value))
-    elif hasattr(output, "logits"):
-        yield from _numbers(output.logits)

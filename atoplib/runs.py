@@ -28,7 +28,7 @@ from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
-from atoplib.files import read_json, workspace_dir, write_json, write_text
+from atoplib.files import read_json, set_aside, workspace_dir, write_json, write_text
 from atoplib.hashing import NO_IDENTITY, json_hash, notebook_hash, path_hash
 from atoplib.parameters import Parameters
 from atoplib.progress import format_seconds
@@ -234,10 +234,7 @@ class Run:
         ]
         if not left:
             return None
-        folder = self.path / f"superseded-{1 + sum(1 for _ in self.path.glob('superseded-*'))}"
-        folder.mkdir()
-        for path in left:
-            os.rename(path, folder / path.name)
+        folder = set_aside(self.path, left)
         self.metrics.clear()
         return folder
 

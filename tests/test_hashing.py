@@ -147,7 +147,7 @@ def test_a_module_counts_as_it_was_imported_until_it_is_reloaded(package, monkey
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("needed", ["pipeline", "transforms", "contract", "purifiers.gated_unet"])
+@pytest.mark.parametrize("needed", ["pipeline", "transforms", "contract", "purifiers.gated"])
 def test_the_code_of_an_evaluation_holds_what_measures(needed):
     graph, waiting = set(), ["atoplib.evaluation.measure"]
     while waiting:

@@ -20,9 +20,8 @@ from atoplib.batch.recipe import (
     stated_cost,
 )
 from atoplib.batch.runner import ENGINES, Outcome, job_state, run_jobs
-from atoplib.files import read_json
+from atoplib.files import read_json, workspace_dir
 from atoplib.plain_yaml import NotPlainYAML, load_yaml
-from atoplib.runs import workspace_dir
 
 A_YEAR = 365 * 24 * 60  # minutes
 MOST_ARRAY = 256  # runs that Slurm is given at once, unless --jobs says otherwise

@@ -10,8 +10,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from atoplib.files import read_json
-from atoplib.runs import in_use, workspace_dir
+from atoplib.files import read_json, workspace_dir
+from atoplib.runs import in_use
 
 NEEDLESS = ("superseded-*", "**/.*.part")
 NEEDLESS_WHEN_COMPLETE = ("state.pt.previous", "state.pt.newest", ".batch")

@@ -25,12 +25,8 @@ from atoplib.runs import NAME_FROM_BATCH, in_use
 POLL_SECONDS = 0.1
 STOP_SECONDS = 60  # for a notebook to save and end after a Ctrl-C
 SAVE_SECONDS = 50  # the part of it in which its cell saves
-START_SECONDS = (
-    600  # for a kernel to start: cold file systems and crowded machines take longer than the usual minute
-)
-LONGEST_SOCKET = (
-    60  # letters of the folder of a kernel's sockets: the system allows about 107 with their names
-)
+START_SECONDS = 600  # for a kernel to start: cold file systems take longer than the usual minute
+LONGEST_SOCKET = 60  # letters of the folder of a kernel's sockets: the system allows 107 with their names
 OUTPUT, PARAMETERS, LOG = "notebook.ipynb", "parameters.json", "papermill.log"
 
 
@@ -105,11 +101,8 @@ def _run_process(job: Job, stop: threading.Event, timeout: float | None, threads
         environment = os.environ | {"IPYTHONDIR": own, "JUPYTER_RUNTIME_DIR": own, "PYTHONUNBUFFERED": "1"}
         environment[NAME_FROM_BATCH] = job.run_dir.name
         environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
-        pipe = {
-            "stdin": subprocess.PIPE,
-            "stdout": log,
-            "stderr": subprocess.STDOUT,
-        }  # stdin ends with this process
+        # standard input ends with this process
+        pipe = {"stdin": subprocess.PIPE, "stdout": log, "stderr": subprocess.STDOUT}
         process = subprocess.Popen(papermill_command(job), env=environment, **pipe)
         try:
             while (code := process.poll()) is None:

@@ -18,7 +18,7 @@ from atoplib.contract import prepare
 from atoplib.decisions import RULES, correct, fixed_sample, full_float32, is_random, reseed, sample_logits
 from atoplib.evaluation.protocols import COUNTS, Protocol, Row, check_protocol, for_classes, radii
 from atoplib.evaluation.results import CLEAN, FILES, WORST, Evaluation, Outcome, worst_case
-from atoplib.files import read_json, write_atomically, write_json
+from atoplib.files import read_json, set_aside, write_atomically, write_json
 from atoplib.hashing import code_hash, environment, function_hash, json_hash, model_hash, tensor_hash
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report, format_seconds
@@ -129,7 +129,7 @@ def evaluate(
     sizes = radii(images, eps, norm)
     sizes = {row.norm: sizes[row.norm] for row in plan.rows if row.norm in sizes}
     facts = {
-        "defences": {name: model_hash(model) for name, model in targets.items()},
+        "defences": {name: model_hash(model, images) for name, model in targets.items()},
         "images": tensor_hash(images),
         "labels": tensor_hash(labels),
         "protocol": plan._asdict() | {"rows": [row._asdict() for row in plan.rows], "votes": plan.num_votes},
@@ -369,12 +369,10 @@ def _open(
         parts = [part for part in {**old, **new} if old.get(part) != new.get(part)] if nested else []
         changed.append(f"{name} ({', '.join(parts)})" if parts else name)
     if changed:
-        archive = run_dir / f"superseded-{1 + sum(1 for _ in run_dir.glob('superseded-*'))}"
-        (archive / "pieces").mkdir(parents=True)
         pieces = [path.relative_to(run_dir).as_posix() for path in run_dir.glob("pieces/*.safetensors")]
         old = [name for name in pieces if name not in wanted]
-        for name in [*old, *(name for name in (*FILES, FACTS) if (run_dir / name).exists())]:
-            (run_dir / name).rename(archive / name)
+        results = [name for name in (*FILES, FACTS) if (run_dir / name).exists()]
+        archive = set_aside(run_dir, [run_dir / name for name in (*old, *results)])
         if notify is not None:
             stay = f"{len(pieces) - len(old)} of {len(wanted)} pieces do not depend on it and stay"
             what = f"Measured anew, because it changed: {'; '.join(changed)}"

@@ -342,22 +342,20 @@ def _number(value: float) -> str:
 def sheet(view: View, title: str = "") -> Image.Image:
     """The same pictures and decisions as one bitmap, dark on white."""
     rows = [row for row in view.rows if row is not None]
-    heads = max((pictures(view, row) for row in rows), key=len)
-    columns = 1 + len(heads)
+    fullest = max((pictures(view, row) for row in rows), key=len)
+    columns = 1 + len(fullest)
     width = MARGIN + columns * (CELL + MARGIN) + 190
     image = Image.new("RGB", (width, 58 + len(rows) * (CELL + 34)), "white")
     pen = ImageDraw.Draw(image)
 
     _write(pen, MARGIN, 8, title, TEXT + 1)
+    heads = [f"clean: {name_of(view, view.label)}", *(cell.column for cell in fullest)]
+    for column, text in enumerate(heads):
+        _write(pen, MARGIN + column * (CELL + MARGIN), 32, text)
+    _paste(image, MARGIN, 50, to_pixels(view.clean))
     for place, row in enumerate(rows):
         y = 50 + place * (CELL + 34)
         cells = pictures(view, row)
-        if place == 0:
-            for number, text in enumerate(
-                [f"clean: {name_of(view, view.label)}", *(cell.column for cell in heads)]
-            ):
-                _write(pen, MARGIN + number * (CELL + MARGIN), y - 18, text)
-            _paste(image, MARGIN, y, to_pixels(view.clean))
         for column, cell in enumerate(cells, start=1):
             x = MARGIN + column * (CELL + MARGIN)
             _paste(image, x, y, cell.pixels)

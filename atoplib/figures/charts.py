@@ -40,7 +40,6 @@ QUANTITIES = {  # label of a panel's axis; other names stand as they are
     "discriminator": "discriminator's GAN loss",
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
-    "seconds": "seconds since the start",
     "learning_rate": "learning rate",
 }
 
@@ -121,7 +120,8 @@ def attack_heatmap(
         part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index([rows, columns])
         table, text = (part[name].unstack().reindex(index=down, columns=across) for name in (value, "text"))
         look = {"cmap": SEQUENTIAL, "linewidths": 1, "annot_kws": {"fontsize": 8}}
-        look |= {"cbar_kws": {"label": values[value]}, "vmin": 0}
+        # where there are several quantities the headings name them
+        look |= {"cbar_kws": {"label": values[value] if len(values) == 1 else ""}, "vmin": 0}
         look["vmax"] = 100.0 if values[value].endswith("(%)") else float(frame[value].max()) or 1.0
         sns.heatmap(table.astype(float), annot=text.fillna("–"), fmt="", ax=one, **look)
         one.set_facecolor("#ececec")  # of cells without a value
@@ -214,14 +214,19 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
 
     Args:
         history: one mapping an epoch, as ``training.fit`` returns it. ``epoch`` is the horizontal axis (1, 2,
-            ... without it); every other number gets a panel. A quantity may be missing in some epochs (a term
-            in its warm-up). Names with ``accuracy`` are shares in [0, 1], shown in percent.
+            ... without it); every other number gets a panel, but ``seconds``, which tell of the machine. A
+            quantity may be missing in some epochs (a term in its warm-up). Names with ``accuracy`` are shares
+            in [0, 1], shown in percent.
 
     Raises:
         ValueError: if there is no epoch, or no number beside ``epoch``.
     """
     frame = pd.DataFrame(list(history))
-    curves = frame.select_dtypes("number").drop(columns="epoch", errors="ignore").dropna(axis=1, how="all")
+    curves = (
+        frame.select_dtypes("number")
+        .drop(columns=["epoch", "seconds"], errors="ignore")
+        .dropna(axis=1, how="all")
+    )
     if not len(history) or not curves.shape[1]:
         raise ValueError(
             "history holds no number beside 'epoch': give entries such as {'epoch': 1, 'loss': 0.5}"

@@ -4,6 +4,7 @@ A figure is one of its own: pyplot does not know it and no global setting is cha
 draw.
 """
 
+import re
 import textwrap
 from collections.abc import Sequence
 from itertools import cycle
@@ -15,6 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from atoplib.evaluation import eps_text
+from atoplib.evaluation.results import NORMS
 from atoplib.files import write_atomically
 
 DPI = 160
@@ -37,8 +39,9 @@ def colours_of(defences: Sequence[str]) -> dict[str, str]:
 
 
 def plain(text: object) -> str:
-    """A text for matplotlib, in which a dollar sign is a dollar sign."""
-    return str(text).replace("$", r"\$")
+    """A text for matplotlib, in which a dollar sign is a dollar sign, and norms stand as they are written."""
+    words = (NORMS.get(word, word) for word in re.split(r"(\W)", str(text)))
+    return "".join(words).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:

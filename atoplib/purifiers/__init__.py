@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import nn
 
-from atoplib.purifiers.deepfill import DeepFillV2
+from atoplib.purifiers.deepfill import DeepFillV2, PatchDiscriminator
 from atoplib.purifiers.denoising import DenoisingAutoencoder
 from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
-from atoplib.purifiers.discriminator import PatchDiscriminator
 from atoplib.purifiers.frozen import FrozenGatedUNet, frozen_unet
-from atoplib.purifiers.gated_unet import GatedUNet
+from atoplib.purifiers.gated import GatedUNet
 from atoplib.purifiers.residual import ResidualPurifier
 
 __all__ = [

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from atoplib.contract import copy_of, is_changed, probe_images, same_answers
-from atoplib.purifiers.gated import check_size
-from atoplib.purifiers.gated_unet import GatedUNet
+from atoplib.contract import copy_of, is_changed, same_answers
+from atoplib.probing import probe_images
+from atoplib.purifiers.gated import GatedUNet, check_size
 
 
 class FrozenGatedUNet(nn.Module):

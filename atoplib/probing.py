@@ -1,0 +1,87 @@
+"""Asking a network about fixed images, without disturbing it: what tells it from another."""
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+PROBE_SIZES = ((32, 32), (28, 28), (64, 64), (224, 224), (96, 96), (128, 128), (24, 40), (299, 299))
+"""Edges of the images that networks are asked about, most usual first."""
+
+
+def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
+    """The same images in [0, 1] in every process; of all values, dark, bright, black and white in turn."""
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    images[1::4], images[2::4] = 0.1 * images[1::4], 1 - 0.1 * images[2::4]
+    images[3::4] = images[3::4].round()
+    return images
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Leave modes, buffers and every source of random numbers as they were, the network's own, too."""
+    modes = [(part, part.training) for part in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    generators = [item for part in model.modules() for item in _generators(vars(part))]
+    states = [(item, item.get_state()) for item in generators]
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
+        for generator, state in states:
+            generator.set_state(state)
+        for part, training in modes:
+            part.training = training
+        with torch.no_grad():
+            for buffer, kept in buffers:
+                buffer.copy_(kept)
+
+
+def _generators(values: Any) -> Iterator[Any]:
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, torch.Generator):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            yield from _generators(value)
+
+
+def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:
+    """What a network makes of the first probe images that it takes, in eval mode, as text; where it takes
+    none, of ``images`` (B, C, H, W). Nothing for a random network, or one that takes none of these either.
+    """
+    tensors = (*network.parameters(), *network.buffers(), torch.zeros(()))
+    weight = next(tensor for tensor in tensors if tensor.is_floating_point())
+    sizes = ((channels, *size) for size in PROBE_SIZES for channels in (3, 5, 1))
+    own = [] if images is None else [images[:4].detach().float()]
+    with undisturbed(network):
+        network.eval()
+        for probe in chain((probe_images(4, *size) for size in sizes), own):
+            try:
+                probe = probe.to(weight.device, weight.dtype)
+                first, second = (list(_numbers(network(probe))) for _ in range(2))
+            except Exception:  # whatever a network of another size raises
+                continue
+            if first == second:
+                yield from first
+            return
+
+
+def _numbers(output: Any) -> Iterator[str]:
+    """The numbers of an output; four digits: another number of threads rounds otherwise."""
+    if isinstance(output, torch.Tensor):
+        yield "".join(f"{value:.3e} " for value in output.detach().flatten().double().tolist()[:4096])
+    elif isinstance(output, Mapping):
+        yield from (text for value in output.values() for text in _numbers(value))
+    elif isinstance(output, tuple | list):
+        yield from (text for value in output for text in _numbers(value))
+    elif hasattr(output, "logits"):
+        yield from _numbers(output.logits)
