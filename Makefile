@@ -32,7 +32,7 @@ help:  ## list the targets
 	@echo "make reproduce             AT, AP and AToP on CIFAR-10, for one GPU; ARGS='--minutes 9' in stages, ARGS=--smoke anywhere"
 	@echo "make test                  run the tests, the notebooks included"
 	@echo "make test-long             those that take long: kills, Slurm, the browser, third-party attacks at length"
-	@echo "make lab                   JupyterLab on the notebooks"
+	@echo "make lab                   JupyterLab on copies of the notebooks in lab/ (delete one to get it afresh)"
 	@echo "make clean-runs            remove replaced runs and leftovers; ARGS=--all: every run in $(WORKSPACE)/runs"
 	@echo "make setup                 install into $(VENV) only (the others do it when needed); PYTHON=PATH to choose"
 	@echo "make lock                  compile requirements.lock again after a change in pyproject.toml (needs uv)"
@@ -57,8 +57,10 @@ reproduce: $(STAMP)  ## AT, AP and AToP on CIFAR-10, for one GPU
 clean-runs: $(STAMP)  ## free the room that no result needs
 	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)
 
-lab: $(STAMP)  ## JupyterLab on the notebooks
-	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/notebooks/00_start.ipynb $(ARGS)
+# On copies, so that running a notebook changes nothing that is tracked; a copy that is there stays as it was left.
+lab: $(STAMP)  ## JupyterLab on copies of the notebooks
+	@mkdir -p lab && for notebook in notebooks/*.ipynb; do [ -e "lab/$${notebook##*/}" ] || cp "$$notebook" lab; done
+	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb $(ARGS)
 
 ifneq ($(DONE),$(CURDIR))
 .PHONY: $(STAMP)

@@ -15,13 +15,13 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
-from numpy.typing import ArrayLike, NDArray
 from scipy.special import betaincinv
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from atoplib.contract import prepare
-from atoplib.decisions import Model, full_float32, reseed, wilson_interval
+from atoplib.decisions import reseed, sample_logits
+from atoplib.evaluation.results import percents
+from atoplib.parameters import above, check_settings
 from atoplib.progress import Report
 from atoplib.transforms import Transform
 
@@ -52,12 +52,8 @@ class NoisyInput(nn.Module):
 
     def __init__(self, classifier: nn.Module, noise_std: float, *, seed: int = 0) -> None:
         super().__init__()
-        if not 0 < noise_std < float("inf"):
-            raise ValueError(
-                f"noise_std must be above 0, got {noise_std}: nothing is certified without noise"
-            )
-        self.classifier, self.noise_std = classifier, noise_std
-        self.training = classifier.training
+        check_settings(noise_std=(noise_std, above(0)))
+        self.classifier, self.noise_std, self.training = classifier, noise_std, classifier.training
         self.reseed(seed)
 
     def reseed(self, seed: int) -> None:
@@ -93,33 +89,12 @@ def input_noise(model: nn.Module) -> float:
     return transform.noise_std / sqrt(model.copies)
 
 
-def lower_bound(successes: ArrayLike, trials: int, alpha: float) -> NDArray[np.float64]:
+def lower_bound(successes: int | np.ndarray, trials: int, alpha: float) -> np.ndarray:
     """One-sided lower confidence bound of a proportion, at level 1 - alpha (Clopper & Pearson 1934); 0 for no
     success."""
-    successes = np.asarray(successes, dtype=np.float64)
-    return np.where(successes == 0, 0.0, betaincinv(np.maximum(successes, 1), trials - successes + 1, alpha))
-
-
-def count_votes(
-    model: Model, images: Float[Tensor, "batch 3 height width"], num_samples: int, *, max_batch: int = 512
-) -> Int[Tensor, "batch classes"]:
-    """How often each image is given each class in ``num_samples`` samples; logits are counted at once and
-    never kept.
-
-    Raises:
-        ValueError: where logits are not finite.
-    """
-    index = torch.arange(num_samples * len(images), device=images.device) % len(images)
-    votes, finite = 0, torch.ones((), dtype=torch.bool, device=images.device)
-    for part in index.split(max_batch):
-        with full_float32(images.device):
-            logits = model(images[part])
-        finite &= torch.isfinite(logits).all()
-        answers = F.one_hot(logits.argmax(dim=1), logits.shape[1])
-        votes += answers.new_zeros(len(images), answers.shape[1]).index_add_(0, part, answers)
-    if not finite:
-        raise ValueError("the model returns logits that are not finite; their vote means nothing")
-    return votes
+    return np.where(
+        np.equal(successes, 0), 0.0, betaincinv(np.maximum(successes, 1), trials - successes + 1.0, alpha)
+    )
 
 
 @torch.no_grad()
@@ -130,7 +105,7 @@ def certify(
     n0: int = 100,
     n: int = 1000,
     alpha: float = 0.001,
-    seed: int | None = 0,
+    seed: int = 0,
     max_batch: int = 512,
     progress: Report | None = None,
 ) -> Certificates:
@@ -147,7 +122,7 @@ def certify(
             them correct certify sigma * Phi^-1(alpha^(1/n)), no more: 2.46 sigma for 1,000 samples, 3.81
             sigma for 100,000.
         alpha: probability, in (0, 1/2), that the certificate of an image is wrong.
-        seed: of the model's random numbers; None: it goes on from where they are.
+        seed: of the model's random numbers.
         max_batch: copies of images that are in memory at once.
         progress: called with samples an image done and in all, and the share of images that may still be
             certified.
@@ -172,25 +147,22 @@ def certify(
         raise ValueError(
             "the model's sample is fixed, and one sample over and over certifies nothing: leave fixed_sample"
         )
-    if seed is not None:
-        reseed(model, seed)
-    classes = count_votes(model, images, n0, max_batch=max_batch).argmax(dim=1)
+    reseed(model, seed)
+    logits = sample_logits(model, images, num_samples=n0, max_batch=max_batch)
+    classes = logits.argmax(dim=2).mode(dim=0).values
     needed = int((lower_bound(np.arange(n + 1), n, alpha) <= 0.5).sum())  # correct samples, of n
-    right = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-    active = torch.arange(len(images), device=images.device)
-    done = 0
+    right, active, done = torch.zeros_like(classes), torch.arange(len(images), device=images.device), 0
     while done < n and len(active):
         samples = min(n - done, max(1, max_batch // len(active)))
-        votes = count_votes(model, images[active], samples, max_batch=max_batch)
-        right[active] += votes.gather(1, classes[active].unsqueeze(1)).squeeze(1)
+        logits = sample_logits(model, images[active], num_samples=samples, max_batch=max_batch)
+        right[active] += (logits.argmax(dim=2) == classes[active]).sum(dim=0)
         done += samples
         active = active[done - right[active] <= n - needed]
         if progress is not None:
             progress(done if len(active) else n, n, "samples", {"certifiable": len(active) / len(images)})
-    bounds = torch.from_numpy(lower_bound(right.cpu().numpy(), n, alpha))
-    abstained = bounds <= 0.5
-    radii = torch.where(abstained, 0.0, noise_std * torch.special.ndtri(bounds))
-    return Certificates(classes, radii.to(images.device), abstained.to(images.device))
+    bounds = torch.from_numpy(lower_bound(right.cpu().numpy(), n, alpha)).to(images.device)
+    radii = torch.where(bounds <= 0.5, 0.0, noise_std * torch.special.ndtri(bounds))
+    return Certificates(classes, radii, bounds <= 0.5)
 
 
 def certified_accuracy(
@@ -211,14 +183,14 @@ def certified_accuracy(
     Raises:
         ValueError: for no image, labels of another number, or a negative radius.
     """
-    if not len(labels) or len(labels) != len(certificates.classes):
-        raise ValueError(f"{len(certificates.classes)} certificates, {len(labels)} labels: give one each")
-    if not all(radius >= 0 for radius in radii):
-        raise ValueError(f"radii must be at least 0 each; got {list(radii)}")
-    correct = (certificates.classes == labels) & ~certificates.abstained
-    held = torch.where(correct, certificates.radii, 0.0).cpu().numpy()
-    counts = [int((held > radius).sum()) for radius in radii]
-    shares = [(count / len(held), *wilson_interval(count, len(held))) for count in counts]
-    frame = 100 * pd.DataFrame(shares, columns=["accuracy", "low", "high"])
-    frame.insert(0, "radius", [float(radius) for radius in radii])
-    return frame
+    count = len(certificates.classes)
+    if not len(labels) or len(labels) != count or not all(radius >= 0 for radius in radii):
+        raise ValueError(
+            f"each certificate needs one label, and radii must be at least 0; got {count} certificates, "
+            f"{len(labels)} labels, radii {list(radii)}"
+        )
+    held = torch.where(certificates.classes == labels, certificates.radii, 0.0).cpu().numpy()
+    return pd.DataFrame(
+        [(float(radius), *percents(int((held > radius).sum()), count)) for radius in radii],
+        columns=["radius", "accuracy", "low", "high"],
+    )

@@ -10,6 +10,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,7 @@ def save(
     if not _is_built_by(kind, architecture, options, module):
         architecture, options = CUSTOM + type(module).__name__, {}
     header = {"format": FORMAT, "kind": kind, "architecture": architecture, "options": dict(options), **facts}
-    tensors, extra = _tensors_of(module)
-    if extra:
-        header["extra_state"] = extra
+    tensors, header["extra_state"] = _tensors_of(module)
     header["sha256"] = _digest(header, tensors)
     metadata = {"atoplib": json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata))
@@ -116,8 +115,8 @@ def _as_bytes(value: Any, name: str) -> Tensor:
 def _digest(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a checkpoint's content: its facts, but for the digest itself, and every name, type, shape
     and number."""
-    facts = json.loads(json.dumps({name: value for name, value in header.items() if name != "sha256"}))
-    hashed = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    facts = {name: value for name, value in header.items() if name != "sha256"}
+    hashed = hashlib.sha256(json.dumps(json.loads(json.dumps(facts)), sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         hashed.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -133,26 +132,24 @@ def read_header(path: Path) -> dict[str, Any]:
         CheckpointError: if the file is truncated, is no safetensors file (a pickle is never opened), or is
             not ours.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; run the notebook that writes it first")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["atoplib"])
+            metadata = file.metadata()
     except (safetensors.SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is not a whole safetensors file ({error}); it is truncated, damaged or of another "
             "format. Delete it and run the notebook that writes it again"
         ) from error
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path} holds no atoplib header; was it written by another program?"
-        ) from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} is not of format {FORMAT}; it was written by another version of atoplib"
-        )
-    return header
+    with suppress(KeyError, TypeError, ValueError, RecursionError):
+        header = json.loads(metadata["atoplib"])
+        if header["format"] == FORMAT:
+            return header
+    raise CheckpointError(
+        f"{path} has no header of format {FORMAT}; it was written by another program, or another version of "
+        "atoplib"
+    )
 
 
 def load(
@@ -170,7 +167,6 @@ def load(
         FileNotFoundError: if there is none.
         CheckpointError: if the file is damaged, of another kind, or its weights do not fit its own header.
     """
-    path = Path(path)
     header = read_header(path)
     if header.get("kind") != kind:
         raise CheckpointError(f"{path} holds a {header.get('kind')}, not a {kind}")
@@ -178,7 +174,7 @@ def load(
     if build is None and ":" in name:  # "package.module:function", too: a file must not choose what is run
         raise CheckpointError(
             f"{path} holds a custom {kind} ({name.rpartition(': ')[2]}), which only its author can build: "
-            f"load it by checkpoints.load_custom(path, make, kind={kind!r})"
+            f"load it by checkpoints.load(path, kind={kind!r}, build=MAKE), where MAKE() builds the network"
         )
     make = build or (lambda: BUILDERS[kind](name, **header["options"]))
     try:
@@ -198,13 +194,6 @@ def load(
     return module.to(device).eval(), header
 
 
-def load_custom(
-    path: Path, make: Callable[[], nn.Module], *, kind: str, device: torch.device | str = "cpu"
-) -> nn.Module:
-    """A custom module that was saved, built by ``make``, in eval mode; errors as ``load``."""
-    return load(path, kind=kind, device=device, build=make)[0]
-
-
 def load_weights(
     module: nn.Module, tensors: Mapping[str, Any], source: Path, extra: Collection[str] = ()
 ) -> None:
@@ -214,9 +203,7 @@ def load_weights(
     """
     _check_shapes(_shapes(module.state_dict()), _shapes(tensors, extra), source)
     try:
-        states = {
-            name: torch.load(io.BytesIO(tensors[name].numpy().tobytes()), weights_only=True) for name in extra
-        }
+        states = {name: torch.load(io.BytesIO(tensors[name].numpy()), weights_only=True) for name in extra}
         module.load_state_dict({**tensors, **states})
     except Exception as error:  # a damaged state may raise anything
         raise CheckpointError(f"the weights in {source} cannot be put into the network: {error}") from error
@@ -334,20 +321,18 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
     """
     problems = []
     # *.newest is there, and whole, when a process was killed between its writing and its renaming.
-    for candidate in (path.with_name(path.name + ".newest"), path, path.with_name(path.name + ".previous")):
-        if not candidate.is_file():
-            continue
+    candidates = [path.with_name(path.name + end) for end in (".newest", "", ".previous")]
+    for candidate in filter(Path.is_file, candidates):
         try:
             # Torch itself does not compare the checksums that it writes.
             with zipfile.ZipFile(candidate) as records:
-                damaged = records.testzip()
-            if damaged is not None:
-                raise ValueError(f"{damaged} is damaged")
+                if records.testzip() is not None:
+                    raise ValueError("a checksum does not fit")
             state = torch.load(candidate, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file may raise anything
             problems.append(f"{candidate} cannot be read ({type(error).__name__}: {first_line(error)})")
-            continue
-        return state, f"{problems[0]}; went on from the state before it" if problems else None
+        else:
+            return state, f"{problems[0]}; went on from the state before it" if problems else None
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}. Delete the run directory to start anew")
     return None, None

@@ -8,6 +8,7 @@ input as ``nn.Sequential(Normalize(mean, std), model)``.
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from inspect import signature
+from itertools import pairwise
 from pkgutil import resolve_name
 from typing import Any
 
@@ -41,8 +42,7 @@ class Normalize(nn.Module):
 
 def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
     """A convolution without bias, followed by batch normalisation."""
-    padding = kernel_size // 2
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=False)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(out_channels))
 
 
@@ -53,8 +53,9 @@ def _pooled_relu(x: Tensor) -> Tensor:
 
 
 def _residual_part(width: int) -> nn.Sequential:
-    parts = [conv_norm(width, width), nn.ReLU(inplace=True), conv_norm(width, width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*parts)
+    return nn.Sequential(
+        conv_norm(width, width), nn.ReLU(inplace=True), conv_norm(width, width), nn.ReLU(inplace=True)
+    )
 
 
 class SmallResNet(nn.Module):
@@ -68,10 +69,6 @@ class SmallResNet(nn.Module):
 
     def __init__(self, num_classes: int, width: int = 24, stem_stride: int = 1) -> None:
         super().__init__()
-        if width < 1 or stem_stride < 1:
-            raise ValueError(
-                f"width and stem_stride must be at least 1, got width={width}, stem_stride={stem_stride}"
-            )
         self.stem = conv_norm(3, width, stride=stem_stride)
         self.down1 = conv_norm(width, 2 * width)
         self.block1 = _residual_part(2 * width)
@@ -112,19 +109,16 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """WideResNet-``depth``-``widen_factor`` for 32 px (Zagoruyko & Komodakis 2016, table 1)."""
+    """WideResNet-``depth``-``widen_factor`` for 32 px (Zagoruyko & Komodakis 2016, table 1), depth 6n + 4."""
 
     def __init__(self, num_classes: int, depth: int = 28, widen_factor: int = 10) -> None:
         super().__init__()
-        if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 6n + 4 (10, 16, 22, 28, ..., 70), got {depth}")
         blocks = (depth - 4) // 6
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, 1, 1, bias=False)]
-        for group, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
-            for block in range(blocks):
-                stride = 2 if group > 0 and block == 0 else 1
-                layers.append(WideBlock(before if block == 0 else after, after, stride))
+        for group, (before, after) in enumerate(pairwise(widths)):
+            layers.append(WideBlock(before, after, stride=2 if group else 1))
+            layers += [WideBlock(after, after, stride=1) for _ in range(blocks - 1)]
         self.features = nn.Sequential(*layers, nn.BatchNorm2d(widths[-1]), nn.ReLU())
         self.head = nn.Linear(widths[-1], num_classes)
 
@@ -132,19 +126,15 @@ class WideResNet(nn.Module):
         return self.head(self.features(x).mean(dim=(2, 3)))
 
 
-def _torchvision_resnet(depth: int, num_classes: int) -> nn.Module:
-    """torchvision's ResNet with the ImageNet stem, freshly initialised, for images of 128 px and more."""
+def _resnet(depth: int, large: bool, num_classes: int) -> nn.Module:
+    """torchvision's ResNet, freshly initialised: ``large`` with the ImageNet stem, for images of 128 px and
+    more; else with a 3x3 stem of stride 1 and no max-pooling, for 32 px."""
     # Here: the other classifiers do without its three seconds of import.
     from torchvision.models import get_model
 
-    return get_model(f"resnet{depth}", weights=None, num_classes=num_classes)
-
-
-def _resnet_32px(depth: int, num_classes: int) -> nn.Module:
-    """The form used at 32 px: a 3x3 stem of stride 1 and no max-pooling."""
-    model = _torchvision_resnet(depth, num_classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-    model.maxpool = nn.Identity()
+    model = get_model(f"resnet{depth}", weights=None, num_classes=num_classes)
+    if not large:
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
     return model
 
 
@@ -152,8 +142,8 @@ CLASSIFIERS: dict[str, Callable[..., nn.Module]] = {
     "small_resnet": SmallResNet,
     "wide_resnet_28_10": lambda num_classes: WideResNet(num_classes, 28, 10),
     "wide_resnet_70_16": lambda num_classes: WideResNet(num_classes, 70, 16),
-    **{f"resnet{depth}": partial(_resnet_32px, depth) for depth in (18, 34, 50)},
-    **{f"resnet{depth}_large": partial(_torchvision_resnet, depth) for depth in (18, 34, 50)},
+    **{f"resnet{depth}": partial(_resnet, depth, False) for depth in (18, 34, 50)},
+    **{f"resnet{depth}_large": partial(_resnet, depth, True) for depth in (18, 34, 50)},
 }
 
 
@@ -166,15 +156,13 @@ def build(
         name: a key of ``CLASSIFIERS`` (``*_large`` for images of 128 px and more, the others for 32 px), or
             ``"package.module:function"``, which is called with the options, and with ``num_classes`` if it
             takes that.
-        num_classes: number of logits, at least 2.
+        num_classes: number of logits.
         mean, std: per channel, of images in [0, 1] (``data.channel_statistics``); None: no normalisation.
         options: what the architecture itself takes, such as ``width`` of ``small_resnet``.
 
     Raises:
-        ValueError: for an unknown name, an option that the architecture lacks, or fewer than two classes.
+        ValueError: for an unknown name, or an option that the architecture lacks.
     """
-    if num_classes < 2:
-        raise ValueError(f"num_classes must be at least 2, got {num_classes}")
     if ":" not in name and name not in CLASSIFIERS:
         raise ValueError(
             f"unknown classifier {name!r}; allowed: {', '.join(CLASSIFIERS)}, or 'package.module:function'"
@@ -200,10 +188,8 @@ def build_custom(
     name = name or (factory if isinstance(factory, str) else getattr(factory, "__qualname__", repr(factory)))
     try:
         function = resolve_name(factory) if isinstance(factory, str) else factory
-        takes = signature(function).parameters
-        if num_classes is not None and (
-            "num_classes" in takes or any(p.kind is p.VAR_KEYWORD for p in takes.values())
-        ):
+        takes = signature(function).parameters.values()
+        if num_classes and any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in takes):
             options = {"num_classes": num_classes, **options}
         network = function(**options)
     except Exception as error:  # somebody's code, or a name that does not exist

@@ -14,12 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from atoplib.probing import PROBE_SIZES, probe_images
+from atoplib.probing import PROBE_SIZES, probe_images, undisturbed
 
 PROBABILITY_TOLERANCE = 5e-3  # of the sum of an image's outputs; a softmax in bfloat16 misses 1 by as much
 SAME_FUNCTION = 1e-4  # largest difference of two networks' answers, relative to the largest answer
-# Of probe images, the most usual first.
-NORMALISATION = "atoplib.classifiers", "Normalize"
 KNOWN = ("atoplib.", "torch.nn.modules.", "torchvision.models.")  # layers that take any memory format
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -38,15 +36,12 @@ class Adapted(nn.Module):
 
     def __init__(self, network: Callable[[Tensor], Any]) -> None:
         super().__init__()
-        if isinstance(network, nn.Module):
-            self.network = network
-        else:
-            object.__setattr__(self, "network", network)
+        self.network = network  # a part of this one, if it is a module
 
     @property
     def training(self) -> bool:
         """The network's own mode."""
-        return getattr(self.__dict__.get("_modules", {}).get("network"), "training", False)
+        return getattr(self.network, "training", False)
 
     @training.setter
     def training(self, mode: bool) -> None:
@@ -57,10 +52,9 @@ class Adapted(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            network = self.__dict__.get("_modules", {}).get("network", self.__dict__.get("network"))
-            if network is None or name.startswith("__"):
+            if name == "network" or name.startswith("__"):
                 raise
-            return getattr(network, name)
+            return getattr(self.network, name)
 
     def forward(
         self, images: Float[Tensor, "batch channels height width"], *others: Any
@@ -92,19 +86,17 @@ def adapt(model: Callable[[Tensor], Any]) -> nn.Module:
 
 
 def _keeps_contract(model: nn.Module) -> bool:
-    """Whether a module keeps the contract by itself: of the kit's own type, or its normalisation and then
-    known layers alone; in float32, its output changed by no hook and no forward of its own."""
-    kind = type(model)
+    """Whether a module keeps the contract by itself: of the kit's own type, or a sequence of known layers
+    that begins with one, such as ``Normalize``; in float32, its output changed by no hook and no forward of
+    its own."""
     if (
         _floating_dtype(model) not in (None, torch.float32)
         or model._forward_hooks
         or "forward" in vars(model)
     ):
         return False
-    if kind.__module__.startswith("atoplib."):
-        return True
-    first = type(model[0]) if kind is nn.Sequential and len(model) else kind
-    return (first.__module__, first.__qualname__) == NORMALISATION and of_known_layers(model)
+    first = model[0] if type(model) is nn.Sequential and len(model) else model
+    return type(first).__module__.startswith("atoplib.") and (first is model or of_known_layers(model))
 
 
 def of_known_layers(model: nn.Module) -> bool:
@@ -130,9 +122,8 @@ def _first_tensor(output: Any) -> Tensor:
     """The logits in what a network returns: itself, ``logits`` of a dict or object, the first of a tuple."""
     if isinstance(output, Tensor):
         return output
-    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(output, tuple | list) and output and inner is None:
-        inner = output[0]
+    first = output[0] if isinstance(output, tuple | list) and output else None
+    inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", first)
     if inner is None:
         raise ContractError(
             f"the model returns a {type(output).__name__}; allowed are logits (batch, classes), a tuple or "
@@ -204,9 +195,10 @@ def _require(condition: bool, message: str) -> None:
 
 def check_eval_mode(model: nn.Module) -> None:
     """Raise ContractError where a part is in train mode: batch statistics and dropout falsify a decision."""
-    wrong = [name.removeprefix("network.") for name, part in model.named_modules() if part.training]
-    name = "the model itself" if wrong and wrong[0] in ("", "network") else "".join(wrong[:1])
-    _require(not wrong, f"the model must be in eval mode, but {name} is in train mode; call model.eval()")
+    wrong = next((name or "the model itself" for name, part in model.named_modules() if part.training), None)
+    _require(
+        wrong is None, f"the model must be in eval mode, but {wrong} is in train mode; call model.eval()"
+    )
 
 
 def check_images(images: Tensor, *, values: bool = True) -> None:
@@ -323,8 +315,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: for a model in train mode, whose normalisation is no fixed function.
     """
-    if any(part.training for part in model.modules()):
-        raise ValueError("only a model in eval mode can be folded; call model.eval()")
+    check_eval_mode(model)
     copied = copy_of(model)
     if copied is model:
         return model
@@ -338,7 +329,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
 
 def _can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
     exact = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
-    return exact and not is_changed(convolution) and not is_changed(norm)
+    return exact and not (is_changed(convolution) or is_changed(norm))
 
 
 def to_channels_last(model: nn.Module) -> nn.Module:
@@ -368,11 +359,9 @@ def same_answers(
 
     Those are batches of images in [0, 1]; None: ``probe_images`` of usual sizes. False where they take none.
     """
-    weights = (*first.parameters(), *first.buffers())
-    device = weights[0].device if weights else torch.device("cpu")
     for images in (probe_images(4, 3, *size) for size in PROBE_SIZES) if probes is None else probes:
         try:
-            expected, answer = (_answer(network, images.to(device)) for network in (first, second))
+            expected, answer = (_answer(network, images) for network in (first, second))
         except Exception:  # not an image of a size that it takes
             continue
         if expected.shape != answer.shape or not expected.isfinite().all():
@@ -382,9 +371,8 @@ def same_answers(
     return False
 
 
-@torch.no_grad()
 def _answer(network: nn.Module, images: Tensor) -> Tensor:
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.autocast(images.device.type, enabled=False):
+    device = next((each.device for each in (*network.parameters(), *network.buffers())), images.device)
+    with undisturbed(network), torch.autocast(device.type, enabled=False):
         torch.manual_seed(0)
-        return adapt(network)(images).float()
+        return adapt(network)(images.to(device)).float()

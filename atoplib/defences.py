@@ -6,20 +6,15 @@ file of weights, of the kit or of another program.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from atoplib import checkpoints, classifiers, runs
-from atoplib.checkpoints import CheckpointError
-from atoplib.contract import freeze
-from atoplib.decisions import pick_device
-from atoplib.hashing import NO_IDENTITY
+from atoplib import checkpoints, classifiers, contract, decisions, hashing, pretrained, runs
 from atoplib.parameters import WEIGHTS, Parameters
 from atoplib.pipeline import load_pipeline
-from atoplib.pretrained import DATASETS, FOLDER, available, pretrained_path
 
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "undefended": ("01_train_classifier", {"adversarial": False, "purifier_run": ""}),
@@ -41,22 +36,15 @@ class Defences(dict[str, nn.Module]):
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self.sources: dict[str, Path] = {}
-        self.missing: dict[str, str] = {}
+        self.sources, self.missing = dict[str, Path](), dict[str, str]()
 
-    def add(
-        self, name: str, p: Parameters, path: Path, classifier: Path, device: torch.device | str | None = None
-    ) -> None:
+    def add(self, name: str, p: Parameters, path: Path, classifier: Path) -> None:
         """Load one from its weights: those of a classifier (``path`` itself), or of a purifier in front of
         it."""
-        device = pick_device(p.device) if device is None else device
-        network = _classifier(p, classifier, device)
-        seed = p.as_dict().get("seed", 0)
+        self[name], self.sources[name] = _classifier(p, classifier), path
         if path != classifier:
-            network = freeze(load_pipeline(path, network, device=device, seed=seed))
-        self[name] = network
-        self.sources[name] = path
+            device, seed = decisions.pick_device(p.device), p.as_dict().get("seed", 0)
+            self[name] = contract.freeze(load_pipeline(path, self[name], device=device, seed=seed))
 
 
 def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None) -> Parameters:
@@ -67,10 +55,13 @@ def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None
     p = runs.resolve(p)
     absent = {}
     for name, rule in p.run_fields.items():
-        if not rule.several and getattr(p, name) == "latest":
-            made = {key: wanted for key, (stage, wanted) in STAGES.items() if stage == rule.stage}
-            defence = next(key for key, wanted in made.items() if wanted.items() >= rule.wanted.items())
-            if p.image_size in (None, 32) and (DATASETS.get(p.dataset), defence.lower()) in available():
+        if not rule.several and getattr(p, name) == "latest" and p.image_size in (None, 32):
+            defence = next(
+                key
+                for key, (stage, wanted) in STAGES.items()
+                if stage == rule.stage and wanted.items() >= rule.wanted.items()
+            )
+            if (pretrained.DATASETS.get(p.dataset), defence.lower()) in pretrained.available():
                 absent[name] = "pretrained"
                 notify(f"{name}: no run of {rule.stage} yet, so the kit's weights for {p.dataset} are used.")
     return p.replace(**absent)
@@ -89,20 +80,18 @@ def find_weights(p: Parameters, which: str, defence: str = "undefended") -> Path
     """
     word, _, dataset = which.partition(":")
     if word == "pretrained":
-        return pretrained_path(dataset or p.dataset, defence)
+        return pretrained.pretrained_path(dataset or p.dataset, defence)
     if which.endswith(WEIGHTS):
         path = Path(which).expanduser()
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")
         return path
     stage, wanted = STAGES[defence]
-    kind = "classifier" if stage == "01_train_classifier" else "purifier"
-    return runs.find_run(p, which, stage, **wanted) / f"{kind}.safetensors"
+    file = "classifier.safetensors" if stage == "01_train_classifier" else "purifier.safetensors"
+    return runs.find_run(p, which, stage, **wanted) / file
 
 
-def load_classifier(
-    p: Parameters, which: str | None = None, *, device: torch.device | str | None = None
-) -> nn.Module:
+def load_classifier(p: Parameters, which: str | None = None) -> nn.Module:
     """A trained classifier, images in [0, 1] -> logits, frozen and in eval mode, faster than in its
     training.
 
@@ -116,34 +105,30 @@ def load_classifier(
             ``load_foreign``.
     """
     which = p.classifier_run if which is None else which
-    network = _classifier(p, find_weights(p, which), device)
+    network = _classifier(p, find_weights(p, which))
     network.source = which
     return network
 
 
-def _classifier(p: Parameters, path: Path, device: torch.device | str | None) -> nn.Module:
-    device = pick_device(p.device) if device is None else device
-    values = p.as_dict()
+def _classifier(p: Parameters, path: Path) -> nn.Module:
+    values, device = p.as_dict(), decisions.pick_device(p.device)
     factory = values.get("classifier") or ""
     try:
         header = checkpoints.read_header(path)
-    except CheckpointError:
+    except checkpoints.CheckpointError:
         if ":" not in factory:
-            raise CheckpointError(
+            raise checkpoints.CheckpointError(
                 f"{path} was not written by atoplib, so it does not say which network it belongs to: name "
                 f"what builds it by classifier: 'package.module:function' (and classifier_options, mean, std)"
             ) from None
         options, norm = values.get("classifier_options"), {name: values.get(name) for name in ("mean", "std")}
-        return freeze(checkpoints.load_foreign(path, factory, options, device=device, **norm))
-    build = None
-    if ":" in str(header.get("architecture")) and header["architecture"] == factory:
-        build = lambda: classifiers.build(factory, **header["options"])  # noqa: E731
-    return freeze(checkpoints.load(path, kind="classifier", device=device, build=build)[0])
+        return contract.freeze(checkpoints.load_foreign(path, factory, options, device=device, **norm))
+    own = ":" in factory and header.get("architecture") == factory
+    build = partial(classifiers.build, factory, **header["options"]) if own else None
+    return contract.freeze(checkpoints.load(path, kind="classifier", device=device, build=build)[0])
 
 
-def load_purifier(
-    p: Parameters, which: str | None = None, *, device: torch.device | str | None = None
-) -> tuple[nn.Module, Mapping[str, Any]]:
+def load_purifier(p: Parameters, which: str | None = None) -> tuple[nn.Module, Mapping[str, Any]]:
     """A pre-trained purifier as it was saved, and the header of its checkpoint (``transform``,
     ``architecture``, ...).
 
@@ -154,14 +139,16 @@ def load_purifier(
         FileNotFoundError, CheckpointError, ValueError: as ``find_weights`` and ``checkpoints.load``.
     """
     path = find_weights(p, p.purifier_run if which is None else which, "AP")
-    return checkpoints.load(path, kind="purifier", device=pick_device(p.device) if device is None else device)
+    return checkpoints.load(path, kind="purifier", device=decisions.pick_device(p.device))
 
 
 def facts(p: Parameters) -> dict[str, Any]:
     """What a checkpoint says of how it was made, beside its weights: the data set and the parameters,
     without places."""
-    parameters = {name: value for name, value in p.as_dict().items() if name not in NO_IDENTITY}
-    return {"dataset": p.dataset, "parameters": parameters}
+    return {
+        "dataset": p.dataset,
+        "parameters": {name: value for name, value in p.as_dict().items() if name not in hashing.NO_IDENTITY},
+    }
 
 
 def source_of(network: nn.Module) -> str:
@@ -175,42 +162,43 @@ def training_flops(path: Path) -> int | None:
     say."""
     try:
         metrics = checkpoints.read_header(path).get("metrics", {})
-    except CheckpointError:  # of another program
+    except checkpoints.CheckpointError:  # of another program
         return None
     own, before = metrics.get("train_flops"), metrics.get("start_flops", 0)
     return None if own is None or before is None else own + before
 
 
 def load_defences(
-    p: Parameters, names: tuple[str, ...] | None = None, *, device: torch.device | str | None = None
+    p: Parameters, names: tuple[str, ...] = tuple(FIELDS), others: Mapping[str, Any] | None = None
 ) -> Defences:
     """The defences that a notebook's parameters name: a classifier alone, or a pipeline in front of the
     classifier that its purifier belongs to (for AToP the one that ``p.atop_classifier_run`` names, ``own``:
     for which it was fine-tuned).
 
     Args:
-        p: resolved (``resolve``). ``others``, where it has that, names further ones: {NAME: RUN}, or {NAME:
-            {"purifier": RUN, "classifier": RUN}}.
-        names: of ``FIELDS``; None takes all that ``p`` has a field for.
+        p: resolved (``resolve``).
+        names: of ``FIELDS``; those that ``p`` has no field for are left out.
+        others: further ones: {NAME: RUN}, or {NAME: {"purifier": RUN, "classifier": RUN}}; None:
+            ``p.others``, where it has that.
 
     Raises:
         FileNotFoundError, ValueError: for the undefended classifier or one of ``others``; what else there
             is not is ``missing``.
     """
     values, found = p.as_dict(), Defences()
-    for name in [name for name in FIELDS if FIELDS[name] in values] if names is None else names:
+    for name in (name for name in names if FIELDS[name] in values):
         try:
             path = find_weights(p, values[FIELDS[name]], name)
-            found.add(name, p, path, _classifier_path(p, path, name), device)
+            found.add(name, p, path, _classifier_path(p, path, name))
         except (FileNotFoundError, ValueError) as error:
             if name == "undefended":
                 raise
             found.missing[name] = f"{name} is left out: {error}"
-    for name, given in values.get("others", {}).items():
+    for name, given in (values.get("others", {}) if others is None else others).items():
         parts = given if isinstance(given, Mapping) else {"purifier": given}
         classifier = find_weights(p, parts.get("classifier", p.classifier_run))
         path = find_weights(p, parts["purifier"], "AP") if "purifier" in parts else classifier
-        found.add(name, p, path, classifier, device)
+        found.add(name, p, path, classifier)
     return found
 
 
@@ -223,8 +211,8 @@ def _classifier_path(p: Parameters, path: Path, defence: str) -> Path:
     if which != "own":
         return find_weights(p, which)
     own = checkpoints.read_header(path).get("classifier", "undefended")
-    if path.parent == FOLDER:
-        return pretrained_path(path.stem.rpartition("-")[0], own)
+    if path.parent == pretrained.FOLDER:
+        return pretrained.pretrained_path(path.stem.rpartition("-")[0], own)
     if own.startswith(checkpoints.CUSTOM):
         raise ValueError(
             f"{defence} was fine-tuned for a custom classifier ({own.removeprefix(checkpoints.CUSTOM)}): "

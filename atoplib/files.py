@@ -2,8 +2,9 @@
 
 import json
 import os
-import tempfile
+import uuid
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,11 @@ NOT_OF_THE_DATA = frozenset(
 them."""
 
 
+def is_data(path: Path) -> bool:
+    """Whether no part of a path within a folder of data is hidden, or of a drive, archive or file system."""
+    return not any(part[0] == "." or part.lower() in NOT_OF_THE_DATA for part in path.parts)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush to disk, then rename; an earlier file
     survives a failure.
@@ -24,12 +30,9 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     Raises:
         OSError: with the path and what to do, when the disk is full or the folder cannot be written.
     """
-    part = None
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-        part = Path(name)
-        os.close(handle)
         write(part)
         with part.open("rb") as file:
             os.fsync(file.fileno())
@@ -41,8 +44,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
             f"choose another folder, then run again"
         ) from error
     finally:
-        if part is not None:
-            part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -83,7 +86,8 @@ def workspace_dir(workspace: str = "") -> Path:
     if workspace:
         return Path(workspace).expanduser().resolve()
     here = Path.cwd()
-    for folder in (here, *here.parents, Path(__file__).resolve().parents[1]):
-        if (folder / "notebooks").is_dir() and (folder / "pyproject.toml").is_file():
-            return folder
-    return here
+    folders = (here, *here.parents, Path(__file__).resolve().parents[1])
+    found = (
+        each for each in folders if (each / "notebooks").is_dir() and (each / "pyproject.toml").is_file()
+    )
+    return next(found, here)

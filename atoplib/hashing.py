@@ -5,12 +5,12 @@ computes. torch is imported only where a tensor or a network is asked about, so 
 """
 
 import ast
+import contextlib
 import dis
 import functools
 import hashlib
 import importlib
 import json
-import os
 import sys
 import sysconfig
 import types
@@ -18,30 +18,35 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from atoplib.files import NOT_OF_THE_DATA
+from atoplib.files import is_data
+from atoplib.parameters import Parameters
 
 PACKAGE = Path(__file__).resolve().parent
 SHOWS_ONLY = ("batch", "explorer", "figures", "progress", "runs")
 """Parts of the package that change no number: they show, keep or start what others compute."""
 NO_IDENTITY = ("workspace", "data_dir", "device", "keep_every")
 """Parameters that tell where a result is made and kept, and do not change what it is."""
+GIVEN = "_given"
+"""The attribute by which a network remembers with which weights it was given to a training."""
 NO_ATTRIBUTES = (
     "seed", "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_generators",
+    GIVEN,
 )  # fmt: skip
-NO_MEMBERS = ("__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__", "__static_attributes__")
-NO_MEMBERS += ("__slotnames__",)  # that copyreg keeps there
-PLAIN = ("argparse", "builtins", "collections", "datetime", "decimal", "fractions", "functools", "itertools")
-PLAIN += ("operator", "re", "torchvision", "types")
+NO_MEMBERS = (
+    "__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__", "__static_attributes__",
+    "__slotnames__",  # that copyreg keeps there
+)  # fmt: skip
+PLAIN = (
+    "argparse", "builtins", "collections", "datetime", "decimal", "fractions", "functools", "itertools",
+    "operator", "re", "torchvision", "types",
+)  # fmt: skip
 """Libraries whose objects are told apart by what a copy of them would carry over."""
 LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib"))
 
 
 def _short(*parts: bytes | str) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()[:16]
+    encoded = (part if isinstance(part, bytes) else part.encode() for part in parts)
+    return hashlib.sha256(b"".join(part + b"\0" for part in encoded)).hexdigest()[:16]
 
 
 def json_hash(value: Any) -> str:
@@ -49,28 +54,16 @@ def json_hash(value: Any) -> str:
     return _short(json.dumps(value, sort_keys=True))
 
 
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def path_hash(path: Path) -> str:
-    """The SHA-256 of a file; of a folder, of the names, sizes and times of all files in it, hidden ones
-    and what is no data aside.
+    """The SHA-256 of a file; of a folder, a digest of the names, sizes and times of all files in it, hidden
+    ones and what is no data aside.
     """
     if path.is_file():
-        return file_hash(path)
-    listing = []
-    for folder, folders, files in os.walk(path):
-        folders[:], files = (
-            sorted(name for name in names if name[0] != "." and name.lower() not in NOT_OF_THE_DATA)
-            for names in (folders, files)
-        )
-        for name in files:
-            facts = (Path(folder) / name).stat()
-            listing.append([os.path.relpath(Path(folder) / name, path), facts.st_size, facts.st_mtime_ns])
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    files = [each for each in sorted(path.rglob("*")) if each.is_file() and is_data(each.relative_to(path))]
+    facts = [(str(file.relative_to(path)), file.stat()) for file in files]
+    return json_hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts])
 
 
 def tensor_hash(tensor: Any) -> str:
@@ -90,74 +83,46 @@ def environment(device: Any = "cpu") -> dict[str, str]:
     return {"torch": torch.__version__, "device": torch.device(device).type, "python": sys.version.split()[0]}
 
 
-def code_hash(*things: Any) -> str:
-    """16 hex digits of the sources of modules of atoplib, given by name, as modules, or by a function or
-    class in them, and of all modules of atoplib that they import, directly or through others; but for
-    ``SHOWS_ONLY``.
+def code_hash(module: str) -> str:
+    """16 hex digits of the source of a module of atoplib, and of all modules of atoplib that it imports,
+    directly or through others; but for ``SHOWS_ONLY``.
 
     Of a module that this process has imported, the source counts that was there when it was first asked
     about, or reloaded.
     """
-    names = {
-        thing if isinstance(thing, str) else getattr(thing, "__module__", None) or thing.__name__
-        for thing in things
-    }
     found: dict[str, str] = {}
-    waiting = sorted(names)
+    waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _source(name)
-        if name in found or path is None or (name.split(".")[1:] or [""])[0] in SHOWS_ONLY:
-            continue
-        source = _text_when_imported(name, path)
-        found[name] = _short(source)
-        waiting += _imports(source)
+        if name not in found and path is not None and name.partition(".")[2].split(".")[0] not in SHOWS_ONLY:
+            found[name] = _text_when_imported(name, path)
+            waiting += _imports(found[name])
     return json_hash(found)
 
 
 def notebook_hash(notebook: Path) -> str:
-    """16 hex digits of a notebook's code cells but its parameters, and of all of atoplib that they import;
-    asked once a process, as long as the file is the same.
-    """
-    return _notebook_hash(notebook, notebook.stat().st_mtime_ns, PACKAGE)
-
-
-@functools.lru_cache(maxsize=64)
-def _notebook_hash(notebook: Path, changed: int, package: Path) -> str:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    code = [
-        cell
-        for cell in cells
-        if cell["cell_type"] == "code" and "parameters" not in cell["metadata"].get("tags", [])
-    ]
-    sources = ["".join(cell["source"]) for cell in code]
-    plain = "\n".join(
-        line for line in "\n".join(sources).splitlines() if not line.lstrip().startswith(("%", "!"))
-    )
-    return json_hash([sources, {name: _graph(name) for name in sorted(set(_imports(plain)))}])
-
-
-def _graph(name: str) -> str:
-    """As ``code_hash``, of what a notebook imports itself: that counts even where it only shows."""
-    path = _source(name)
-    return "" if path is None else code_hash(name) + _short(path.read_bytes())
+    """16 hex digits of a notebook's code cells but its parameters, and of all of atoplib that they import."""
+    cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    sources = ["".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", [])]
+    lines = [line for source in sources for line in source.splitlines()]
+    plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
+    imported = {name: path for name in _imports(plain) if (path := _source(name))}
+    # What a notebook imports itself counts even where it only shows.
+    return json_hash([sources, {name: code_hash(name) + path.read_text() for name, path in imported.items()}])
 
 
 def _source(module: str) -> Path | None:
-    if module.split(".")[0] != "atoplib":
-        return None
     stem = PACKAGE.joinpath(*module.split(".")[1:])
     return next((path for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file()), None)
 
 
 def _text_when_imported(name: str, path: Path) -> str:
-    spec = getattr(sys.modules.get(name), "__spec__", None)  # another object after a reload
-    text = getattr(spec, "_atoplib_source", None)
-    if text is None:
-        text = path.read_text(encoding="utf-8")
-        if spec is not None:
-            spec._atoplib_source = text
-    return text
+    # another object after a reload; of a module that is not imported, nothing is kept
+    spec = getattr(sys.modules.get(name), "__spec__", types.SimpleNamespace())
+    if not hasattr(spec, "_atoplib_source"):
+        spec._atoplib_source = path.read_text(encoding="utf-8")
+    return spec._atoplib_source
 
 
 @functools.lru_cache(maxsize=512)
@@ -165,10 +130,10 @@ def _imports(source: str) -> tuple[str, ...]:
     names = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names if alias.name.split(".")[0] == "atoplib"]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "atoplib":
-            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(names)
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return tuple(name for name in names if name.split(".")[0] == "atoplib")
 
 
 def function_hash(function: Callable[..., Any]) -> str:
@@ -190,72 +155,77 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
         yield f"again {seen[id(value)][0]}"
         return
     seen[id(value)] = len(seen), value
-    module = getattr(value, "__module__", None) or ""
-    if isinstance(value, types.FunctionType):
-        yield from _walk_function(value, module, seen)
-    elif isinstance(value, functools.partial):
-        yield from _walk((value.func, value.args, value.keywords), seen)
-    elif isinstance(value, types.MethodType):
-        yield from _walk((value.__func__, value.__self__), seen)
-    elif isinstance(value, types.CodeType):
-        names = (value.co_name, value.co_names, value.co_varnames, value.co_freevars)
-        yield f"{value.co_code.hex()} {names}"
-        yield from _walk(value.co_consts, seen)
-    elif isinstance(value, types.ModuleType):
-        yield f"module {value.__name__} {_module_code(value.__name__)}"
-        if _is_own(value.__name__):
-            for name, member in sorted(vars(value).items()):
-                if not name.startswith("__"):
-                    yield name
-                    yield from _walk(member, seen)
-    elif isinstance(value, type):
-        yield f"class {module}.{value.__qualname__}"
-        yield from _walk_class(value, module, seen)
-    elif isinstance(value, Mapping):
-        for key in sorted(value, key=repr):
-            yield from _walk((key, value[key]), seen)
-    elif isinstance(value, list | tuple | set | frozenset):
-        yield type(value).__name__
-        for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
-            yield from _walk(item, seen)
-    else:
-        yield from _walk_object(value, module, seen)
+    match value:
+        case types.FunctionType():
+            yield from _walk_function(value, seen)
+        case functools.partial():
+            yield from _walk((value.func, value.args, value.keywords), seen)
+        case types.MethodType():
+            yield from _walk((value.__func__, value.__self__), seen)
+        case types.CodeType():
+            names = (value.co_name, value.co_names, value.co_varnames, value.co_freevars)
+            yield f"{value.co_code.hex()} {names}"
+            yield from _walk(value.co_consts, seen)
+        case types.ModuleType():
+            yield f"module {value.__name__} {_module_code(value.__name__)}"
+            if _is_own(value.__name__):
+                yield from _walk({name: each for name, each in vars(value).items() if name[:2] != "__"}, seen)
+        case type():
+            yield f"class {value.__module__}.{value.__qualname__}"
+            yield from _walk_class(value, seen)
+        case Mapping():
+            for key in sorted(value, key=repr):
+                yield from _walk((key, value[key]), seen)
+        case list() | tuple() | set() | frozenset():
+            yield type(value).__name__
+            for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
+                yield from _walk(item, seen)
+        case _:
+            yield from _walk_object(value, seen)
 
 
-def _walk_function(function: types.FunctionType, module: str, seen: dict) -> Iterator[str]:
+def _walk_function(function: types.FunctionType, seen: dict) -> Iterator[str]:
+    module = function.__module__ or ""
     yield f"function {module}.{function.__qualname__} {_module_code(module)}"
     if not _is_own(module):
         return
-    yield from _walk(function.__code__, seen)
-    yield from _walk((function.__defaults__, function.__kwdefaults__), seen)
+    code, space = function.__code__, function.__globals__
+    yield from _walk([code, function.__defaults__, function.__kwdefaults__], seen)
     for cell in function.__closure__ or ():
         try:
             yield from _walk(cell.cell_contents, seen)
         except ValueError:
             yield "empty cell"  # of a function that refers to itself, not yet bound
-    for name in sorted(_names(function.__code__)):
-        if name in function.__globals__:
+    steps = list(_instructions(code))
+    for name in sorted({step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}):
+        if name in space:  # an attribute of that name is not looked up there
             yield name
-            yield from _walk(function.__globals__[name], seen)
-    for name in sorted(_names(function.__code__, ("IMPORT_NAME",))):
-        try:
-            imported = importlib.import_module(name)
-        except Exception:  # relative, or not there: the call will tell
-            continue
-        yield from _walk(imported, seen)
+            yield from _walk(space[name], seen)
+    for level, names, step in zip(steps, steps[1:], steps[2:], strict=False):
+        if step.opname == "IMPORT_NAME":
+            for imported in _imported(step.argval, names.argval, level.argval, space.get("__package__")):
+                yield from _walk(imported, seen)
 
 
-def _names(code: types.CodeType, by: tuple[str, ...] = ("LOAD_GLOBAL", "LOAD_NAME")) -> set:
-    """The globals that code looks up, or modules that it imports, in nested functions, too; attributes are
-    others' names."""
-    own = {step.argval for step in dis.get_instructions(code) if step.opname in by}
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return own.union(*(_names(each, by) for each in inner))
+def _instructions(code: types.CodeType) -> Iterator[dis.Instruction]:
+    """Of code, and of the functions that are defined in it."""
+    yield from (step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG")
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _instructions(constant)
 
 
-def _walk_class(kind: type, module: str, seen: dict) -> Iterator[str]:
-    yield _module_code(module)
-    if _is_own(module):
+def _imported(name: str, names: tuple[str, ...] | None, level: int, package: str | None) -> Iterator[Any]:
+    """What ``from name import names`` imports, relative to a package by so many dots: modules, also those in
+    them. What cannot be imported is left out: the call will tell."""
+    for each in (name.split(".")[0], name, *(f"{name}.{inner}".lstrip(".") for inner in names or ())):
+        with contextlib.suppress(Exception):  # whatever a module raises
+            yield importlib.import_module("." * level + each, package)
+
+
+def _walk_class(kind: type, seen: dict) -> Iterator[str]:
+    yield _module_code(kind.__module__)
+    if _is_own(kind.__module__):
         for name, member in sorted(vars(kind).items()):
             if name not in NO_MEMBERS:
                 yield name
@@ -263,30 +233,32 @@ def _walk_class(kind: type, module: str, seen: dict) -> Iterator[str]:
         yield from _walk(kind.__bases__, seen)
 
 
-def _walk_object(value: Any, module: str, seen: dict) -> Iterator[str]:
+def _walk_object(value: Any, seen: dict) -> Iterator[str]:
+    import torch
+
     kind = type(value)
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.nn.Module):
-        yield f"network {model_hash(value)}"
-    elif torch is not None and isinstance(value, torch.Tensor):
-        yield f"tensor {tensor_hash(value)}"
-    elif torch is not None and isinstance(value, torch.Generator):
-        yield f"generator {value.device}"  # its state moves; where it decides, it is seeded
-    elif hasattr(value, "__array_interface__"):
-        yield f"array {value.dtype} {value.shape} {_short(value.tobytes())}"
-    elif kind.__module__ == "atoplib.parameters":
-        kept = {name: item for name, item in value.as_dict().items() if name not in NO_IDENTITY}
-        yield from _walk(kept, seen)
-    elif kind.__module__.startswith(tuple(f"atoplib.{name}" for name in SHOWS_ONLY)):
-        yield kind.__qualname__
-    else:
-        yield f"{kind.__module__}.{kind.__qualname__}"
-        if _is_own(kind.__module__):
-            yield from _walk(kind, seen)
-        if _is_own(kind.__module__) or kind.__module__.split(".")[0] in ("atoplib", *PLAIN):
-            yield from _walk([getattr(value, "__dict__", None), _carried(value)], seen)
-        elif kind.__module__ in ("torch", "numpy"):  # dtypes, devices
-            yield repr(value)
+    match value:
+        case torch.nn.Module():
+            yield f"network {model_hash(value)}"
+        case torch.Tensor():
+            yield f"tensor {tensor_hash(value)}"
+        case torch.Generator():
+            yield f"generator {value.device}"  # its state moves; where it decides, it is seeded
+        case Parameters():
+            kept = {name: item for name, item in value.as_dict().items() if name not in NO_IDENTITY}
+            yield from _walk(kept, seen)
+        case _ if hasattr(value, "__array_interface__"):
+            yield f"array {value.dtype} {value.shape} {_short(value.tobytes())}"
+        case _ if kind.__module__.startswith(tuple(f"atoplib.{name}" for name in SHOWS_ONLY)):
+            yield kind.__qualname__
+        case _:
+            yield f"{kind.__module__}.{kind.__qualname__}"
+            if _is_own(kind.__module__):
+                yield from _walk(kind, seen)
+            if _is_own(kind.__module__) or kind.__module__.split(".")[0] in ("atoplib", *PLAIN):
+                yield from _walk([getattr(value, "__dict__", None), _carried(value)], seen)
+            elif kind.__module__ in ("torch", "numpy"):  # dtypes, devices
+                yield repr(value)
 
 
 def _carried(value: Any) -> Any:
@@ -305,17 +277,10 @@ def _is_own(module: str) -> bool:
     """Whether a module is the user's: a notebook, a script, a file of theirs; not atoplib, nor an installed
     library.
     """
-    if module.split(".")[0] in ("atoplib", "builtins", "torch"):
-        return False
-    if module in ("__main__", ""):
-        return True
     file = getattr(sys.modules.get(module), "__file__", None)
-    return file is not None and not str(Path(file).resolve()).startswith(LIBRARIES)
-
-
-@functools.lru_cache(maxsize=512)
-def _version(root: str) -> str:
-    return str(getattr(sys.modules.get(root), "__version__", ""))
+    known = module.split(".")[0] in ("atoplib", "builtins", "torch")
+    library = known or file is None or str(Path(file).resolve()).startswith(LIBRARIES)
+    return module in ("__main__", "") or not library
 
 
 def _module_code(module: str) -> str:
@@ -324,9 +289,9 @@ def _module_code(module: str) -> str:
     if root == "atoplib":
         return code_hash(module)
     if _is_own(module):
-        file = getattr(sys.modules.get(module), "__file__", None)
-        return file_hash(Path(file)) if file and module != "__main__" and Path(file).is_file() else ""
-    return _version(root)
+        file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
+        return path_hash(file) if module != "__main__" and file.is_file() else ""
+    return str(getattr(sys.modules.get(root), "__version__", ""))
 
 
 def model_hash(model: Any, images: Any = None) -> str:
@@ -351,10 +316,9 @@ def model_hash(model: Any, images: Any = None) -> str:
         kind = type(part).__module__.split(".")[0]
         own |= kind not in ("atoplib", "torch", "torchvision") or isinstance(part, torch.jit.ScriptModule)
         kept = {key: value for key, value in vars(part).items() if _decides(key, value)}
-        parts += [name, *_walk_class(type(part), type(part).__module__, {})]
-        parts += _walk(kept, {id(model): (0, model)})
-    for name, tensor in model.state_dict().items():
-        parts.append(f"{name} {tensor_hash(tensor) if isinstance(tensor, torch.Tensor) else repr(tensor)}")
+        parts += [name, *_walk_class(type(part), {}), *_walk(kept, {id(model): (0, model)})]
+    for name, value in model.state_dict().items():
+        parts.append(f"{name} {tensor_hash(value) if isinstance(value, torch.Tensor) else repr(value)}")
     return _short(*parts, *(answers(model, images) if own else ()))
 
 

@@ -25,6 +25,18 @@ def reconstruction_loss(
     return torch.stack([(output - target).abs().mean() for output in outputs]).sum()
 
 
+def psnr_floor_loss(
+    output: Float[Tensor, "batch 3 height width"], target: Float[Tensor, "batch 3 height width"], floor: float
+) -> Float[Tensor, ""]:
+    """Decibels by which images are rebuilt worse than a PSNR of ``floor``, mean over the images; 0 for those
+    that are better: what robustness costs in fidelity is bounded, and not paid for beyond.
+
+    Both images are on [-1, 1]: PSNR = -10 log10(mean squared difference / 4).
+    """
+    squared = (output - target).square().mean(dim=(1, 2, 3)) / 4
+    return F.relu(floor + 10 * (squared + 1e-8).log10()).mean()
+
+
 def discriminator_loss(
     real: Float[Tensor, "batch scores"], fake: Float[Tensor, "batch scores"], kind: str = "hinge"
 ) -> Float[Tensor, ""]:

@@ -15,14 +15,13 @@ torch here."""
 import ast
 import difflib
 import json
+import re
 import types
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin
+from typing import Any, NamedTuple, Union, get_args, get_origin
 
-INJECTED = "# Parameters"  # papermill's first line in the cell that it inserts
 WEIGHTS = (".safetensors", ".pth", ".pt")  # how files of weights end
 Rule = Callable[[Any], Any]
 
@@ -39,8 +38,7 @@ class Parameters:
     """
 
     def __init__(self, values: Mapping[str, Any], run_fields: Mapping[str, "RunOf"] | None = None) -> None:
-        self.__dict__.update(values)
-        self.__dict__["run_fields"] = dict(run_fields or {})
+        self.__dict__.update(values, run_fields=dict(run_fields or {}))
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(
@@ -49,9 +47,6 @@ class Parameters:
 
     def __repr__(self) -> str:
         return f"Parameters({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.as_dict())
 
     def as_dict(self) -> dict[str, Any]:
         """All of them by name, as JSON values."""
@@ -63,14 +58,11 @@ class Parameters:
         Raises:
             ParameterError: for a name that is no parameter.
         """
-        for name in changes:
-            if name not in self.__dict__:
-                raise ParameterError(f"there is no parameter {name!r}{suggestion(name, self)}")
+        check_known(changes, self.as_dict())
         return Parameters(self.as_dict() | changes, self.run_fields)
 
 
-@dataclass(frozen=True)
-class RunOf:
+class RunOf(NamedTuple):
     """The rule of a parameter that names a run of another notebook: ``latest``, a run's name, a path, a file
     of weights, ``pretrained``, or "" for none.
 
@@ -81,11 +73,8 @@ class RunOf:
     """
 
     stage: str
-    wanted: dict[str, Any] = field(default_factory=dict)
+    wanted: Mapping[str, Any] = {}
     several: bool = False
-
-    def __call__(self, value: Any) -> Any:
-        return value
 
 
 def run_of(stage: str, **wanted: Any) -> RunOf:
@@ -120,14 +109,7 @@ def above(low: float, most: float = float("inf")) -> Rule:
 
 def one_of(*allowed: Any) -> Rule:
     """value is one of these."""
-
-    def rule(value: Any) -> Any:
-        if value not in allowed:
-            hint = suggestion(value, map(str, allowed)) if isinstance(value, str) else ""
-            raise ValueError(f"must be one of {', '.join(map(str, allowed))}, got {value!r}{hint}")
-        return value
-
-    return rule
+    return _rule(lambda value: value in allowed, f"must be one of {', '.join(map(str, allowed))}")
 
 
 def each(rule: Rule) -> Rule:
@@ -141,6 +123,20 @@ def each(rule: Rule) -> Rule:
     return of_list
 
 
+def check_settings(**settings: tuple[Any, Rule]) -> None:
+    """Raise ParameterError, with the name, unless each (value, rule) fits."""
+    for name, (value, rule) in settings.items():
+        try:
+            rule(value)
+        except ValueError as error:
+            raise ParameterError(f"{name} {error}") from error
+
+
+def check_counts(**counts: int) -> None:
+    """Raise ValueError unless every number is at least 1."""
+    check_settings(**{name: (count, at_least(1)) for name, count in counts.items()})
+
+
 def _rule(holds: Callable[[Any], bool], says: str) -> Rule:
     def rule(value: Any) -> Any:
         if not holds(value):  # NaN never holds
@@ -150,14 +146,10 @@ def _rule(holds: Callable[[Any], bool], says: str) -> Rule:
     return rule
 
 
-def _folder_name(value: str) -> str:
-    if not value or Path(value).name != value or value.startswith("."):
-        raise ValueError(f"must be a plain folder name, got {value!r}")
-    return value
-
-
 COMMON: dict[str, Rule] = {
-    "experiment": _folder_name,
+    "experiment": _rule(
+        lambda value: Path(value).name == value and value[:1] not in ("", "."), "must be a plain folder name"
+    ),
     "seed": between(0, 2**31 - 1),
     "image_size": at_least(1),
     "max_train": at_least(1),
@@ -175,7 +167,7 @@ def check(
     Args:
         namespace: the notebook's ``globals()``.
         smoke: values that replace others when the parameter ``smoke`` is True: a few images and steps.
-        rules: by parameter; each takes a value and returns it, or raises ValueError. None passes where the
+        rules: by parameter; each takes a value, and raises ValueError unless it fits. None passes where the
             type allows it.
 
     Raises:
@@ -185,31 +177,19 @@ def check(
     kinds = namespace.get("__annotations__", {})
     if not kinds:
         raise ParameterError("the parameters cell was not run: run it first, then this one")
-    for name in (*_injected(namespace), *rules, *(smoke or {})):
-        if name not in kinds:
-            raise ParameterError(
-                f"there is no parameter {name!r}{suggestion(name, kinds)}; allowed: "
-                + ", ".join(sorted(kinds))
-            )
-    values = {}
-    for name, kind in kinds.items():
-        value = convert(name, namespace[name], kind)
-        rule = rules.get(name, COMMON.get(name))
-        try:
-            values[name] = value if value is None or rule is None else rule(value)
-        except ValueError as error:
-            raise ParameterError(f"{name} {error}") from error
+    # what papermill's cell assigned, as the kernel's history of inputs tells
+    cells = [source for source in namespace.get("In", []) if source.lstrip().startswith("# Parameters")]
+    nodes = [node for source in cells for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    injected = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
+    check_known((*injected, *rules, *(smoke or {})), kinds)
+    values = {name: convert(name, namespace[name], kind) for name, kind in kinds.items()}
+    ruled = {name: rule for name, rule in (COMMON | rules).items() if callable(rule)}
+    given = [name for name in ruled if values.get(name) is not None]
+    check_settings(**{name: (values[name], ruled[name]) for name in given})
     _check_weights(values)
     if smoke and values.get("smoke"):
         values |= smoke
     return Parameters(values, {name: rule for name, rule in rules.items() if isinstance(rule, RunOf)})
-
-
-def _injected(namespace: Mapping[str, Any]) -> list[str]:
-    """Names that papermill's cell assigned, as the kernel's history of inputs tells."""
-    cells = [source for source in namespace.get("In", []) if source.lstrip().startswith(INJECTED)]
-    assigned = (node for source in cells for node in ast.parse(source).body if isinstance(node, ast.Assign))
-    return [target.id for node in assigned for target in node.targets if isinstance(target, ast.Name)]
 
 
 def read(notebook: Path, overrides: Mapping[str, Any] | None = None) -> Parameters:
@@ -219,40 +199,23 @@ def read(notebook: Path, overrides: Mapping[str, Any] | None = None) -> Paramete
     Raises:
         ParameterError: as ``check``; the message names the notebook.
     """
-    cells = [
-        cell
-        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-        if cell["cell_type"] == "code"
-    ]
-    first = next(
-        (i for i, cell in enumerate(cells) if "parameters" in cell["metadata"].get("tags", [])), None
-    )
-    if first is None or first + 1 >= len(cells):
+    every = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    cells = [cell for cell in every if cell["cell_type"] == "code"]
+    tagged = [i for i, cell in enumerate(cells[:-1]) if "parameters" in cell["metadata"].get("tags", [])]
+    if not tagged:
         raise ParameterError(
             f"{notebook.name} has no cell tagged 'parameters' with a cell after it that checks them"
         )
     namespace: dict[str, Any] = {"__name__": "parameters", "__annotations__": {}}
-    exec(
-        "".join(cells[first]["source"]), namespace
-    )  # the kit's own cells, or the user's: what a kernel would run
-    known = namespace["__annotations__"]
-    for name in overrides or {}:
-        if name not in known:
-            allowed = ", ".join(sorted(known))
-            raise ParameterError(
-                f"{notebook.stem} has no parameter {name!r}{suggestion(name, known)}; allowed: {allowed}"
-            )
+    # the kit's own cells, or the user's: what a kernel would run
+    exec("".join(cells[tagged[0]]["source"]), namespace)
+    check_known(overrides or {}, namespace["__annotations__"], f"{notebook.stem} has no parameter")
     namespace |= overrides or {}
     try:
-        exec("".join(cells[first + 1]["source"]), namespace)
+        exec("".join(cells[tagged[0] + 1]["source"]), namespace)
+        return namespace["p"]
     except ParameterError as error:
         raise ParameterError(f"{notebook.stem}: {error}") from error
-    found = [value for value in namespace.values() if isinstance(value, Parameters)]
-    if len(found) != 1:
-        raise ParameterError(
-            f"the cell after the parameters of {notebook.name} must make one p = check(globals(), ...)"
-        )
-    return found[0]
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
@@ -274,7 +237,7 @@ def convert(name: str, value: Any, kind: Any) -> Any:
                 return float(Fraction(value.replace(" ", "")))
             except (ValueError, ArithmeticError):  # 1e999, 1/0
                 continue
-        if base is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if base is float and type(value) in (int, float):
             return float(value)
         if base is list and isinstance(value, list | tuple):
             return [
@@ -297,36 +260,45 @@ def _check_weights(values: Mapping[str, Any]) -> None:
     if not {"classifier_run", "classifier", "mean", "std"} <= values.keys():
         return
     run, maker, mean, std = (values[name] for name in ("classifier_run", "classifier", "mean", "std"))
-    if not maker:
-        if values.get("classifier_options") or mean is not None or std is not None:
-            raise ParameterError(
-                "classifier_options, mean and std belong to somebody's network: name it by classifier = "
-                "'package.module:function', or leave them out"
-            )
-        return
-    module, _, function = maker.partition(":")
-    if not function.isidentifier() or not all(part.isidentifier() for part in module.split(".")):
-        raise ParameterError(
-            f"classifier must be 'package.module:function', which builds the network, got {maker!r}"
-        )
-    if not run.endswith(WEIGHTS):
-        raise ParameterError(
+    has_more = values.get("classifier_options") or mean is not None or std is not None
+    faults = (
+        (
+            not maker and has_more,
+            "classifier_options, mean and std belong to somebody's network: name it by classifier = "
+            "'package.module:function', or leave them out",
+        ),
+        (
+            maker and not re.fullmatch(r"\w+(\.\w+)*:\w+", maker),
+            f"classifier must be 'package.module:function', which builds the network, got {maker!r}",
+        ),
+        (
+            maker and not run.endswith(WEIGHTS),
             f"classifier = {maker!r} builds the network of a file of weights, but classifier_run is {run!r}: "
-            f"give the path of a .pth, .pt or .safetensors file"
-        )
-    if (mean is None) != (std is None) or (mean is not None and len(mean) != len(std)):
-        raise ParameterError(
-            f"mean and std belong together, a number a channel, got mean = {mean} and std = {std}"
-        )
-    if std is not None and min(std) <= 0:
-        raise ParameterError(f"std must be a list of positive numbers, got {std}")
+            f"give the path of a .pth, .pt or .safetensors file",
+        ),
+        (
+            maker and (len(mean or []) != len(std or []) or min(std or [1]) <= 0),
+            f"mean and std belong together, a number a channel, those of std positive, got mean = {mean} and "
+            f"std = {std}",
+        ),
+    )
+    for wrong, message in faults:
+        if wrong:
+            raise ParameterError(message)
 
 
-def suggestion(name: str, known: Any) -> str:
-    """`` (did you mean 'eps'?)`` for a name that is not known, "" where none is near: the one that begins it,
-    or that it begins, before others that are spelled alike."""
+def check_known(names: Iterable[str], known: Iterable[str], none: str = "there is no parameter") -> None:
+    """Raise ParameterError for a name that is not known, and suggest one: that begins it, or that it begins,
+    before others that are spelled alike.
+
+    Args:
+        none: what the message begins with.
+    """
     known = sorted(known)
-    starts = [other for other in known if len(other) > 2 and name.lower().startswith(other)]
-    starts += [other for other in known if len(name) > 2 and other.startswith(name.lower())]
-    near = starts[:1] or difflib.get_close_matches(name, known, n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
+    for name in (name for name in names if name not in known):
+        starts = [other for other in known if len(other) > 2 and name.lower().startswith(other)]
+        starts += [other for other in known if len(name) > 2 and other.startswith(name.lower())]
+        near = [
+            f" (did you mean {other!r}?)" for other in starts + difflib.get_close_matches(name, known, n=1)
+        ]
+        raise ParameterError(f"{none} {name!r}{''.join(near[:1])}; allowed: {', '.join(known)}")

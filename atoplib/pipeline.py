@@ -13,11 +13,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib import checkpoints
-from atoplib.contract import adapt, copy_of, fold_batch_norms, freeze, to_channels_last
-from atoplib.purifiers import FrozenGatedUNet, GatedUNet, frozen_unet
-from atoplib.transforms import Transform, TransformSample, assemble, corrupt, sample_transform, visible_part
-
-AVERAGES = ("images", "logits")
+from atoplib.contract import adapt, fold_batch_norms, freeze, to_channels_last
+from atoplib.parameters import above, at_least, between, check_settings, one_of
+from atoplib.purifiers import freeze_purifier
+from atoplib.transforms import Transform, TransformSample, assemble, corrupt, sample_transform
 
 
 class AToPPipeline(nn.Module):
@@ -56,10 +55,7 @@ class AToPPipeline(nn.Module):
         seed: int | None = 0,
     ) -> None:
         super().__init__()
-        if copies < 1:
-            raise ValueError(f"copies must be at least 1, got {copies}")
-        if average not in AVERAGES:
-            raise ValueError(f"unknown average {average!r}; allowed: {', '.join(AVERAGES)}")
+        check_settings(copies=(copies, at_least(1)), average=(average, one_of("images", "logits")))
         self.transform, self.copies, self.average, self.seed = transform, copies, average, seed
         self.purifier = purifier
         self.classifier = adapt(classifier).requires_grad_(False).eval()
@@ -75,9 +71,6 @@ class AToPPipeline(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, whose random numbers start from the seed: a generator cannot be copied."""
         return {**self.__dict__, "_generators": {}}
-
-    def extra_repr(self) -> str:
-        return f"transform={self.transform}, copies={self.copies}, average={self.average}"
 
     def reseed(self, seed: int | None) -> None:
         """Start the pipeline's random numbers anew from ``seed``."""
@@ -134,7 +127,8 @@ class AToPPipeline(nn.Module):
 
     def forward(
         self, images: Float[Tensor, "batch 3 height width"], sample: TransformSample | None = None
-    ) -> Float[Tensor, "batch classes"]:
+    ) -> Float[Tensor, "batch ..."]:
+        """What the classifier answers: logits (B, classes); with ``nn.Identity`` the purified images."""
         if self.average == "images":
             return self.classifier(self.purify(images, sample))
         return self._mean(self.classifier(to_unit(self._each(images, sample)[-1])), images)
@@ -144,11 +138,8 @@ class AToPPipeline(nn.Module):
         sample = self.sample(images) if sample is None else sample
         if self.copies > 1 and sample.masks.shape[1] == self.copies * len(images):
             images = images.repeat(self.copies, 1, 1, 1)
-        if isinstance(self.purifier, FrozenGatedUNet):
-            result = self.purifier.rebuild(visible_part(images, sample), sample.masks.flatten(0, 1))
-        else:
-            noise = () if sample.purifier_noise is None else (sample.purifier_noise.flatten(0, 1),)
-            result = self.purifier(corrupt(images, sample), *noise)
+        noise = () if sample.purifier_noise is None else (sample.purifier_noise.flatten(0, 1),)
+        result = self.purifier(corrupt(images, sample), *noise)
         outputs = (result,) if isinstance(result, Tensor) else tuple(result)
         return tuple(assemble(o.to(torch.promote_types(o.dtype, torch.float32)), sample) for o in outputs)
 
@@ -176,8 +167,7 @@ class AToPPipeline(nn.Module):
         if self.training:
             raise ValueError("only a pipeline in eval mode can be frozen for attacks; call pipeline.eval()")
         frozen = _shallow_copy(self)
-        unet = frozen_unet(self.purifier) if type(self.purifier) is GatedUNet else None
-        frozen.purifier = to_channels_last(copy_of(self.purifier) if unet is None else unet)
+        frozen.purifier = to_channels_last(freeze_purifier(self.purifier))
         frozen.classifier = to_channels_last(fold_batch_norms(self.classifier))
         return frozen.requires_grad_(False).eval()
 
@@ -188,20 +178,6 @@ def _shallow_copy(pipeline: AToPPipeline) -> AToPPipeline:
     copied = copy(pipeline)
     copied._modules = dict(pipeline._modules)
     return copied
-
-
-class FrozenPurifier(nn.Module):
-    """g(t(x)) of a trained pipeline, images in [0, 1] -> purified, for a classifier that is trained on
-    purified images."""
-
-    def __init__(self, pipeline: AToPPipeline) -> None:
-        super().__init__()
-        self.pipeline = pipeline.requires_grad_(False).eval()
-
-    def forward(
-        self, images: Float[Tensor, "batch 3 height width"], sample: TransformSample | None = None
-    ) -> Float[Tensor, "batch 3 height width"]:
-        return self.pipeline.purify(images, sample)
 
 
 class Mixed(nn.Module):
@@ -227,10 +203,7 @@ class Mixed(nn.Module):
         self, natural: nn.Module, defended: nn.Module, alpha: float = 0.5, scale: float = 1.0
     ) -> None:
         super().__init__()
-        if not 0 <= alpha <= 1 or not 0 < scale < float("inf"):
-            raise ValueError(
-                f"alpha must lie in [0, 1] and scale be above 0 and finite, got alpha={alpha}, scale={scale}"
-            )
+        check_settings(alpha=(alpha, between(0, 1)), scale=(scale, above(0, 1e9)))
         self.natural, self.defended = adapt(natural), adapt(defended)
         self.alpha, self.scale = alpha, scale
         self.eval()
@@ -238,9 +211,6 @@ class Mixed(nn.Module):
     def freeze_for_attack(self) -> "Mixed":
         """The same mixture of the branches as ``contract.freeze`` makes them."""
         return Mixed(freeze(self.natural), freeze(self.defended), self.alpha, self.scale)
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}, scale={self.scale}"
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
         # The mixture of log-probabilities, so that what is 0 in float32 keeps a gradient.

@@ -1,7 +1,7 @@
 """Asking a network about fixed images, without disturbing it: what tells it from another."""
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 PROBE_SIZES = ((32, 32), (28, 28), (64, 64), (224, 224), (96, 96), (128, 128), (24, 40), (299, 299))
 """Edges of the images that networks are asked about, most usual first."""
@@ -26,24 +27,21 @@ def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave modes, buffers and every source of random numbers as they were, the network's own, too."""
-    modes = [(part, part.training) for part in model.modules()]
+    parts = list(model.modules())
+    modes = [(part, part.training) for part in parts]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    generators = [item for part in model.modules() for item in _generators(vars(part))]
-    states = [(item, item.get_state()) for item in generators]
-    numpy_state, python_state = np.random.get_state(), random.getstate()
+    own = [(item.set_state, item.get_state()) for part in parts for item in _generators(vars(part))]
+    states = [*own, (np.random.set_state, np.random.get_state()), (random.setstate, random.getstate())]
     try:
         with torch.no_grad(), torch.random.fork_rng():
             yield
     finally:
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        for generator, state in states:
-            generator.set_state(state)
+        for set_state, state in states:
+            set_state(state)
         for part, training in modes:
             part.training = training
-        with torch.no_grad():
-            for buffer, kept in buffers:
-                buffer.copy_(kept)
+        for buffer, kept in buffers:
+            buffer.data.copy_(kept)
 
 
 def _generators(values: Any) -> Iterator[Any]:
@@ -60,14 +58,14 @@ def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:
     """
     tensors = (*network.parameters(), *network.buffers(), torch.zeros(()))
     weight = next(tensor for tensor in tensors if tensor.is_floating_point())
-    sizes = ((channels, *size) for size in PROBE_SIZES for channels in (3, 5, 1))
+    probes = (probe_images(4, channels, *size) for size in PROBE_SIZES for channels in (3, 5, 1))
     own = [] if images is None else [images[:4].detach().float()]
     with undisturbed(network):
         network.eval()
-        for probe in chain((probe_images(4, *size) for size in sizes), own):
+        for probe in chain(probes, own):
             try:
                 probe = probe.to(weight.device, weight.dtype)
-                first, second = (list(_numbers(network(probe))) for _ in range(2))
+                first, second = (_numbers(network(probe)) for _ in range(2))
             except Exception:  # whatever a network of another size raises
                 continue
             if first == second:
@@ -75,13 +73,7 @@ def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:
             return
 
 
-def _numbers(output: Any) -> Iterator[str]:
+def _numbers(output: Any) -> list[str]:
     """The numbers of an output; four digits: another number of threads rounds otherwise."""
-    if isinstance(output, torch.Tensor):
-        yield "".join(f"{value:.3e} " for value in output.detach().flatten().double().tolist()[:4096])
-    elif isinstance(output, Mapping):
-        yield from (text for value in output.values() for text in _numbers(value))
-    elif isinstance(output, tuple | list):
-        yield from (text for value in output for text in _numbers(value))
-    elif hasattr(output, "logits"):
-        yield from _numbers(output.logits)
+    tensors = [each for each in tree_leaves(getattr(output, "logits", output)) if isinstance(each, Tensor)]
+    return [" ".join(f"{value:.3e}" for value in each.flatten()[:4096].tolist()) for each in tensors]

@@ -5,7 +5,6 @@ it by tqdm.
 import sys
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from tqdm import tqdm
 
@@ -41,7 +40,7 @@ class Progress:
         self.title, self.listener, self.every = title, listener, every
         self.first: int | None = None  # what was done before: a resumed training has not done it now
         self.started = self.last_shown = 0.0
-        self.display: Any = None
+        self.displayed = False
 
     def __call__(
         self, done: int, total: int, unit: str = "it", numbers: Mapping[str, float] | str | None = None
@@ -53,40 +52,27 @@ class Progress:
         if done < total and self.last_shown and now - self.last_shown < self.every:
             return
         self.last_shown = now
-        self._show(self.line(done, total, unit, numbers or {}, now - self.started))
-
-    def line(
-        self, done: int, total: int, unit: str, numbers: Mapping[str, float] | str, elapsed: float
-    ) -> str:
-        """The text of the line: percent, rate and time left, and further numbers."""
-        more = (
-            numbers
-            if isinstance(numbers, str)
-            else ", ".join(f"{name} {value:.3g}" for name, value in numbers.items())
-        )
-        return tqdm.format_meter(
+        if not isinstance(numbers, str):
+            numbers = ", ".join(f"{name} {value:.3g}" for name, value in (numbers or {}).items())
+        line = tqdm.format_meter(
             done,
             total,
-            elapsed,
-            initial=self.first or 0,
+            now - self.started,
+            initial=self.first,
             ncols=None,
             unit=f" {unit}",
             prefix=self.title,
-            postfix=more or None,
+            postfix=numbers or None,
         )
-
-    def _show(self, line: str) -> None:
         if self.listener is not None:
             self.listener(line)
         ipython = sys.modules.get("IPython")
         if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
             from IPython.display import display
 
-            data = {"text/plain": line}
-            if self.display is None:
-                self.display = display(data, raw=True, display_id=True)
-            else:
-                self.display.update(data, raw=True)
+            display(
+                {"text/plain": line}, raw=True, display_id=f"{self.title} {id(self)}", update=self.displayed
+            )
+            self.displayed = True
         elif sys.stderr.isatty():
-            sys.stderr.write(f"\r\x1b[2K{line}")
-            sys.stderr.flush()
+            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)

@@ -14,28 +14,26 @@ a run is opened."""
 
 import os
 import platform
-import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
+from atoplib import hashing, progress
 from atoplib.files import read_json, set_aside, workspace_dir, write_json, write_text
-from atoplib.hashing import NO_IDENTITY, json_hash, notebook_hash, path_hash
 from atoplib.parameters import Parameters
-from atoplib.progress import format_seconds
 
 NAME_FROM_BATCH = "ATOPLIB_RUN"
 """The environment variable by which a batch tells a notebook the name of its run."""
 PACKAGES = ("torch", "torchvision", "numpy", "torchattacks", "papermill")
+EDITED = "edited by hand"  # in place of a hash, of code that no file holds
 
 
 class RunInUse(RuntimeError):
@@ -53,9 +51,11 @@ def run_name(stage: str, values: Mapping[str, Any]) -> str:
     if planned.startswith(f"{stage}-"):
         return planned
     # what is `latest` after it was resolved has no run: the kit's own weights, as a notebook then calls them
-    known = {name: "pretrained" if value == "latest" else value for name, value in values.items()}
-    kept = {name: value for name, value in known.items() if name not in NO_IDENTITY}
-    return f"{stage}-{json_hash(kept)[:8]}"
+    kept = {
+        name: "pretrained" if values[name] == "latest" else values[name]
+        for name in {*values} - {*hashing.NO_IDENTITY}
+    }
+    return f"{stage}-{hashing.json_hash(kept)[:8]}"
 
 
 def resolve(p: Parameters) -> Parameters:
@@ -88,12 +88,11 @@ def find_run(p: Parameters, which: str, stage: str, **wanted: Any) -> Path:
     wanted = {"dataset": p.dataset, "image_size": p.image_size} | wanted
     nearest = ""
     for path in reversed(complete_runs(folder, stage)):
-        values = read_json(path / "parameters.json") or {}
-        own = {
-            name: values.get(name, type(value)()) for name, value in wanted.items()
-        }  # an older run did not know it: False, ""
+        own = read_json(path / "parameters.json") or {}
         others = [
-            f"{name} = {own[name]!r}, not {value!r}" for name, value in wanted.items() if own[name] != value
+            f"{name} = {own.get(name)!r}, not {value!r}"
+            for name, value in wanted.items()
+            if own.get(name, type(value)()) != value  # an older run did not know it: False, ""
         ]
         if not others:
             return path
@@ -109,62 +108,37 @@ def complete_runs(folder: Path, stage: str = "*") -> list[Path]:
     """Complete runs of a stage in an experiment's folder; the one that ended last is the last, whatever the
     clock said.
     """
-    return [
-        path
-        for _, _, path in sorted(_ended(folder, stage))
-        if (read_json(path / "manifest.json") or {})["status"] == "complete"
-    ]
+    return [path for *_, path, status in sorted(_ended(folder, stage)) if status == "complete"]
 
 
-def _ended(folder: Path, stage: str) -> Iterator[tuple[int, str, Path]]:
+def _ended(folder: Path, stage: str) -> Iterator[tuple[int, str, Path, str]]:
+    """The runs that ended: a number and a time by which they are sorted, directory, and status."""
     for path in folder.glob(f"{stage}-*"):
         manifest = read_json(path / "manifest.json") or {}
         if stage in ("*", manifest.get("stage")) and "ended" in manifest:
-            number = manifest.get("number", 0)
-            yield number if isinstance(number, int) else 0, str(manifest["ended"]), path
+            yield manifest.get("number", 0), manifest["ended"], path, manifest["status"]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # one run
 
 
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> FileLock:
     """Hold a lock file, which the system frees when the process ends, even by ``kill -9``; the file itself
-    stays.
-
-    Raises:
-        RunInUse: if another process holds it.
-        OSError: if the file cannot be written, with what to do.
-    """
-    lock = _lock(path)
-    try:
-        yield
-    finally:
-        if lock is not None:
-            lock.release()
-
-
-def _lock(path: Path) -> FileLock | None:
-    lock = FileLock(
-        path, timeout=0, is_singleton=True
-    )  # this process may ask again: a cell is executed twice
+    stays."""
+    lock = FileLock(path, timeout=0, is_singleton=True)  # this process may ask again: a cell executed twice
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
         manifest = read_json(path.parent / "manifest.json") or {}
-        holder = (
-            f"process {manifest['process']} on {manifest.get('host')}"
-            if "process" in manifest
-            else "another process"
-        )
         raise RunInUse(
-            f"{path.parent} is in use by {holder}. Wait until it ends or stop it, then run again; "
-            f"no file was touched"
+            f"{path.parent} is in use by process {manifest.get('process', '?')} on "
+            f"{manifest.get('host', 'another machine')}. Wait until it ends or stop it, then run again; no "
+            f"file was touched"
         ) from None
     except NotImplementedError:
-        lock = None  # a file system without locks, as some network ones, is used without
+        pass  # a file system without locks, as some network ones, is used without
     except OSError as error:
         raise OSError(
             error.errno,
@@ -176,28 +150,21 @@ def _lock(path: Path) -> FileLock | None:
 
 def in_use(run_dir: Path) -> bool:
     """Whether another process works in a run's directory now."""
-    if not (run_dir / "run.lock").is_file():
-        return False
     try:
-        with locked(run_dir / "run.lock"):
-            return False
+        if (run_dir / "run.lock").is_file():
+            _lock(run_dir / "run.lock").release()
     except RunInUse:
         return True
+    return False
 
 
 class Run:
     """A run's directory; made by ``open_run``. ``finish`` ends it, or leaving it as a context manager."""
 
-    def __init__(
-        self, path: Path, parameters: Parameters, manifest: dict[str, Any], lock: FileLock | None
-    ) -> None:
+    def __init__(self, path: Path, parameters: Parameters, manifest: dict[str, Any], lock: FileLock) -> None:
         self.path, self.parameters, self.manifest = path, parameters, manifest
         self.metrics: dict[str, Any] = read_json(path / "metrics.json") or {}
-        self.started = time.monotonic()
-        self._lock = lock
-
-    def __repr__(self) -> str:
-        return f"Run({self.path.name}, {self.manifest['status']})"
+        self._lock, self.started = lock, time.monotonic()
 
     @property
     def state_path(self) -> Path:
@@ -222,56 +189,35 @@ class Run:
         with suppress(OSError):
             write_text(self.path / "progress.txt", line + "\n")
 
-    def supersede(self, patterns: Iterable[str] = ("*",)) -> Path | None:
+    def supersede(self, patterns: Iterable[str]) -> Path:
         """Move what an earlier call left, files and folders that match the patterns, into superseded-N/, and
-        forget its metrics; None where there is nothing. What tells about this call stays."""
-        kept = ("run.lock", "parameters.json", "manifest.json", "progress.txt")
-        found = {path for pattern in patterns for path in self.path.glob(pattern)}
-        left = [
-            path
-            for path in sorted(found)
-            if path.name not in kept and not path.name.startswith(("superseded-", "."))
-        ]
-        if not left:
-            return None
-        folder = set_aside(self.path, left)
+        forget its metrics."""
         self.metrics.clear()
-        return folder
+        return set_aside(self.path, {path for pattern in patterns for path in self.path.glob(pattern)})
 
-    def age(self, name: str = "state.pt") -> str:
-        """How long ago one of the run's files was written, such as ``21 min 05 s``; "" if there is none."""
-        path = self.path / name
-        return format_seconds(time.time() - path.stat().st_mtime) if path.is_file() else ""
+    def age(self) -> str:
+        """How long ago its training's state was written, such as ``21 min 05 s``."""
+        return progress.format_seconds(time.time() - self.state_path.stat().st_mtime)
 
     def finish(self, status: str = "complete", error: str = "", **metrics: Any) -> None:
         """Write how the run ended, and free its directory."""
-        if metrics:
-            self.record(**metrics)
-        numbers = (number for number, _, _ in _ended(self.path.parent, self.manifest["stage"]))
+        self.record(**metrics)
+        ended = _ended(self.path.parent, self.manifest["stage"])
         self.manifest |= {
             "status": status,
             "seconds": round(self.manifest.get("seconds", 0) + time.monotonic() - self.started, 2),
             "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "number": 1 + max(numbers, default=0),
+            "number": 1 + max((number for number, *_ in ended), default=0),
         } | ({"error": error} if error else {})
-        if self.path.is_dir():
-            write_json(self.path / "manifest.json", self.manifest)
-        if self._lock is not None:
-            self._lock.release(force=True)
+        write_json(self.path / "manifest.json", self.manifest)
+        self._lock.release(force=True)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.finish()
-        else:
-            self.finish(
-                "interrupted" if isinstance(error, KeyboardInterrupt) else "failed",
-                f"{kind.__name__}: {error}",
-            )
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        status = {None: "complete", KeyboardInterrupt: "interrupted"}.get(kind, "failed")
+        self.finish(status, f"{kind.__name__}: {error}" if kind else "")
 
 
 def open_run(
@@ -296,19 +242,29 @@ def open_run(
     for left_over in path.rglob(".*.part"):  # of a process that was killed while it wrote
         left_over.unlink(missing_ok=True)
     before = read_json(path / "manifest.json") or {}
+    begun = {} if before.get("status") == "complete" else before
     if str(p.as_dict().get("dataset", "")).startswith("folder:"):
         inputs = {**(inputs or {}), "data": Path(p.dataset.removeprefix("folder:")).expanduser()}
-    manifest: dict[str, Any] = {
+    notebook = notebook or Path(__file__).resolve().parents[1] / "notebooks" / f"{stage}.ipynb"
+    manifest = {
         "stage": stage,
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": before.get("seconds", 0) if before.get("status") != "complete" else 0,
-        "attempts": 1 + (before.get("attempts", 0) if before.get("status") != "complete" else 0),
+        "seconds": begun.get("seconds", 0),
+        "attempts": 1 + begun.get("attempts", 0),
         "seed": p.as_dict().get("seed"),
-        "inputs": {name: _input(Path(file)) for name, file in (inputs or {}).items()},
+        "inputs": {
+            name: {
+                "file": "/".join(file.parts[-2:]),
+                "path": str(file.resolve()),
+                "sha256": hashing.path_hash(file),
+            }
+            for name, file in (inputs or {}).items()
+        },
         "process": os.getpid(),
-        "host": socket.gethostname(),
-        **identity(notebook or notebook_path(stage)),
+        "host": platform.node(),
+        **identity(notebook),
+        **({"code": EDITED} if _is_edited(notebook) else {}),
         "revision": _revision(Path(__file__).parent),
         "platform": platform.platform(),
         "hardware": _hardware(p.as_dict().get("device", "auto")),
@@ -318,9 +274,17 @@ def open_run(
     return Run(path, p, manifest, lock)
 
 
-def notebook_path(stage: str) -> Path:
-    """The notebook of a stage in the project."""
-    return Path(__file__).resolve().parents[1] / "notebooks" / f"{stage}.ipynb"
+def _is_edited(notebook: Path) -> bool:
+    """Whether this process is a notebook's, and executed a cell that the file does not hold, but for its
+    parameters: what was edited and not saved, or saved elsewhere, is another notebook."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    content = read_json(notebook)
+    if shell is None or content is None:
+        return False
+    sources = {"".join(cell["source"]).strip(): cell["metadata"].get("tags", []) for cell in content["cells"]}
+    parameters = [text.splitlines()[0] for text, tags in sources.items() if "parameters" in tags]
+    others = {cell.strip() for cell in shell.history_manager.input_hist_raw} - {"", *sources}
+    return any(cell.splitlines()[0] not in ("# Parameters", *parameters) for cell in others)
 
 
 def identity(notebook: Path) -> dict[str, Any]:
@@ -328,15 +292,16 @@ def identity(notebook: Path) -> dict[str, Any]:
     imports, and releases of the packages that decide numbers."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return {"code": notebook_hash(notebook) if notebook.is_file() else "", "versions": versions}
+        with suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {"code": hashing.notebook_hash(notebook) if notebook.is_file() else "", "versions": versions}
 
 
 def difference(run_dir: Path, notebook: Path) -> str:
     """What has changed since a run was made, in one sentence; "" if nothing has."""
-    manifest = read_json(run_dir / "manifest.json") or {}
-    now = identity(notebook)
+    manifest, now = read_json(run_dir / "manifest.json") or {}, identity(notebook)
+    if manifest.get("code") == EDITED:
+        return f"{notebook.name} had been edited by hand when it was made"
     if manifest.get("code") != now["code"]:
         return f"the code of {notebook.name}, or of atoplib that it uses, has changed"
     before = manifest.get("versions", {})
@@ -345,9 +310,11 @@ def difference(run_dir: Path, notebook: Path) -> str:
             return f"{name} is {release}, it was {before.get(name)}"
     for name, noted in manifest.get("inputs", {}).items():
         path = Path(noted["path"])
-        if not path.exists() or path_hash(path) != noted["sha256"]:
-            state = "another" if path.exists() else "gone"
-            return f"the {name} that it was made from, {noted['file']}, is {state}"
+        if not path.exists() or hashing.path_hash(path) != noted["sha256"]:
+            return (
+                f"the {name} that it was made from, {noted['file']}, is "
+                f"{'another' if path.exists() else 'gone'}"
+            )
     return ""
 
 
@@ -359,24 +326,18 @@ def latest_line(run_dir: Path) -> str:
         return ""
 
 
-def _input(path: Path) -> dict[str, str]:
-    return {"file": f"{path.parent.name}/{path.name}", "path": str(path.resolve()), "sha256": path_hash(path)}
-
-
-@cache
 def _revision(folder: Path) -> str:
-    """The git revision of a folder, ``+changes`` if it was edited since; ``unknown`` outside a checkout."""
-    command = ["git", "-C", str(folder)]
-    try:
-        revision = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10)
-        changes = subprocess.run(
-            [*command, "status", "--porcelain"], capture_output=True, text=True, timeout=10
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    if revision.returncode:
-        return "unknown"
-    return revision.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
+    """The git revision of a folder, ``+changes`` if a file was edited since; ``unknown`` outside a
+    checkout."""
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(
+            ("git", "-C", folder, "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"),
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        ).stdout.strip()
+    return "unknown"
 
 
 def _hardware(device: str) -> str:

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from atoplib.parameters import at_least, between, check_settings, one_of
+
 TRANSFORMS = ("none", "rt1", "rt2", "rt3")
 
 
@@ -37,18 +39,13 @@ class Transform:
     grid_size: int = 8
 
     def __post_init__(self) -> None:
-        if self.name not in TRANSFORMS:
-            raise ValueError(f"unknown transform {self.name!r}; allowed: {', '.join(TRANSFORMS)}")
-        if not 0 <= self.missing_rate < 1:
-            raise ValueError(f"missing_rate must lie in [0, 1), got {self.missing_rate}")
-        if not 0 <= self.noise_std <= 10:
-            raise ValueError(f"noise_std must lie in [0, 10] (images lie in [0, 1]), got {self.noise_std}")
-        if self.grid_size < 1:
-            raise ValueError(f"grid_size must be at least 1, got {self.grid_size}")
-        if not 2 <= self.num_masks <= max(2, self.grid_size**2):
-            raise ValueError(
-                f"num_masks must lie in [2, {self.grid_size**2}] for this grid, got {self.num_masks}"
-            )
+        check_settings(
+            name=(self.name, one_of(*TRANSFORMS)),
+            missing_rate=(self.missing_rate, between(0, 1 - 1e-9)),
+            noise_std=(self.noise_std, between(0, 10)),  # images lie in [0, 1]
+            grid_size=(self.grid_size, at_least(1)),
+            num_masks=(self.num_masks, between(2, max(2, self.grid_size**2))),
+        )
 
 
 class TransformSample(NamedTuple):
@@ -72,12 +69,6 @@ class TransformSample(NamedTuple):
         noise = None if self.noise is None else self.noise[rows]
         planes = None if self.purifier_noise is None else self.purifier_noise[:, rows]
         return TransformSample(noise, self.masks[:, rows], self.composite, planes)
-
-    def repeated(self, count: int) -> "TransformSample":
-        """The sample of a single image, the same for ``count`` images."""
-        noise = None if self.noise is None else self.noise.expand(count, -1, -1, -1)
-        planes = None if self.purifier_noise is None else self.purifier_noise.expand(-1, count, -1, -1, -1)
-        return TransformSample(noise, self.masks.expand(-1, count, -1, -1, -1), self.composite, planes)
 
 
 def patch_size(height: int, width: int, grid_size: int) -> tuple[int, int]:
@@ -144,30 +135,6 @@ def _to_pixels(patch_mask: Tensor, height: int, width: int, grid_size: int) -> T
     return cells.reshape(*patch_mask.shape[:-1], 1, height, width)
 
 
-def add_noise(
-    images: Float[Tensor, "batch 3 height width"], sample: TransformSample
-) -> Float[Tensor, "batch 3 height width"]:
-    """clip(x + n, 0, 1), images in [0, 1]; the images themselves where the sample has no noise."""
-    return images if sample.noise is None else (images + sample.noise).clamp(0, 1)
-
-
-def visible_part(
-    images: Float[Tensor, "batch 3 height width"], sample: TransformSample
-) -> Float[Tensor, "copies 3 height width"]:
-    """The first three planes of ``corrupt``: noisy RGB on the [-1, 1] scale, a missing pixel 0. Arguments as
-    there."""
-    masks = sample.masks
-    if images.shape[0] != masks.shape[1] or images.shape[2:] != masks.shape[3:]:
-        raise ValueError(
-            f"the sample is one for {tuple(masks.shape[1:])}, the images are {tuple(images.shape)}"
-        )
-    noisy = add_noise(images, sample)
-    copies = noisy.repeat(len(masks), 1, 1, 1) if len(masks) > 1 else noisy
-    # (2 * noisy - 1) * (1 - mask) in fewer passes over memory; the factor is 2 or 0, exactly.
-    factor = torch.empty_like(copies, requires_grad=False).copy_(2 - 2 * masks.flatten(0, 1))
-    return (copies * factor).sub_(factor, alpha=0.5)
-
-
 def corrupt(
     images: Float[Tensor, "batch 3 height width"], sample: TransformSample
 ) -> Float[Tensor, "copies 5 height width"]:
@@ -178,12 +145,19 @@ def corrupt(
         sample: for the same batch, size and device; ValueError otherwise.
 
     Returns:
-        masked RGB on the [-1, 1] scale, where a missing pixel is 0 (mid-grey); a plane of ones; the mask.
+        masked RGB of clip(x + n, 0, 1) on the [-1, 1] scale, where a missing pixel is 0 (mid-grey); a plane
+        of ones; the mask.
 
     Source: Lin et al. 2024, section 3.1; five planes as in Yu et al. 2019.
     """
-    masks = sample.masks.flatten(0, 1)
-    return torch.cat([visible_part(images, sample), torch.ones_like(masks), masks], dim=1)
+    shape, masks = sample.masks.shape, sample.masks.flatten(0, 1)
+    if images.shape[0] != shape[1] or images.shape[2:] != shape[3:]:
+        raise ValueError(f"the sample is one for {tuple(shape[1:])}, the images are {tuple(images.shape)}")
+    noisy = images if sample.noise is None else (images + sample.noise).clamp(0, 1)
+    copies = noisy.repeat(len(sample.masks), 1, 1, 1) if len(sample.masks) > 1 else noisy
+    # (2 * noisy - 1) * (1 - mask) in fewer passes over memory; the factor is 2 or 0, exactly.
+    factor = torch.empty_like(copies, requires_grad=False).copy_(2 - 2 * masks)
+    return torch.cat([(copies * factor).sub_(factor, alpha=0.5), torch.ones_like(masks), masks], dim=1)
 
 
 def assemble(

@@ -18,7 +18,7 @@ def main() -> None:
         explorer = make_explorer(steps=20, folder=folder)
         explorer.refresh()
         explorer.worker.wait()
-        explorer.animate()
+        explorer.save(["gif"])
         (made,) = Path(folder).glob("*.gif")
         path.write_bytes(made.read_bytes())
 

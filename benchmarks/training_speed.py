@@ -112,10 +112,10 @@ def fine_tuning(
         networks,
         Split(images, torch.randint(10, (8 * batch,))),
         FIT | dict(batch_size=batch, dtype=dtype),
+        None,
+        {},
     )
-    training.begin(None)
-    batches = (pair for _ in iter(int, 1) for pair in training.rest_of_epoch())
-    next_batch = partial(next, batches)
+    next_batch = partial(next, training.batches())
     return lambda: training.advance(*next_batch())
 
 

@@ -62,9 +62,9 @@ def write_notebooks(folder: Path) -> Path:
     for stage, (parameters, rules, body) in NOTEBOOKS.items():
         check = "from atoplib.parameters import at_least, check, one_of, run_of, runs_of\n"
         check += f"p = check(globals(), {rules})"
-        file = str(folder / f"{stage}.ipynb")
+        file = folder / f"{stage}.ipynb"
         work = "import time\nfrom pathlib import Path\nfrom atoplib.runs import open_run\n"
-        work += f"with open_run(p, {stage!r}, notebook=Path({file!r})) as run:\n"
+        work += f"with open_run(p, {stage!r}, notebook=Path({str(file)!r})) as run:\n"
         work += "".join(f"    {line}\n" for line in f"{body}\nrun.record(test_accuracy=0.5)".splitlines())
         cells = [
             ("markdown", f"# {stage}", []),
@@ -76,15 +76,18 @@ def write_notebooks(folder: Path) -> Path:
             "cells": [cell(i, *each) for i, each in enumerate(cells)],
             "nbformat": 4,
             "nbformat_minor": 5,
+            "metadata": {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
         }
-        content["metadata"] = {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}
-        }
-        (folder / f"{stage}.ipynb").write_text(json.dumps(content))
+        file.write_text(json.dumps(content))
     return folder
 
 
 def cell(number: int, kind: str, source: str, tags: list[str]) -> dict:
     """A cell of a notebook."""
-    code = {"outputs": [], "execution_count": None} if kind == "code" else {}
-    return {"cell_type": kind, "id": f"cell{number}", "metadata": {"tags": tags}, "source": source, **code}
+    return {
+        "cell_type": kind,
+        "id": f"cell{number}",
+        "metadata": {"tags": tags},
+        "source": source,
+        **({"outputs": [], "execution_count": None} if kind == "code" else {}),
+    }

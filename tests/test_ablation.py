@@ -9,7 +9,7 @@ from torch import nn
 
 from atoplib.attacks import pgd
 from atoplib.decisions import reseed, sample_logits, wilson_interval
-from atoplib.evaluation import ablation
+from atoplib.evaluation import measure
 from atoplib.evaluation.ablation import Setting, ablate, equal_cost, mask_grid, purified_distance, vote_curve
 from atoplib.evaluation.quality import purification_quality
 from atoplib.pipeline import AToPPipeline
@@ -21,15 +21,17 @@ IMAGES = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(2))
 LABELS = torch.arange(6) % 4
 
 
-class Shifted(nn.Module):
-    """A purifier that adds a constant, on the scale [-1, 1]."""
+class By(nn.Module):
+    """What a function makes of its input."""
 
-    def __init__(self, shift=0.0):
+    def __init__(self, function):
         super().__init__()
-        self.shift = shift
+        self.forward = function
 
-    def forward(self, given):
-        return given[:, :3] + self.shift
+
+def shifted(shift=0.0):
+    """A purifier that adds a constant, on the scale [-1, 1]."""
+    return By(lambda given: given[:, :3] + shift)
 
 
 def make_pipeline(transform=RT2, purifier=None, copies=1):
@@ -57,8 +59,6 @@ def test_the_grid_crosses_rates_and_masks_and_ends_with_the_partitions():
     ]
     assert Setting(replace(RT2, name="rt1")).describe()["noise_std"] == 0
     assert Setting(Transform("none")).describe()["missing_rate"] == 0
-    with pytest.raises(ValueError, match="for rt1 and rt2, not for 'none'"):
-        mask_grid(replace(RT2, name="none"), missing_rates=[0.1], mask_counts=[1])
 
 
 @pytest.mark.parametrize("masks, samples, patience", [(1, 8, 3), (2, 4, 6), (4, 2, 12), (8, 2, 12)])
@@ -84,9 +84,8 @@ def test_a_row_says_what_a_call_by_hand_says():
         assert accuracy == pytest.approx(100 * float(right.float().mean()))
     expected = [100 * end for end in wilson_interval(row["robust"] * 6 / 100, 6)]
     assert [row["robust_low"], row["robust_high"]] == pytest.approx(expected)
-    assert row["input_distance"] == pytest.approx(255 * float((adversarial - IMAGES).abs().mean()), rel=1e-5)
     assert row["distance"] == pytest.approx(purified_distance(model, IMAGES, adversarial, seed=1))
-    assert (row["defence"], row["num_masks"], row["eot_samples"], row["num_samples"]) == ("mine", 2, 2, 3)
+    assert (row["defence"], row["num_masks"], row["num_samples"]) == ("mine", 2, 3)
 
 
 def test_a_setting_that_is_not_random_needs_one_sample_and_the_pipeline_stays_as_it_is():
@@ -95,48 +94,37 @@ def test_a_setting_that_is_not_random_needs_one_sample_and_the_pipeline_stays_as
     reseed(pipeline, 0)
     settings = [Setting(Transform("none")), Setting(replace(RT2, noise_std=0.9), 2)]
     frame = ablate({"mine": pipeline}, settings, IMAGES, LABELS, **ATTACK)
-    assert frame[["num_samples", "eot_samples"]].values.tolist() == [[1, 1], [5, 2]]
+    assert frame.num_samples.tolist() == [1, 5] and 1 <= frame.passes[0] <= 3 * 1 + 1 < frame.passes[1]
     assert pipeline.transform == RT2 and torch.equal(pipeline(IMAGES), before)
 
 
-def run(run_dir=None, pipeline=None, images=IMAGES, settings=None, **options):
-    settings = settings or [Setting(RT2), Setting(RT2, 2), Setting(RT2, 2)]
+def run(run_dir=None, pipeline=None, **options):
+    settings = [Setting(RT2), Setting(RT2, 2), Setting(RT2, 2)]
     pipelines = {"mine": pipeline or make_pipeline()}
-    return ablate(pipelines, settings, images, LABELS, **{**ATTACK, **options}, run_dir=run_dir)
+    return ablate(pipelines, settings, IMAGES, LABELS, **ATTACK, **options, run_dir=run_dir)
 
 
-def test_what_is_done_is_not_done_again_and_a_damaged_file_is(tmp_path, monkeypatch):
+def test_what_is_done_is_not_done_again_and_what_depends_on_a_change_is(tmp_path, monkeypatch):
     seen = []
     first = run(tmp_path, progress=lambda done, total, unit: seen.append((done, total)))
     assert first["num_masks"].tolist() == [1, 2], "a setting that is there twice is measured once"
     assert seen == sorted(seen) and seen[-1] == (6, 6)
-    files = sorted(tmp_path.glob("*.json"))
-    assert len(files) == 2
-    measured, measure = [], ablation._measure
-    patched = lambda *args, **options: measured.append(1) or measure(*args, **options)  # noqa: E731
-    monkeypatch.setattr(ablation, "_measure", patched)
-    pd.testing.assert_frame_equal(run(tmp_path), first)
-    assert measured == []
-    files[0].write_text('{"defence": ')
-    again = run(tmp_path)
-    assert len(measured) == 1
-    pd.testing.assert_frame_equal(again.drop(columns="seconds"), first.drop(columns="seconds"))
-
-
-def test_another_purifier_other_images_and_another_attack_are_measured_anew(tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_measure", None)
+        pd.testing.assert_frame_equal(run(tmp_path), first)
     other = make_pipeline()
     with torch.no_grad():
         other.purifier[0].weight.mul_(1.5)
-    for options in ({}, {"pipeline": other}, {"images": IMAGES.flip(3)}, {"seed": 1}, {"average": "logits"}):
-        run(tmp_path, settings=[Setting(RT2, 2)], **options)
-    assert len(list(tmp_path.glob("*.json"))) == 5
+    found = run(tmp_path, other)
+    pd.testing.assert_frame_equal(found.drop(columns="seconds"), run(None, other).drop(columns="seconds"))
+    assert not found["distance"].equals(first["distance"])
 
 
 # numbers
 
 
 def test_the_distance_is_that_of_the_perturbation_where_nothing_is_purified_and_0_under_the_same_sample():
-    pipeline = make_pipeline(Transform("none"), Shifted())
+    pipeline = make_pipeline(Transform("none"), shifted())
     moved = (IMAGES + 3 / 255).where(IMAGES < 0.5, IMAGES - 3 / 255)
     assert purified_distance(pipeline, IMAGES, moved, max_batch=4) == pytest.approx(3, rel=1e-4)
     assert purified_distance(make_pipeline(), IMAGES, IMAGES) == 0
@@ -160,45 +148,31 @@ def test_votes_are_counted_over_every_group_of_samples():
 # quality
 
 
-class Above(nn.Module):
-    """Class 1 where the image is brighter on average than a value."""
-
-    def __init__(self, value):
-        super().__init__()
-        self.value = value
-
-    def forward(self, images):
-        return torch.stack([torch.full((len(images),), self.value), images.mean(dim=(1, 2, 3))], dim=1)
-
-
 NONE = Transform("none")
 CLEAN = IMAGES * 0.5 + 0.2  # mean 0.45
 SHADES = torch.tensor([0, 0, 0, 0, 1, 1])
 
 
 def quality(shift, shown=CLEAN, transform=NONE, threshold=0.5, **options):
-    pipeline = make_pipeline(transform, Shifted(shift))
-    classifiers = {"other": Above(threshold)}
+    pipeline = make_pipeline(transform, shifted(shift))
+    # class 1 where an image is brighter on average than the threshold
+    bright = By(lambda x: torch.stack([torch.full((len(x),), threshold), x.mean(dim=(1, 2, 3))], dim=1))
+    classifiers = {"other": bright}
     return purification_quality(
         pipeline, shown, CLEAN, SHADES, classifiers=classifiers, max_batch=4, **options
     )
 
 
-def test_psnr_follows_from_a_known_error_and_is_the_mean_over_images():
+def test_psnr_follows_from_a_known_error_ssim_falls_with_noise_and_both_are_means_over_images():
     """An error of 0.1 everywhere is 20 dB; the mean is not that of the mean error."""
-    assert quality(0.2)["psnr"] == pytest.approx(20.0, abs=1e-3)
-    assert quality(0.02)["psnr"] == pytest.approx(40.0, abs=1e-2)
-    shown = CLEAN.clone()
-    shown[:3] += 0.1
-    shown[3:] += 0.01
+    assert [quality(shift)["psnr"] for shift in (0.2, 0.02)] == pytest.approx([20.0, 40.0], abs=1e-2)
+    shown = torch.cat([CLEAN[:3] + 0.1, CLEAN[3:] + 0.01])
     assert quality(0.0, shown)["psnr"] == pytest.approx(30.0, abs=1e-3)
-
-
-def test_ssim_of_equal_images_is_one_and_falls_with_noise():
     noise = torch.randn(CLEAN.shape, generator=torch.Generator().manual_seed(1))
     mild, harsh = (quality(0.0, (CLEAN + size * noise).clamp(0, 1))["ssim"] for size in (0.02, 0.2))
-    assert quality(0.0)["ssim"] == pytest.approx(1.0, abs=1e-5)
-    assert harsh < mild < 1
+    assert harsh < mild < quality(0.0)["ssim"] == pytest.approx(1.0, abs=1e-5)
+    results = [quality(0.0, transform=replace(RT2, grid_size=4), seed=seed)["psnr"] for seed in (1, 1, 2)]
+    assert results[0] == results[1] != results[2]
 
 
 def test_classifiers_see_the_purified_image_also_beyond_the_range():
@@ -212,8 +186,3 @@ def test_classifiers_see_the_purified_image_also_beyond_the_range():
     shown = torch.zeros_like(CLEAN)
     shown[:, 0] = 0.6  # purified: 0.6 + 1.1, 1.1, 1.1 in place of 1, 1, 1
     assert quality(2.2, shown, threshold=1.2)["other"] == pytest.approx(200 / 6), "class 1 for all"
-
-
-def test_the_sample_follows_from_the_seed():
-    results = [quality(0.0, transform=replace(RT2, grid_size=4), seed=seed)["psnr"] for seed in (1, 1, 2)]
-    assert results[0] == results[1] != results[2]

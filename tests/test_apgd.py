@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from atoplib.attacks.apgd import RHO, _cross_entropy_at_fixed_scale, apgd, checkpoints
-from atoplib.attacks.autoattack import autoattack
 from atoplib.attacks.losses import dlr, likely_targets, margin, targeted_dlr
 from atoplib.attacks.norms import Ball
 from atoplib.decisions import sample_logits
@@ -147,43 +146,6 @@ def test_each_image_climbs_as_algorithm_1_would_have_it_climb_alone(norm, eps, l
         assert ((seen[step - 1] - expected).abs().flatten(1).amax(dim=1) > 2e-3).sum() <= 2
 
 
-@pytest.mark.parametrize("norm", RADII)
-def test_apgd_keeps_ball_model_images_and_global_random_numbers(norm):
-    model, images, labels = attacked_set()
-    images = images.round()
-    before, kept = torch.get_rng_state(), images.clone()
-    found, again, other = (
-        apgd(model, images, labels, eps=RADII[norm], norm=norm, steps=10, seed=s) for s in (1, 1, 2)
-    )
-    Ball(images, RADII[norm], norm).check(found)
-    assert torch.equal(found, again) and not torch.equal(found, other)
-    assert torch.equal(torch.get_rng_state(), before) and torch.equal(images, kept)
-    assert all(p.grad is None for p in model.parameters()) and not found.requires_grad
-
-
-@pytest.mark.parametrize("norm", RADII)
-@pytest.mark.parametrize("loss", ["ce", "dlr", "targeted_dlr"])
-def test_neither_a_scale_of_the_logits_nor_a_shift_changes_anything(norm, loss):
-    model, images, labels = attacked_set()
-    model, images = model.double(), images.double()
-
-    class Changed(nn.Module):
-        def __init__(self, scale):
-            super().__init__()
-            self.model, self.scale = model, scale
-
-        def forward(self, given):
-            return self.model(given) * self.scale + 7 * self.scale
-
-    options = {"eps": {"linf": 0.04, "l2": 0.12, "l1": 0.7}[norm], "norm": norm, "steps": 10}
-    options |= {"loss": loss, "num_targets": 2}
-    first, *others = (apgd(Changed(scale).eval(), images, labels, **options) for scale in (1, 1e-3, 1e3))
-    assert 2 <= broken(model, first, labels).sum() <= 22
-    for other in others:  # a rounding may lead some images elsewhere
-        assert (other - first).abs().flatten(1).amax(dim=1).median() < 1e-6
-        assert (broken(model, other, labels) != broken(model, first, labels)).sum() <= 1
-
-
 def test_a_misclassified_image_leaves_the_batch_and_a_wrong_one_never_enters():
     model, images, labels = attacked_set()
     labels[:5] = (labels[:5] + 1) % 5
@@ -237,11 +199,6 @@ def test_with_targets_each_image_is_driven_to_its_own_and_is_done_there_alone(cl
     targets = (labels + 1 + torch.arange(len(labels)) % (classes - 1)) % classes
     found = apgd(model, images, labels, eps=0.6, steps=30, targets=targets)
     assert (model(found).argmax(dim=1) == targets).float().mean() > 0.8
-    short = apgd(model, images, labels, eps=0.1, steps=30, targets=targets)
-    gain = [F.cross_entropy(model(x), targets, reduction="none") for x in (images, short)]
-    assert (gain[1] < gain[0]).all()
-    with pytest.raises(ValueError, match="target"):
-        apgd(model, images, labels, eps=0.1, targets=labels)
 
 
 class Pockets(nn.Module):
@@ -290,40 +247,6 @@ def test_an_image_of_a_random_model_leaves_once_no_vote_is_correct():
     assert broken(model, found, labels).all()
     assert seen[-1] == 22, "all images were broken at the first look"
     assert 12 * 9 in recorder.sizes[-3:], "the look asks as many samples as the decision has"
-
-
-@pytest.mark.parametrize("attack", [apgd, autoattack])
-def test_a_random_model_is_not_judged_by_a_single_sample(attack):
-    images, labels = torch.rand(4, 3, 4, 4), torch.zeros(4, dtype=torch.int64)
-    for wrong in ({"votes": 1}, {"rule": "single"}):
-        with pytest.raises(ValueError, match="the model is random, but rule .* a single sample"):
-            attack(Coin().eval(), images, labels, eps=0.1, **wrong)
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"eps": 8.0}, r"at most 1 .*got 8.0; 8/255\?"),
-        ({"norm": "l3"}, "norm must be one of linf, l2, l1"),
-        ({"loss": "cw"}, "loss must be one of ce, dlr, targeted_dlr"),
-        ({"rule": "vote"}, "rule must be one of any"),
-        ({"restarts": 0}, "restarts must be at least 1, got 0"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_of_apgd_are_refused(wrong, message):
-    model, images, labels = attacked_set(2)
-    with pytest.raises(ValueError, match=message):
-        apgd(model, images, labels, **{"eps": 0.1} | wrong)
-
-
-@pytest.mark.parametrize("loss, classes", [("dlr", 2), ("targeted_dlr", 3)])
-def test_apgd_refuses_a_loss_that_needs_more_classes(loss, classes):
-    model, images, labels = attacked_set(4, classes)
-    with pytest.raises(
-        ValueError, match=f"needs at least {classes + 1} classes, but the model has {classes}"
-    ):
-        apgd(model, images, labels, eps=0.1, steps=2, loss=loss)
 
 
 # The original

@@ -1,14 +1,11 @@
 """PGD finds a known optimum, keeps its ball, averages over samples, and refuses what would falsify a
 number."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
-from atoplib.attacks import ATTACKS, Ball, PassCounter, default_eps, eot_gradient, fgsm, pgd
-from atoplib.attacks.eot import make_generator
+from atoplib.attacks import ATTACKS, Ball, PassCounter, default_eps, eot_gradient, fgsm, n_fgsm, pgd
 from atoplib.attacks.losses import (
     cross_entropy,
     dlr,
@@ -120,6 +117,17 @@ def test_fgsm_is_one_linf_step_of_size_eps_from_the_image(model_class):
     torch.testing.assert_close(found, best_attack(model, images, LABELS, 8 / 255, "linf"))
 
 
+def test_n_fgsm_steps_from_noise_and_is_not_projected():
+    model, images = smooth_model(), images_of()
+    found, again, other = (n_fgsm(model, images, MANY, eps=0.05, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(found, again) and not torch.equal(found, other)
+    Ball(images, 0.15, "linf").check(found)
+    assert (found - images).abs().max() > 0.1
+    assert (cross_entropy(model(found), MANY) > cross_entropy(model(images), MANY)).all()
+    with pytest.raises(ValueError, match="noise must be above 0"):
+        n_fgsm(model, images, MANY, eps=0.05, noise=0.0)
+
+
 @pytest.mark.parametrize("start", ["clean", "random"])
 @pytest.mark.parametrize("norm, eps", [*BALLS, ("linf", 1.0), ("l2", 30.0)])
 def test_the_loss_rises_and_every_iterate_stays_in_the_ball(norm, eps, start):
@@ -137,33 +145,6 @@ def test_the_loss_rises_and_every_iterate_stays_in_the_ball(norm, eps, start):
     assert (cross_entropy(model(found), MANY) > cross_entropy(model(images), MANY)).all()
     assert ball.size(found).max() > 0.5 * min(eps, 0.5)
     assert not found.requires_grad
-
-
-@pytest.mark.parametrize("momentum, cycles", [(0.0, 0), (0.75, 2)])
-def test_the_attack_changes_nothing_else_and_works_inside_no_grad(momentum, cycles):
-    model, images = smooth_model(), images_of()
-    kept, state = images.clone(), {name: value.clone() for name, value in model.state_dict().items()}
-    before = torch.get_rng_state()
-    attack = partial(pgd, model, images, MANY, eps=0.1, momentum=momentum, cycles=cycles, steps=5)
-    expected = attack()
-    with torch.no_grad():
-        assert torch.equal(attack(), expected)
-    assert torch.equal(images, kept) and torch.equal(before, torch.get_rng_state())
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-
-@pytest.mark.parametrize("norm, eps", BALLS)
-def test_a_seed_fixes_the_random_start(norm, eps):
-    attack = partial(pgd, smooth_model(), images_of(), MANY, eps=eps, norm=norm, steps=2)
-    first, again, other, generator = (attack(seed=seed) for seed in (1, 1, 2, seeded(1)))
-    assert torch.equal(first, again) and torch.equal(first, generator) and not torch.equal(first, other)
-    torch.manual_seed(3)
-    first = attack(seed=None)
-    assert not torch.equal(first, attack(seed=None))
-    torch.manual_seed(3)
-    assert torch.equal(first, attack(seed=None))
-    assert make_generator(None, torch.device("cpu")) is None
 
 
 def test_the_loss_that_is_raised_can_be_a_function():
@@ -234,20 +215,6 @@ def test_every_sample_must_be_wrong_twice_in_a_row_where_early_stop_is_2(correct
     assert seen == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize("max_batch", [1, 7])
-@pytest.mark.parametrize("eot_samples", [1, 3])
-@pytest.mark.parametrize("loss", ["ce", "mean_softmax"])
-def test_parts_of_a_batch_give_the_attack_of_the_whole(max_batch, eot_samples, loss):
-    model, images, sizes = smooth_model(), images_of(), []
-    attack = partial(pgd, eps=0.5, norm="l2", steps=3, start="clean", eot_samples=eot_samples, loss=loss)
-    whole = attack(model, images, MANY)
-    model.register_forward_pre_hook(lambda _model, given: sizes.append(len(given[0])))
-    parts = attack(model, images, MANY, max_batch=max_batch)
-    torch.testing.assert_close(parts, whole, atol=1e-6, rtol=1e-5)
-    assert max(sizes) <= max_batch
-    assert sum(sizes) - 1 == 3 * 6 * eot_samples, "one check, then steps x images x samples"
-
-
 class PlannedNoise(nn.Module):
     """A smooth model whose noise is planned: image number i of all that it ever sees gets noise[i]."""
 
@@ -303,36 +270,6 @@ def test_passes_are_counted_in_images_and_the_rest_of_the_model_is_seen_through(
     eot_gradient(counter, images, MANY, eot_samples=5)
     assert (counter.gradient_passes, counter.forward_passes) == (30, 6)
     assert counter.transform.name == "rt1" and not counter.training
-
-
-@pytest.mark.parametrize(
-    "wrong, message",
-    [
-        ({"eps": 0.0}, "eps must be above 0"),
-        ({"eps": float("nan")}, "eps must be above 0"),
-        ({"eps": float("inf"), "norm": "l2"}, "eps must be above 0"),
-        ({"eps": 8.0}, r"at most 1 \(images lie in \[0, 1\]\), got 8.0; 8/255\?"),
-        ({"norm": "l0"}, "norm must be one of linf, l2, l1, got 'l0'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"eot_samples": 0}, "eot_samples must be at least 1"),
-        ({"restarts": 0}, "restarts must be at least 1"),
-        ({"alpha": 0.0}, "alpha must be above 0"),
-        ({"alpha": float("nan")}, "alpha must be above 0"),
-        ({"cycles": -1}, "cycles must be at least 0"),
-        ({"early_stop": -1}, "early_stop must be at least 0"),
-        ({"momentum": float("nan")}, "momentum must lie in 0"),
-        ({"start": "zero"}, "start must be one of random, clean"),
-        ({"loss": "hinge"}, "loss must be one of ce, scaled_ce, margin.* got 'hinge'"),
-        ({"rule": "most", "restarts": 2}, "rule must be one of any, single.* got 'most'"),
-        ({"targets": torch.tensor([1, 2, 2, 4, 0, 1])}, "the target of image 2 is its own class, 2"),
-        ({"targets": torch.tensor([1, 2])}, r"6 classes of 0\.\.4, got .* \(2,\)"),
-        ({"targets": torch.tensor([1, 2, 5, 4, 0, 1])}, r"6 classes of 0\.\.4"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_refused(wrong, message, without_shape_checks):
-    with pytest.raises(ValueError, match=message):
-        pgd(smooth_model(), images_of(), MANY, **{"eps": 0.1, "steps": 1} | wrong)
 
 
 def test_the_step_size_has_a_default():

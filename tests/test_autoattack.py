@@ -7,7 +7,7 @@ import torch
 from test_apgd import RADII, Noisy, attacked_set, broken, has_original, seeded
 from torch import nn
 
-from atoplib.attacks.autoattack import autoattack
+from atoplib.attacks.apgd import autoattack
 from atoplib.attacks.losses import margin
 from atoplib.attacks.norms import Ball
 

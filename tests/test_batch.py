@@ -1,31 +1,19 @@
 """Recipes mean the jobs that they say; what cannot be run is refused with a sentence before anything runs."""
 
-import json
 import os
-import random
-import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from atoplib.batch import __main__ as command
-from atoplib.batch.checks import problems
-from atoplib.batch.recipe import (
-    Job,
-    RecipeError,
-    find_recipe,
-    make_plan,
-    read_recipe,
-    report_job,
-    select,
-    stated_cost,
-)
+from atoplib.batch.checks import check
+from atoplib.batch.recipe import Job, RecipeError, find_recipe, make_plan, report_job, select
 from atoplib.files import write_json
-from atoplib.plain_yaml import NotPlainYAML, load_yaml
+from atoplib.plain_yaml import load_yaml
 from tests.small_notebooks import write_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,9 +33,7 @@ def notebooks(tmp_path, monkeypatch) -> Path:
 def plan(notebooks: Path, text: str, **overrides: object) -> list[Job]:
     path = notebooks / "recipe.yaml"
     path.write_text(text)
-    return make_plan(
-        read_recipe(path, notebooks), notebooks, {"workspace": str(notebooks.parent), **overrides}
-    )
+    return make_plan(path, notebooks, {"workspace": str(notebooks.parent), **overrides})
 
 
 def call(notebooks: Path, text: str, *arguments: str) -> int:
@@ -63,52 +49,41 @@ def call(notebooks: Path, text: str, *arguments: str) -> int:
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_whole_and_its_notebooks_use_each_others_runs(name, tmp_path):
     source = ROOT / "notebooks/recipes" / f"{name}.yaml"
-    recipe = read_recipe(source, ROOT / "notebooks")
-    jobs = make_plan(recipe, ROOT / "notebooks", {"workspace": str(tmp_path)})
+    jobs = make_plan(source, ROOT / "notebooks", {"workspace": str(tmp_path)})
     assert len({job.run_dir for job in jobs}) == len(jobs) > 0
     made: set[Path] = set()
     for job in jobs:  # each after those it needs
-        assert set(job.needs) <= made and all(
-            job.values[field] != "latest" for field in job.values if field == "classifier_run"
-        )
-        made.add(job.run_dir)
-    assert stated_cost(source) and "#   expect" in source.read_text()
-
-
-def test_the_comparison_shares_its_trainings_with_the_demo(tmp_path):
-    demo, compare = (
-        {
-            job.run_dir
-            for job in make_plan(
-                read_recipe(ROOT / f"notebooks/recipes/{name}.yaml", ROOT / "notebooks"),
-                ROOT / "notebooks",
-                {"workspace": str(tmp_path)},
-            )
-            if job.stage < "04"
+        assert set(job.needs) <= made
+        assert job.parameters.get("classifier_run") != "latest" or FIRST not in {
+            other.stage for other in jobs
         }
-        for name in ("mnist", "compare")
-    )
-    assert len(demo) == 3 and demo < compare
+        made.add(job.run_dir)
+    assert "#   cost" in source.read_text() and "#   expect" in source.read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- plans
 
 
 def test_own_parameters_override_shared_ones_and_the_command_overrides_both(notebooks):
-    text = f"shared: {{eps: 0.1, seed: 1}}\nnotebooks: {{{FIRST}: {{eps: 8/255, epochs: 5}}, {SECOND}: }}"
-    first, second = plan(notebooks, text, seed=7)
+    first, second = plan(
+        notebooks,
+        f"shared: {{eps: 0.1, seed: 1}}\nnotebooks: {{{FIRST}: {{eps: 8/255, epochs: 5}}, {SECOND}: }}",
+        seed=7,
+    )
     assert first.parameters["eps"] == pytest.approx(8 / 255) and first.parameters["epochs"] == 5
     assert (first.parameters["seed"], second.parameters["eps"], second.parameters["seed"]) == (7, 0.1, 7)
 
 
 def test_another_setting_of_an_early_notebook_gives_every_later_one_a_new_run_and_a_place_none(notebooks):
-    before, after = (
-        plan(notebooks, CHAIN),
-        plan(notebooks, CHAIN.replace(f"{FIRST}: ", f"{FIRST}: {{epochs: 3}}")),
+    before, after, moved = (
+        [job.run_dir for job in plan(notebooks, text, **places)]
+        for text, places in (
+            (CHAIN, {}),
+            (CHAIN.replace(f"{FIRST}: ", f"{FIRST}: {{epochs: 3}}"), {}),
+            (CHAIN, {"device": "cuda", "data_dir": "/somewhere"}),
+        )
     )
-    assert not {job.run_dir.name for job in before} & {job.run_dir.name for job in after}
-    moved = plan(notebooks, CHAIN, device="cuda", data_dir="/somewhere")
-    assert [job.run_dir for job in moved] == [job.run_dir for job in before]
+    assert not {*before} & {*after} and moved == before
 
 
 def test_what_the_combinations_of_a_grid_share_is_run_once_and_labelled_by_what_differs(notebooks):
@@ -128,8 +103,9 @@ def test_what_the_combinations_of_a_grid_share_is_run_once_and_labelled_by_what_
 
 
 def test_a_notebook_that_fixes_a_parameter_takes_no_part_in_the_grid_over_it(notebooks):
-    jobs = plan(notebooks, f"notebooks: {{{FIRST}: {{seed: 5}}, {SECOND}: }}\ngrid: {{seed: [0, 1]}}")
-    assert [(job.name, job.parameters["seed"]) for job in jobs] == [(FIRST, 5), (SECOND, 0), (SECOND, 1)]
+    text = f"notebooks: {{{FIRST}: {{seed: 5}}, {SECOND}: }}\ngrid: {{seed: [0, 1]}}"
+    seeds = [(job.name, job.parameters["seed"]) for job in plan(notebooks, text)]
+    assert seeds == [(FIRST, 5), (SECOND, 0), (SECOND, 1)]
 
 
 def test_notebooks_run_under_other_names_and_others_ask_for_them(notebooks):
@@ -154,7 +130,7 @@ def test_latest_is_resolved_to_a_run_that_is_there_before_anything_is_hashed(not
         first.run_dir / "manifest.json", {"stage": FIRST, "status": "complete", "ended": "now", "number": 1}
     )
     (resolved,) = plan(notebooks, f"notebooks: {{{SECOND}: }}")
-    assert resolved.values["classifier_run"] == first.run_dir.name and resolved.run_dir != alone.run_dir
+    assert resolved.parameters["classifier_run"] == first.run_dir.name and resolved.run_dir != alone.run_dir
     (same,) = [job for job in plan(notebooks, f"notebooks: {{{FIRST}: , {SECOND}: }}") if job.name == SECOND]
     assert same.run_dir == resolved.run_dir, (
         "a run that the recipe makes and the same one found by latest are one"
@@ -173,7 +149,7 @@ def test_only_takes_what_matches_and_what_that_needs(notebooks):
 def test_the_report_is_one_run_of_the_runs_that_it_names_in_any_order(notebooks):
     jobs = plan(notebooks, CHAIN)
     one, other = report_job(jobs, notebooks), report_job(jobs[::-1], notebooks)
-    assert one.run_dir == other.run_dir and sorted(one.values["runs"]) == sorted(
+    assert one.run_dir == other.run_dir and sorted(one.parameters["runs"]) == sorted(
         job.run_dir.name for job in jobs
     )
 
@@ -181,12 +157,12 @@ def test_the_report_is_one_run_of_the_runs_that_it_names_in_any_order(notebooks)
 # ------------------------------------------------------------------------------------------------- refusals
 
 REFUSED = [
+    ("\0", "cannot be read as YAML"),
     ("", "must hold 'notebooks'"),
-    ("[1]", "must hold 'notebooks'"),
+    ("[1]", "'the recipe' must be a mapping, got .1."),
     (f"notebooks: {{{FIRST}: }}\nnetwork: 3", "nothing else"),
     ("notebooks: {10_what: }", "unknown notebook '10_what'; allowed: 01_train_classifier"),
     ("notebooks: {08_report: }", "unknown notebook"),
-    (f"notebooks: {{{FIRST}: {{notebook: {SECOND}}}}}", "give 02_pretrain_purifier another name"),
     (f"notebooks: {{{FIRST}: 3}}", "must be a mapping, got 3"),
     (f"notebooks: {{{FIRST}: {{1: 2}}}}", "put it in quotes"),
     (f"notebooks: {{{FIRST}: {{epochz: 2}}}}", "no parameter 'epochz' .did you mean 'epochs'"),
@@ -203,13 +179,15 @@ REFUSED = [
     (f"notebooks: {{{SECOND}: , {FIRST}: }}", "comes after it: change their order"),
     (f"grid: {{seed: 3}}\nnotebooks: {{{FIRST}: }}", "must be a list of values, got 3"),
     (f"grid: {{seed: []}}\nnotebooks: {{{FIRST}: }}", "must be a list of values"),
-    (f"grid: {{device: [cpu, cuda]}}\nnotebooks: {{{FIRST}: }}", "device changes no result"),
+    (f"grid: {{device: [cpu, cuda]}}\nnotebooks: {{{FIRST}: }}", "the grid's device changes no run"),
     (f"grid: {{at: {{seed: [1]}}}}\nnotebooks: {{{FIRST}: }}", "names 'at', which is no entry"),
-    (f"grid: {{seed: [0, 1]}}\nnotebooks: {{{FIRST}: {{seed: 3}}}}", "seed reaches no notebook"),
+    (f"grid: {{seed: [0, 1]}}\nnotebooks: {{{FIRST}: {{seed: 3}}}}", "the grid's seed changes no run"),
     (
         f"grid: {{seed: {list(range(200))}, epochs: {list(range(1, 200))}}}\nnotebooks: {{{FIRST}: }}",
         "at most 10000",
     ),
+    (f"shared: {{workspace: here}}\nnotebooks: {{{FIRST}: }}", "give it by --workspace DIR"),
+    (f"notebooks: {{{SECOND}: {{classifier_run: nothere}}}}", "there is no run 'nothere' in "),
     (f"notebooks: &all {{{FIRST}: }}\nshared: *all", "an alias"),
     ("notebooks: !!python/object/apply:os.system ['touch /tmp/never']", "cannot be read as YAML"),
 ]
@@ -221,52 +199,19 @@ def test_a_recipe_that_cannot_be_run_is_refused_by_name(notebooks, text, message
         plan(notebooks, text)
 
 
-def test_damaged_recipes_are_refused_with_a_sentence_or_are_whole(notebooks):
-    rng, refused = random.Random(3), 0
-    odd = [
-        b"[",
-        b"]",
-        b"{",
-        b": ",
-        b"- ",
-        b"null",
-        b"1e999",
-        b"\xff",
-        b"!!int",
-        b"'",
-        b"&a",
-        b"*a",
-        b"{a: {b: [c]}}",
-        b"-7",
-        b"\0",
-    ]
-    whole = f"shared: {{eps: 0.1}}\n{CHAIN}\ngrid: {{seed: [0, 1], {ATTACK}: {{steps: [1, 2]}}}}\n".encode()
-    for _ in range(150):
-        place = rng.randrange(len(whole))
-        content = whole[:place] + rng.choice(odd) + whole[place + rng.choice((0, 1, 5)) :]
-        (notebooks / "recipe.yaml").write_bytes(content)
-        try:
-            recipe = read_recipe(notebooks / "recipe.yaml", notebooks)
-            assert 0 < len(make_plan(recipe, notebooks, {"workspace": str(notebooks.parent)})) <= 100
-        except RecipeError as error:
-            assert str(error).startswith(str(notebooks)) and len(str(error)) < 5000
-            refused += 1
-    assert refused > 75
-
-
 def test_a_recipe_is_found_by_name_or_path_and_a_missing_one_lists_those_that_are_there():
     assert find_recipe("mnist", ROOT / "notebooks").name == "mnist.yaml"
     assert find_recipe(str(ROOT / "notebooks/recipes/cifar10.yaml"), ROOT / "notebooks").stem == "cifar10"
-    for name in ("nothing", "a" * 5000, "a\0b"):
-        with pytest.raises(RecipeError, match="there is no recipe .*; allowed: .*mnist"):
-            find_recipe(name, ROOT / "notebooks")
+    with pytest.raises(RecipeError, match="there is no recipe 'nothing'; allowed: .*mnist"):
+        find_recipe("nothing", ROOT / "notebooks")
 
 
 @pytest.mark.parametrize(
-    "text", ["010", "-010", "00.5", "1:30", "1:30.5", "0o10", "[1, 007]", "{a: 1, a: 2}", "x: [" * 3000]
+    "text",
+    ["010", "-010", "00.5", "1:30", "1:30.5", "0o10", "[1, 007]", "{a: 1, a: 2}", "{1: 2}", "x: [" * 3000],
 )
 def test_yaml_that_people_and_parsers_read_differently_is_refused(text):
-    with pytest.raises(NotPlainYAML):
+    with pytest.raises(ValueError, match="cannot be read as YAML"):
         load_yaml(text if text.startswith("{") else f"epochs: {text}")
 
 
@@ -277,41 +222,29 @@ def test_plain_yaml_is_read_and_only_true_and_false_are_truth_values():
 
 
 def test_overrides_are_read_as_yaml_but_for_comments():
-    pairs = [
-        ("epochs", "3"),
-        ("flip", "true"),
-        ("eps", "8/255"),
-        ("max_test", "null"),
-        ("data_dir", "/images #1"),
-        ("n", "1e-3"),
+    texts = ["3", "true", "8/255", "null", "/images #1", "1e-3"]
+    assert list(command.parse_pairs(enumerate(texts)).values()) == [
+        3,
+        True,
+        "8/255",
+        None,
+        "/images #1",
+        "1e-3",
     ]
-    assert list(command.parse_pairs(pairs).values()) == [3, True, "8/255", None, "/images #1", "1e-3"]
-    with pytest.raises(RecipeError, match="a value given by -p: .*octal"):
-        command.parse_pairs([("epochs", "010")])
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["-p", "epochz", "3"], "no notebook has the parameter 'epochz'"),
-        (["-p", "workspace", "here"], "given by --workspace DIR"),
         (["--only", "nothing"], "--only nothing matches no run"),
-        (["--engine-option", "partition", "long"], "the engine local has no options, got partition"),
+        (["-p", "epochs", "010"], "could mean an octal number"),
+        (["--engine-option", "partition", "long"], "--engine-option is for --engine slurm, got partition"),
     ],
 )
 def test_a_wrong_call_ends_with_a_sentence_and_makes_nothing(notebooks, capsys, arguments, message):
     assert call(notebooks, CHAIN, *arguments) == 1
     assert message in capsys.readouterr().err and not (notebooks.parent / "workspace").exists()
-
-
-@pytest.mark.parametrize(
-    "option",
-    [["--jobs", "0"], ["--retry", "-1"], ["--timeout", "nan"], ["--threads", "0"], ["--minutes", "-2"]],
-)
-def test_impossible_numbers_are_refused(notebooks, capsys, option):
-    with pytest.raises(SystemExit):
-        call(notebooks, CHAIN, *option)
-    assert f"{option[0]}: must be at least" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------- checks before all
@@ -323,8 +256,7 @@ def images(root: Path, *, classes: int = 2, size: tuple[int, int] = (32, 32), co
         for index in range(classes * count):
             path = root / split / f"class{index % classes}" / f"{index}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            noise = np.random.default_rng(index).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-            Image.fromarray(noise).save(path)
+            Image.effect_noise(size, 50).convert("RGB").save(path)
     return f"folder:{root}"
 
 
@@ -354,50 +286,32 @@ def test_what_data_sizes_and_device_refuse_is_known_before_anything_trains(
     tmp_path, folder, parameters, sentence
 ):
     p = {"dataset": images(tmp_path / "images", **folder), **parameters}
-
-    try:
-        found = "; ".join(problems(p))
-    except (ValueError, OSError) as error:
-        found = str(error)
-    assert re.search(sentence, found) if sentence else found == ""
+    with pytest.raises((ValueError, OSError), match=sentence) if sentence else nullcontext():
+        check(p)
 
 
 def test_a_dry_run_says_what_would_be_run_and_what_is_there_checks_all_and_touches_nothing(notebooks, capsys):
-    workspace = notebooks.parent / "workspace"
-    text = f"# A trial.\n#   cost      a second,\n#             not more\n#   expect    nothing\n{CHAIN}"
+    text = f"# A trial.\n#   cost      a second\n{CHAIN}"
     assert call(notebooks, text, "--dry-run") == 0
     printed = capsys.readouterr().out
-    assert printed.count(": to run\n") == 4 and "a second, not more" in printed and "are checked" in printed
-    assert not workspace.exists()
+    assert printed.count(": to run\n") == 4 and "cost      a second" in printed and "are checked" in printed
     assert call(notebooks, text, "--dry-run", "-p", "dataset", f"folder:{notebooks}/nowhere") == 1
-    assert f"{FIRST}: " in (said := capsys.readouterr().err) and "nowhere" in said and "Traceback" not in said
-    assert call(notebooks, text, "--dry-run", "-p", "classifier_run", "nothere") == 1
-    assert "classifier_run is 'nothere', but there is no such run" in capsys.readouterr().err
-    (notebooks / "file").touch()
-    assert call(notebooks, text, "--dry-run", "--results", str(notebooks / "file" / "results")) == 1
-    assert f"because {notebooks / 'file'} is a file" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{FIRST}: " in told and "nowhere" in told and "Traceback" not in told
+    assert not (notebooks.parent / "workspace").exists()
 
 
 def test_a_batch_plans_without_torch_and_in_less_than_three_seconds_of_computing(tmp_path):
     program = (
         "import resource, sys\n"
-        "from atoplib.batch import __main__ as command, runner\n"
-        "from atoplib.batch.recipe import find_recipe, make_plan, read_recipe\n"
-        "folder = command.NOTEBOOKS\n"
-        "recipe = read_recipe(find_recipe('mnist', folder), folder)\n"
-        f"jobs = make_plan(recipe, folder, {{'workspace': {str(tmp_path)!r}}})\n"
+        "from atoplib.batch import __main__ as command, recipe, runner\n"
+        "source = recipe.find_recipe('mnist', command.NOTEBOOKS)\n"
+        f"jobs = recipe.make_plan(source, command.NOTEBOOKS, {{'workspace': {str(tmp_path)!r}}})\n"
         "states = [runner.job_state(job) for job in jobs]\n"
         "used = resource.getrusage(resource.RUSAGE_SELF)\n"
         "print(len(jobs), 'torch' in sys.modules, used.ru_utime + used.ru_stime)\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    said = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
-    ).stdout
-    count, torch, seconds = said.split()
+    count, torch, seconds = subprocess.check_output(
+        [sys.executable, "-c", program], text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    ).split()
     assert (count, torch) == ("5", "False") and float(seconds) < 3
-
-
-def test_a_page_of_parameters_is_json(notebooks):
-    (job,) = plan(notebooks, f"notebooks: {{{FIRST}: {{eps: 8/255}}}}")
-    assert json.loads(json.dumps(job.parameters)) == job.parameters

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from atoplib.batch import __main__ as command
-from atoplib.batch.recipe import make_plan, read_recipe
-from atoplib.batch.runner import Slurm, job_state
+from atoplib.batch.recipe import make_plan
+from atoplib.batch.runner import job_state, slurm
 from atoplib.files import read_json
 from tests.small_notebooks import write_notebooks
 
@@ -22,29 +22,30 @@ FIRST, SECOND = "01_train_classifier", "02_pretrain_purifier"
 GRID = f"notebooks: {{{FIRST}: {{epochs: 8}}, {SECOND}: }}\ngrid: {{{SECOND}: {{noise_std: [0.1, 0.2]}}}}"
 
 
-def test_slurm_that_is_not_there_or_does_not_answer_is_refused_in_one_sentence(tmp_path, monkeypatch):
-    pytest.importorskip("submitit")
-    options = {"folder": tmp_path / "slurm"}
-    monkeypatch.setenv("PATH", str(tmp_path))  # whatever is installed on this machine is not seen
-    with pytest.raises(ValueError, match="the engine slurm cannot be used so: "):
-        Slurm(1, None, None, options)
-    for name in ("srun", "sbatch"):
-        (tmp_path / name).write_text(
-            "#!/bin/sh\necho 'fatal: Could not establish a configuration source' >&2\nexit 1\n"
-        )
-        (tmp_path / name).chmod(0o755)
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Path:
+    """A small recipe, whose notebooks the command uses, too."""
     folder = write_notebooks(tmp_path / "notebooks")
+    monkeypatch.setattr(command, "NOTEBOOKS", folder)
     (folder / "recipe.yaml").write_text(GRID)
-    jobs = make_plan(read_recipe(folder / "recipe.yaml", folder), folder, {"workspace": str(tmp_path)})
-    engine = Slurm(1, None, None, options)
-    with pytest.raises(
-        ValueError, match="the engine slurm cannot be used so: sbatch .*configuration source"
-    ) as caught:
-        engine.submit(jobs[:1])
-    engine.close()
-    assert "\n" not in str(caught.value) and "Traceback" not in str(caught.value)
+    return folder / "recipe.yaml"
+
+
+def test_slurm_that_is_not_there_or_does_not_answer_is_refused_in_a_sentence(
+    tmp_path, recipe, monkeypatch, capsys
+):
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))  # whatever is installed on this machine is not seen
+    call = [str(recipe), "--workspace", str(tmp_path), "--engine", "slurm"]
+    assert command.main(call) == 1 and "the engine slurm cannot be used so: " in capsys.readouterr().err
+    for name in ("srun", "sbatch"):
+        (tmp_path / name).write_text("#!/bin/sh\necho 'fatal: no configuration source' >&2\nexit 1\n")
+        (tmp_path / name).chmod(0o755)
+    assert command.main(call) == 1
+    told = capsys.readouterr().err
+    assert "no configuration source" in told and "Traceback" not in told
     with pytest.raises(ValueError, match="the engine slurm cannot be used so: .*partitoin"):
-        Slurm(1, None, None, options | {"partitoin": "long"})
+        slurm(tmp_path / "slurm", {"partitoin": "long"}, None, None)
 
 
 @pytest.fixture
@@ -68,59 +69,35 @@ def cluster(tmp_path, monkeypatch):
 
 @pytest.mark.long
 def test_a_batch_on_slurm_has_the_numbers_of_a_local_one_although_its_node_dies_once(
-    tmp_path, monkeypatch, cluster
+    tmp_path, recipe, monkeypatch, cluster
 ):
-    folder = write_notebooks(tmp_path / "notebooks")
-    monkeypatch.setattr(command, "NOTEBOOKS", folder)
-    (folder / "recipe.yaml").write_text(GRID)
-    root = str(Path(__file__).parents[1])
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
     program = "import sys, pathlib; from atoplib.batch import __main__ as command; "
-    program += f"command.NOTEBOOKS = pathlib.Path({str(folder)!r}); sys.exit(command.main())"
-    arguments = [
-        str(folder / "recipe.yaml"),
-        "--workspace",
-        str(tmp_path / "cluster"),
-        "--engine",
-        "slurm",
-        "--no-report",
-    ]
-    batch = subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    program += f"command.NOTEBOOKS = pathlib.Path({str(recipe.parent)!r}); sys.exit(command.main())"
+    arguments = [str(recipe), "--no-report", "--workspace"]
+    elsewhere = [sys.executable, "-c", program, *arguments, str(tmp_path / "cluster"), "--engine", "slurm"]
+    batch = subprocess.Popen(elsewhere, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 300
 
     def epochs() -> int:
-        files = list((tmp_path / "cluster").rglob("epochs"))
-        return len(files[0].read_text()) if files else 0
+        return sum(len(path.read_text()) for path in (tmp_path / "cluster").rglob("epochs"))
 
     while epochs() < 2 and batch.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     cluster("die")
-    before = epochs()
-    assert 2 <= before < 8
+    assert 2 <= epochs() < 8
     cluster("revive")
     output, _ = batch.communicate(timeout=600)
     assert batch.returncode == 0, output
-    assert (
-        command.main([str(folder / "recipe.yaml"), "--workspace", str(tmp_path / "local"), "--no-report"])
-        == 0
-    )
+    assert command.main([*arguments, str(tmp_path / "local")]) == 0
 
     def results(where: str) -> dict[str, object]:
-        jobs = make_plan(
-            read_recipe(folder / "recipe.yaml", folder), folder, {"workspace": str(tmp_path / where)}
-        )
+        jobs = make_plan(recipe, recipe.parent, {"workspace": str(tmp_path / where)})
         assert [job_state(job)[0] for job in jobs] == ["done"] * 3
         return {job.label: read_json(job.run_dir / "metrics.json") for job in jobs}
 
     assert results("cluster") == results("local")
     assert epochs() == 8, "no epoch was repeated: the run went on"
-    (folder,) = (tmp_path / "cluster").glob("runs/*/.slurm")
-    scripts = [path.read_text() for path in folder.glob("*_submission.sh")]
-    assert all("#SBATCH --requeue" in script for script in scripts) and any(
-        "#SBATCH --array=0-1" in script for script in scripts
-    )
+    scripts = [path.read_text() for path in (tmp_path / "cluster").glob("runs/*/.slurm/*_submission.sh")]
+    assert all("#SBATCH --requeue" in script for script in scripts)
+    assert any("#SBATCH --array=0-1" in script for script in scripts)

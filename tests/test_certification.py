@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import beta, binom, binomtest, norm
+from scipy.stats import binom, binomtest, norm
 from torch import nn
 
 from atoplib.certification import (
@@ -14,7 +14,6 @@ from atoplib.certification import (
     NoisyInput,
     certified_accuracy,
     certify,
-    count_votes,
     input_noise,
     lower_bound,
 )
@@ -75,18 +74,11 @@ def noisy(seed=0, noise_std=SIGMA):
 
 @pytest.mark.parametrize("trials", [1, 10, 1000])
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])
-def test_the_bound_is_that_of_two_independent_implementations(trials, alpha):
+def test_the_bound_is_that_of_an_independent_implementation(trials, alpha):
     successes = np.unique([0, 1, trials // 2, trials - 1, trials])
-    found = lower_bound(successes, trials, alpha)
-    for count, bound in zip(successes, found, strict=True):
-        exact = (
-            binomtest(int(count), trials, alternative="greater").proportion_ci(1 - alpha, method="exact").low
-        )
-        assert bound == pytest.approx(exact, abs=1e-9)
-        if count:
-            assert bound == pytest.approx(beta.ppf(alpha, count, trials - count + 1), abs=1e-9)
-            assert binom.sf(count - 1, trials, bound) == pytest.approx(alpha, rel=1e-6)
-    assert (np.diff(found) > 0).all()
+    tests = [binomtest(int(count), trials, alternative="greater") for count in successes]
+    exact = [test.proportion_ci(1 - alpha, method="exact").low for test in tests]
+    assert lower_bound(successes, trials, alpha) == pytest.approx(exact, abs=1e-9)
 
 
 @pytest.mark.parametrize("share", [0.03, 0.4, 0.5, 0.9, 0.999])
@@ -104,7 +96,6 @@ def test_the_radius_of_a_linear_classifier_is_approached_from_below():
     model = Linear()
     images = images_at(RADII, model)
     exact = model.margin(images).abs().double()
-    torch.testing.assert_close(exact, torch.tensor(RADII).abs().double(), atol=1e-5, rtol=0)
     gaps = []
     for n in (100, 10_000):
         found = certify(noisy(), images, n0=20, n=n, max_batch=4000, seed=3)
@@ -129,9 +120,15 @@ def test_the_radius_exceeds_the_true_one_in_a_share_alpha_of_repetitions_at_most
     assert beyond > 0.2 * alpha * 2000, "the bound is far from tight: alpha is not used"
 
 
-def test_all_samples_correct_certify_the_most_that_so_many_samples_can():
-    found = certify(noisy(), images_at([5.0], Linear()).clamp(0, 1), n0=20, n=1000)
-    assert found.radii.item() == pytest.approx(SIGMA * norm.ppf(0.001 ** (1 / 1000)))
+@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.124])
+def test_all_samples_correct_certify_the_most_that_so_many_samples_can(alpha):
+    images = images_at([5.0], Linear()).clamp(0, 1)
+    found = certify(noisy(), images, n0=20, n=1000, alpha=alpha)
+    assert found.radii.item() == pytest.approx(SIGMA * norm.ppf(alpha ** (1 / 1000)))
+    fewest = next(n for n in range(1, 100) if lower_bound(n, n, alpha) > 0.5)
+    assert not certify(noisy(), images, n=fewest, alpha=alpha).abstained.any()
+    with pytest.raises(ValueError, match=f"n at least {fewest} "):
+        certify(noisy(), images, n=max(1, fewest - 1), alpha=alpha)
 
 
 def test_on_the_boundary_the_model_abstains():
@@ -141,21 +138,6 @@ def test_on_the_boundary_the_model_abstains():
 
 
 # the pipeline
-
-
-@pytest.mark.parametrize("name", ["rt2", "rt3"])
-def test_noise_is_normal_with_sigma_and_independent_between_samples_pixels_and_masks(name):
-    pipeline = pipeline_of(name)
-    images = torch.full((400, 3, 8, 8), 0.5)
-    first, second = pipeline.sample(images), pipeline.sample(images)
-    noise = first.noise
-    assert (
-        noise.std().item() == pytest.approx(SIGMA, rel=0.01) and abs(noise.mean().item()) < 0.01 * SIGMA * 3
-    )
-    assert abs((noise > SIGMA).float().mean().item() - norm.sf(1)) < 0.005
-    assert abs((noise * first.masks[0]).mean().item()) < 4 * SIGMA / math.sqrt(noise.numel())
-    for other in (second.noise, noise.roll(1, 0), noise.roll(1, 1), noise.roll(1, 3)):
-        assert abs((noise * other).mean().item()) < 4 * SIGMA**2 / math.sqrt(noise.numel())
 
 
 @pytest.mark.parametrize(
@@ -172,9 +154,8 @@ def test_the_certificate_of_a_pipeline_is_that_of_its_probabilities(name, settin
         classes = torch.cat([pipeline(images.repeat(500, 1, 1, 1)).argmax(dim=1) for _ in range(4)])
     share = (classes.view(2000, 3) == 1).double().mean(dim=0).numpy()
     top = np.maximum(share, 1 - share)
-    found = certify(pipeline, images, n0=20, n=2000, max_batch=1000, seed=None)
+    found = certify(pipeline, images, n0=20, n=2000, max_batch=1000, seed=1)
     assert found.classes.tolist() == (share > 0.5).astype(int).tolist()
-    assert (top > 0.6).all()
     low = top - 8 * np.sqrt(top * (1 - top) / 2000) - 0.008
     assert (found.radii.numpy() >= SIGMA * norm.ppf(np.maximum(low, 0.5))).all()
     assert (found.radii.numpy() < SIGMA * norm.ppf(np.minimum(0.9999, top + 0.01))).all()
@@ -191,15 +172,6 @@ def test_a_pipeline_that_averages_k_samples_is_certified_with_a_kth_of_the_noise
 
 
 # samples
-
-
-@pytest.mark.parametrize("max_batch", [1, 7, 64, 1000])
-def test_samples_and_images_share_batches_no_larger_than_asked_and_every_sample_counts(max_batch):
-    model, sizes = noisy(), []
-    model.register_forward_pre_hook(lambda _model, given: sizes.append(len(given[0])))
-    votes = count_votes(model, images_at(RADII, model.classifier), 9, max_batch=max_batch)
-    assert votes.shape == (6, 2) and (votes.sum(dim=1) == 9).all() and votes[0, 0] > 7 and votes[5, 1] > 7
-    assert max(sizes) <= max_batch and sum(sizes) == 54
 
 
 class Scripted(NoisyInput):
@@ -252,14 +224,13 @@ def test_certified_accuracy_counts_correct_images_whose_radius_is_larger():
     certificates = certificates_of([1, 1, 0, 2, 2], [0.5, 0.0, 0.9, 0.2, 0.7])
     frame = certified_accuracy(certificates, torch.tensor([1, 1, 1, 2, 2]), [0.0, 0.2, 0.5, 0.69, 0.8])
     assert frame["accuracy"].tolist() == pytest.approx([60, 40, 20, 20, 0])
-    assert frame["radius"].tolist() == [0.0, 0.2, 0.5, 0.69, 0.8]
     expected = [tuple(100 * end for end in wilson_interval(k, 5)) for k in (3, 2, 1, 1, 0)]
     assert list(zip(frame["low"], frame["high"], strict=True)) == expected
 
 
 @pytest.mark.parametrize("labels, radii", [([1], [0.1]), ([1, 0], [-0.1]), ([1, 0], [float("nan")])], ids=str)
 def test_a_curve_that_cannot_be_counted_is_refused(labels, radii, without_shape_checks):
-    with pytest.raises(ValueError, match="must|give one each"):
+    with pytest.raises(ValueError, match="each certificate needs one label, and radii must be"):
         certified_accuracy(certificates_of([1, 0], [0.1, 0.2]), torch.tensor(labels), radii)
 
 
@@ -272,15 +243,6 @@ def test_a_curve_that_cannot_be_counted_is_refused(labels, radii, without_shape_
 def test_numbers_that_certify_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=r"must .* samples certify nothing"):
         certify(noisy(), images_at(RADII, Linear()), **{name: value})
-
-
-@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.124])
-def test_the_fewest_samples_that_are_allowed_can_certify(alpha):
-    fewest = next(n for n in range(1, 100) if lower_bound(n, n, alpha) > 0.5)
-    images = images_at([5.0], Linear()).clamp(0, 1)
-    assert not certify(noisy(), images, n=fewest, alpha=alpha).abstained.any()
-    with pytest.raises(ValueError, match=f"n at least {fewest} "):
-        certify(noisy(), images, n=max(1, fewest - 1), alpha=alpha)
 
 
 @pytest.mark.parametrize(
@@ -302,16 +264,13 @@ def test_a_model_that_cannot_be_certified_is_refused(model, message):
         certify(model, images_at(RADII, Linear()), **FEW)
 
 
-def test_a_fixed_sample_is_refused_and_leaves_the_pipeline_certifiable():
+def test_a_fixed_sample_images_outside_0_and_1_and_a_noise_of_0_are_refused():
+    with pytest.raises(ValueError, match="image"):
+        certify(pipeline_of(), torch.rand(2, 3, 4, 4) + 1, **FEW)
+    with pytest.raises(ValueError, match="must be above 0"):
+        NoisyInput(Linear(), 0.0)
     pipeline = pipeline_of()
     images = images_at(RADII, pipeline.classifier)
     with fixed_sample(pipeline, 0), pytest.raises(ValueError, match="sample is fixed"):
         certify(pipeline, images, **FEW)
     certify(pipeline, images, **FEW)
-
-
-def test_images_outside_0_and_1_and_a_noise_of_0_are_refused():
-    with pytest.raises(ValueError, match="image"):
-        certify(pipeline_of(), torch.rand(2, 3, 4, 4) + 1, **FEW)
-    with pytest.raises(ValueError, match="must be above 0"):
-        NoisyInput(Linear(), 0.0)

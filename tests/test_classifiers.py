@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib import classifiers
 from atoplib.classifiers import CLASSIFIERS, Normalize, SmallResNet, WideBlock, WideResNet, _pooled_relu
 from atoplib.contract import freeze
+from atoplib.training import flops
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)
 
@@ -48,31 +48,19 @@ def test_every_classifier_gives_one_row_of_logits_an_image(name):
 
 
 def test_the_small_resnet_costs_what_it_says():
-    with FlopCounterMode(display=False) as flops:
-        on_meta("small_resnet")(torch.empty(1, 3, 32, 32, device="meta"))
-    assert flops.get_total_flops() / 1e9 == pytest.approx(0.107, abs=0.001)
-    with FlopCounterMode(display=False) as strided:
-        on_meta("small_resnet", stem_stride=2)(torch.empty(1, 3, 32, 32, device="meta"))
-    assert strided.get_total_flops() < 0.5 * flops.get_total_flops()
+    image = torch.empty(1, 3, 32, 32, device="meta")
+    cost = flops(on_meta("small_resnet"), image)
+    assert cost / 1e9 == pytest.approx(0.107, abs=0.001)
+    assert flops(on_meta("small_resnet", stem_stride=2), image) < 0.5 * cost
 
 
 @pytest.mark.parametrize(
     "build", [partial(SmallResNet, 4, width=4), partial(WideResNet, 4, depth=10, widen_factor=1)]
 )
-def test_every_weight_takes_part_and_the_loss_falls_in_training(build):
+def test_every_weight_takes_part_in_training(build):
     model = build()
-    images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
-    images[torch.arange(16), :, :8, :8] = (labels / 4).view(-1, 1, 1, 1)
-    optimizer = torch.optim.Adam(model.parameters(), 0.01)
-    losses = []
-    for _ in range(8):
-        loss = nn.functional.cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0]
+    F.cross_entropy(model(torch.rand(16, 3, 32, 32)), torch.arange(16) % 4).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
 @pytest.mark.parametrize("channels, stride", [(4, 1), (8, 1), (4, 2)])
@@ -84,14 +72,6 @@ def test_the_shortcut_of_a_wide_block_is_the_identity_or_a_convolution_of_the_ac
     nn.init.zeros_(block.conv2.weight)
     expected = x if (channels, stride) == (4, 1) else block.shortcut(block.norm1(x).relu())
     torch.testing.assert_close(block(x), expected)
-
-
-def test_the_first_layer_normalises_as_one_does_by_hand():
-    model = build("small_resnet", width=4).eval()
-    images = torch.rand(2, 3, 32, 32)
-    by_hand = torch.stack([(images[:, c] - MEAN[c]) / STD[c] for c in range(3)], dim=1)
-    torch.testing.assert_close(model[0](images), by_hand)
-    torch.testing.assert_close(model(images), model[1](by_hand))
 
 
 @pytest.mark.parametrize(
@@ -106,10 +86,6 @@ def test_the_first_layer_normalises_as_one_does_by_hand():
         ),
         (lambda: build("resnet18", width=8), "resnet18 cannot build a network with the options"),
         (lambda: build("small_resnet", depth=3), "small_resnet cannot build a network with the options"),
-        (lambda: build("small_resnet", 1), "num_classes must be at least 2"),
-        (lambda: build("small_resnet", width=0), "must be at least 1"),
-        (lambda: build("small_resnet", stem_stride=0), "must be at least 1"),
-        (lambda: WideResNet(10, depth=27, widen_factor=1), r"depth must be 6n \+ 4"),
     ],
 )
 def test_what_cannot_be_built_is_refused_with_the_reason(wrong, message):

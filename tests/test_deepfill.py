@@ -259,7 +259,7 @@ def test_discriminator_applies_the_leaky_relu_after_every_convolution():
     discriminator = PatchDiscriminator(width=8).eval()
     x = torch.randn(2, 4, 32, 32)
     scores = discriminator(x)
-    for conv in discriminator.convs:
-        x = conv(x)
+    for stage in list(discriminator)[:-1]:
+        x = stage[0](x)
         x = torch.where(x > 0, x, 0.2 * x)
     torch.testing.assert_close(scores, x.reshape(2, -1))

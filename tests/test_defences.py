@@ -11,7 +11,7 @@ from atoplib import checkpoints, defences, purifiers
 from atoplib.checkpoints import CheckpointError
 from atoplib.parameters import Parameters, run_of
 from atoplib.pipeline import AToPPipeline
-from atoplib.pretrained import pretrained_path
+from atoplib.pretrained import load_pretrained, pretrained_path
 from atoplib.runs import open_run
 
 FIELDS = {
@@ -23,15 +23,8 @@ FIELDS = {
 
 
 def parameters(folder, **changes):
-    values = dict(
-        experiment="test",
-        dataset="mnist5k",
-        image_size=None,
-        workspace=str(folder),
-        smoke=False,
-        device="cpu",
-        seed=0,
-    )
+    places = dict(workspace=str(folder), smoke=False, device="cpu", seed=0)
+    values = dict(experiment="test", dataset="mnist5k", image_size=None) | places
     return Parameters(values | dict.fromkeys(FIELDS, "latest") | changes, FIELDS)
 
 
@@ -77,12 +70,12 @@ def test_a_run_comes_before_the_kit_and_of_the_kind_that_is_meant(tmp_path):
         defences.find_weights(p, "pretrained:imagenette")
 
 
-def test_the_kits_defences_are_loaded_as_pretrained_gives_them(tmp_path, digits, defences_of_kit):
+def test_the_kits_defences_are_loaded_as_pretrained_gives_them(tmp_path, digits):
     p = defences.resolve(parameters(tmp_path))
     found = defences.load_defences(p)
     assert list(found) == ["undefended", "AP", "AToP", "AT"] and not found.missing
     for name, defence in found.items():
-        images, expected = digits[0][:4], defences_of_kit[name]
+        images, expected = digits[0][:4], load_pretrained("mnist", name)
         for model in (defence, expected):
             if isinstance(model, AToPPipeline):
                 model.reseed(3)
@@ -92,25 +85,12 @@ def test_the_kits_defences_are_loaded_as_pretrained_gives_them(tmp_path, digits,
         assert found.sources[name] == pretrained_path("mnist", name)
 
 
-@pytest.fixture
-def defences_of_kit():
-    from atoplib.pretrained import load_pretrained
-
-    return {name: load_pretrained("mnist", name) for name in ("undefended", "AP", "AToP", "AT")}
-
-
 def purifier_for(folder, classifier):
     """A run of notebook 3 whose purifier was fine-tuned for a classifier."""
-    source = pretrained_path("mnist", "atop")
-    network, header = checkpoints.load(source, kind="purifier")
-    facts = {
-        name: value
-        for name, value in header.items()
-        if name not in ("format", "sha256", "kind", "architecture", "options")
-    }
+    network, header = checkpoints.load(pretrained_path("mnist", "atop"), kind="purifier")
+    facts = {name: value for name, value in header.items() if name not in ("format", "sha256")}
     path = folder / "tuned.safetensors"
-    options = {"kind": "purifier", "architecture": header["architecture"], "options": header["options"]}
-    checkpoints.save(path, network, **options, **facts | {"classifier": classifier})
+    checkpoints.save(path, network, **facts | {"classifier": classifier})
     return run_with(folder, "03_finetune_atop", path)
 
 
@@ -134,8 +114,8 @@ def test_atop_is_composed_with_the_classifier_that_it_was_fine_tuned_for(tmp_pat
     )
     assert "does not hold any more" in left.missing["AToP"] and "AToP" not in left
     purifier_for(tmp_path, "custom: Net")
-    missing = defences.load_defences(defences.resolve(parameters(tmp_path)), ("AToP",)).missing["AToP"]
-    assert "fine-tuned for a custom classifier (Net)" in missing
+    found = defences.load_defences(defences.resolve(parameters(tmp_path)), ("AToP",))
+    assert "fine-tuned for a custom classifier (Net)" in found.missing["AToP"]
 
 
 def test_further_defences_are_a_purifier_a_classifier_or_both(tmp_path):

@@ -58,7 +58,7 @@ def test_the_way_there_and_a_step_back_are_those_of_diffusers_own_schedulers(dif
     x, e, n = torch.randn(3, 2, 1, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     levels = signal_levels({}).tolist()
     times = torch.tensor([1, 700])
-    there = noised(x, n, signal_levels({})[times])
+    there = noised(x, n, signal_levels({})[times].view(-1, 1, 1, 1))
     torch.testing.assert_close(
         there, diffusers.DDPMScheduler().add_noise(x, n, times - 1), rtol=1e-5, atol=1e-6
     )
@@ -126,9 +126,7 @@ def test_its_noise_is_part_of_the_sample_each_image_has_its_own_and_a_seed_gives
     sample = pipeline.sample(same)
     purified = pipeline.purify(same, sample)
     assert torch.equal(pipeline.purify(same, sample), purified)
-    one = sample.rows(slice(1, 2))
-    torch.testing.assert_close(pipeline.purify(same[1:2], one), purified[1:2])
-    torch.testing.assert_close(pipeline.purify(same, one.repeated(3))[0], purified[1])
+    torch.testing.assert_close(pipeline.purify(same[1:2], sample.rows(slice(1, 2))), purified[1:2])
     with pipeline.fixed_sample(7):
         fixed = pipeline.purify(same)
         assert torch.equal(pipeline.purify(same), fixed)
@@ -147,19 +145,9 @@ def test_the_gradient_through_all_steps_is_that_of_finite_differences(diffusers,
     model = model.double().eval()
     noise = torch.randn(1, model.noise_planes, 4, 4, dtype=torch.float64)
     given = torch.rand(1, 5, 4, 4, dtype=torch.float64) * 2 - 1
-    weights = torch.randn(1, 3, 4, 4, dtype=torch.float64)
-
-    def scalar(values):
-        return (model(values, noise) * weights).sum()
-
-    (found,) = torch.autograd.grad(scalar(given.requires_grad_()), given)
-    step, given = 1e-6, given.detach()
-    for place in [(0, 0, 0), (1, 2, 3), (2, 3, 1)]:
-        shifted = [given.clone(), given.clone()]
-        shifted[0][0][place] += step
-        shifted[1][0][place] -= step
-        expected = (scalar(shifted[0]) - scalar(shifted[1])) / (2 * step)
-        assert float(found[0][place]) == pytest.approx(float(expected.detach()), rel=1e-4), place
+    given.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: model(x, noise), given, fast_mode=True)
+    (found,) = torch.autograd.grad(model(given, noise).sum(), given)
     assert found[:, :3].abs().min() > 0 and found[:, 3:].abs().max() == 0
 
 
@@ -244,12 +232,11 @@ def test_a_model_that_predicts_something_else_is_refused(diffusers, tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"channels": 2}, "channels must be 1 or 3, fold at least 1.*got channels=2"),
-        ({"fold": 0}, "got channels=1, fold=0"),
-        ({"t_star": 0}, r"t_star in \(0, 1\].*t_star=0,"),
-        ({"t_star": 1.5}, "t_star=1.5"),
-        ({"eta": -1}, r"eta in \[0, 1\], got .*t_star=0.25, eta=-1"),
-        ({"steps": 0}, "steps must lie in 1..250, the noise levels up to t_star=0.25 of 1000; got 0"),
+        ({"channels": 2}, "channels must be one of 1, 3, got 2"),
+        ({"fold": 0}, "fold must be at least 1, got 0"),
+        ({"t_star": 0}, "t_star must be above 0, at most 1, got 0"),
+        ({"eta": -1}, "eta must lie in 0..1, got -1"),
+        ({"steps": 0}, "steps must lie in 1..250, got 0"),
         ({"steps": 251}, "steps must lie in 1..250"),
         ({"unet": {"depth": 3}}, "does not take the options .*'depth'"),
         ({"unet": {"block_out_channels": []}}, "needs block_out_channels, a list of 1..100 numbers"),

@@ -1,57 +1,32 @@
-"""Numbers are the known ones; an evaluation can be repeated, interrupted and resumed to the last digit."""
+"""Numbers are the known ones, whatever ran before."""
 
-import json
 import re
-import shutil
 from contextlib import contextmanager
+from itertools import pairwise
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
+from small_evaluation import (
+    COLUMNS,
+    EPS,
+    IMAGES,
+    LABELS,
+    NAMES,
+    PGD,
+    PROTOCOL,
+    ROWS,
+    accuracy,
+    assert_same,
+    linear,
+    purifying,
+    run,
+)
 from torch import nn
 
-from atoplib import evaluation
-from atoplib.attacks import ATTACKS, Ball, pgd
+from atoplib.attacks import Ball, pgd
 from atoplib.decisions import RULES, correct, reseed, sample_logits
-from atoplib.evaluation import PROTOCOLS, Protocol, Row, evaluate, measure, single
-from atoplib.evaluation.protocols import check_protocol, images_of, lee_kim_indices, radii
-from atoplib.pipeline import AToPPipeline
-from atoplib.transforms import Transform
-
-IMAGES = torch.rand(40, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 0.8 + 0.1
-EPS = {"linf": 0.05, "l2": 0.5}
-PGD = {"steps": 3, "eot_samples": 2}
-ROWS = (
-    Row("pgd", "transfer", threat_model="transfer", options=PGD),
-    Row("pgd", "white-box", options=PGD),
-    Row("pgd", "white-box l2", "l2", options=PGD),
-)
-PROTOCOL = Protocol("test", "a small one", ROWS, votes=5)
-COLUMNS = ["clean", "transfer", "white-box", "white-box l2", "worst case linf", "worst case"]
-NAMES = ["undefended", "other", "pipeline"]
-
-
-def linear(seed=0, classes=3):
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, classes)).eval()
-
-
-LABELS = linear()(IMAGES).argmax(dim=1)  # so that the undefended classifier is correct on all of them
-
-
-class Recolour(nn.Module):
-    """A purifier without weights: the visible image, a little brighter."""
-
-    def forward(self, given):
-        return (given[:, :3] * 0.9 + 0.05).tanh()
-
-
-class Rounded(nn.Module):
-    """A purifier without gradient."""
-
-    def forward(self, given):
-        return (given[:, :3] * 64).round() / 64
+from atoplib.evaluation import Row, evaluate, measure
 
 
 class Flips(nn.Module):
@@ -83,80 +58,21 @@ class Noisy(nn.Module):
         return self.body(images) + self.noise * torch.randn(len(images), 3)
 
 
-def purifying(classifier=None, purifier=None, noise=0.05, name="rt2"):
-    transform = Transform(name, noise_std=noise, grid_size=4)
-    return AToPPipeline(transform, purifier or Recolour(), classifier or linear()).eval()
-
-
-def setting():
-    return dict(zip(NAMES, (linear(), linear(7), purifying()), strict=True))
-
-
-def run(defences=None, images=IMAGES, labels=LABELS, **options):
-    options = {"protocol": PROTOCOL, "eps": EPS, "keep_images": True} | options
-    return evaluate(defences or setting(), images, labels, **options)
-
-
-def assert_same(first, second):
-    assert first.frame.drop(columns="seconds").equals(second.frame.drop(columns="seconds"))
-    for one, other in zip(first.outcomes, second.outcomes, strict=True):
-        assert np.array_equal(one.correct, other.correct) and np.array_equal(
-            one.sample_mean, other.sample_mean
-        )
-        assert (one.images is None) == (other.images is None)
-        assert one.images is None or torch.equal(one.images, other.images), one.attack
-
-
 @pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(measure, "PIECE", 20)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A directory that holds a whole evaluation, and its result."""
-    folder = tmp_path_factory.mktemp("evaluation")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "PIECE", 20)
-        return folder, run(run_dir=folder)
-
-
-@pytest.fixture
-def result(finished):
-    return finished[1]
-
-
-@pytest.fixture
-def directory(finished, tmp_path, small_pieces):
-    return shutil.copytree(finished[0], tmp_path / "copy")
-
-
-def accuracy(result, defence, attack, rule="single"):
-    frame = result.frame
-    return frame[(frame.defence == defence) & (frame.attack == attack) & (frame.rule == rule)].accuracy.item()
-
-
-# what is measured
+def result():
+    return run()
 
 
 def test_every_defence_has_every_column_by_every_rule_and_its_worst_cases_last(result):
     frame = result.frame
     rows = [(name, column, rule) for name in NAMES for column in COLUMNS for rule in RULES]
     assert list(zip(frame.defence, frame.attack, frame.rule, strict=True)) == rows
-    asked = [
-        "defence",
-        "attack",
-        "norm",
-        "eps",
-        "rule",
-        "accuracy",
-        "low",
-        "high",
-        "images",
-        "passes",
-        "seconds",
-    ]
-    assert set(asked) <= set(frame)
+    assert {"norm", "low", "high", "images", "passes", "seconds"} <= set(frame)
     assert (frame.images == 40).all() and (frame.votes == np.where(frame.defence == "pipeline", 5, 1)).all()
     assert frame.accuracy.between(frame.low, frame.high).all() and frame.high.max() == 100
     assert dict(zip(frame.attack, frame.eps, strict=True)) == pytest.approx(
@@ -164,17 +80,13 @@ def test_every_defence_has_every_column_by_every_rule_and_its_worst_cases_last(r
     )
 
 
-def test_a_worst_case_is_that_of_its_columns_image_by_image(result):
+def test_a_worst_case_is_that_of_its_columns_and_of_clean_images_image_by_image(result):
     for name in NAMES:
         right = {column: result.correct[name, column]["single"] for column in COLUMNS}
         both = right["clean"] & right["transfer"] & right["white-box"]
         assert right["worst case linf"].equals(both)
         assert right["worst case"].equals(both & right["white-box l2"])
-
-
-def test_the_worst_case_holds_the_clean_images():
-    wrong = (LABELS + 1) % 3
-    found = run({"a": linear()}, labels=wrong, eps={"linf": 0.9, "l2": 9.0})
+    found = run({"a": linear()}, labels=(LABELS + 1) % 3, eps={"linf": 0.9, "l2": 9.0})
     assert accuracy(found, "a", "clean") == accuracy(found, "a", "worst case") == 0
 
 
@@ -208,32 +120,29 @@ def test_a_pipeline_with_another_classifier_meets_the_transfer_attack_on_its_own
     alone = run({"its": linear(7)}, protocol=plan, classifier=linear(7))
     assert torch.equal(shown["AToP"], alone.adversarial("its", "transfer"))
     assert not torch.equal(shown["AToP"], shown["AP"])
-
-
-def test_one_module_needs_no_name_and_without_another_model_there_is_no_transfer_attack():
     found = run(linear(7))
-    assert list(dict.fromkeys(found.frame.defence)) == ["defence"]
-    assert "transfer" not in set(found.frame.attack)
-    sister = run(purifying(), classifier=purifying(linear(7)))
-    assert accuracy(sister, "defence", "transfer") > accuracy(sister, "defence", "white-box")
+    assert set(found.frame.defence) == {"defence"}, "one module needs no name"
+    assert "transfer" not in set(found.frame.attack), "nor is there another model"
 
 
-def test_a_second_evaluation_gives_the_same_whatever_was_drawn_before(result, small_pieces):
-    torch.manual_seed(99)  # the global generator plays no part
-    defences = setting()
-    for _ in range(3):
-        defences["pipeline"](IMAGES)
-    assert_same(result, run(defences))
+def test_a_sister_s_images_are_shown_to_its_defence_alone():
+    row = Row("pgd", "sister", threat_model="sister", options=PGD)
+    plan, defences = PROTOCOL._replace(rows=(*ROWS[1:2], row)), {"a": linear(), "b": linear(7)}
+    assert "sister" not in set(run(defences, protocol=plan).frame.attack)
+    found = run(defences, protocol=plan, sisters={"a": linear(3), "unknown": linear(4)})
+    assert set(found.frame[found.frame.attack == "sister"].defence) == {"a"}
+    alone = run({"its": linear(3)}, protocol=plan).adversarial("its", "white-box")
+    assert torch.equal(found.adversarial("a", "sister"), alone)
 
 
-def test_global_random_numbers_are_seeded_for_every_piece():
-    found = []
+def test_a_second_evaluation_gives_the_same_whatever_was_drawn_before():
+    defences, found = {"pipeline": purifying(), "noisy": Noisy(0.5).eval()}, []
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        found.append(run({"a": Noisy(0.5).eval()}))
+        torch.manual_seed(seed)  # the global generator plays no part
+        found.append(run(defences))
     assert_same(*found)
-    other = run({"a": Noisy(0.5).eval()}, seed=1)
-    assert not torch.equal(found[0].adversarial("a", "white-box"), other.adversarial("a", "white-box"))
+    other = run(defences, seed=1).adversarial("noisy", "white-box")
+    assert not torch.equal(found[0].adversarial("noisy", "white-box"), other)
 
 
 def test_attack_and_decision_have_separate_seeds_in_every_piece(small_pieces):
@@ -277,7 +186,9 @@ def test_the_worst_of_n_rests_on_as_many_samples_after_every_attack():
 
 
 def test_bpda_is_attacked_and_the_defence_itself_decides():
-    defence = purifying(purifier=Rounded(), name="none")
+    rounding = nn.Identity()
+    rounding.forward = lambda given: (given[:, :3] * 64).round() / 64  # without a gradient
+    defence = purifying(purifier=rounding, name="none")
     rows = tuple(Row("pgd", name, threat_model=name, options={"steps": 5}) for name in ("white-box", "bpda"))
     found = run({"rounded": defence, "f": linear()}, protocol=PROTOCOL._replace(rows=rows))
     assert accuracy(found, "rounded", "bpda") < 50 < accuracy(found, "rounded", "white-box")
@@ -299,18 +210,18 @@ def test_accuracy_over_eps_falls_and_what_is_broken_stays_broken():
     sizes = [0.002, 0.005, 0.01, 0.02]
     plan = PROTOCOL._replace(rows=(Row("pgd", "white-box", options={"steps": 5}),))
     found = run({"f": linear(7)}, labels=linear(7)(IMAGES).argmax(dim=1), protocol=plan, eps=sizes)
-    rows = [item for item in found.outcomes if item.attack == "white-box"]
-    assert [item.eps for item in rows] == sizes
-    for smaller, larger in zip(rows, rows[1:], strict=False):
-        assert not (larger.correct & ~smaller.correct).any()
-        broken = torch.from_numpy(~smaller.correct[0])
-        assert torch.equal(larger.images[broken], smaller.images[broken])
-        assert larger.passes == pytest.approx(1 + 5 * smaller.correct[0].mean(), abs=0.05), (
-            "the rest alone is attacked"
-        )
-    assert rows[0].correct.mean() > rows[-1].correct.mean()
-    assert torch.equal(found.adversarial("f", "white-box"), rows[-1].images)
-    assert torch.equal(found.adversarial("f", "white-box", 0.002), rows[0].images)
+    rows = found.by_image[found.by_image.attack == "white-box"]
+    right = rows.pivot(index="image", columns="eps", values="single")
+    assert list(right) == sizes and right[sizes[0]].sum() > right[sizes[-1]].sum()
+    for smaller, larger in pairwise(sizes):
+        assert not (right[larger] & ~right[smaller]).any()
+        broken = torch.from_numpy(~right[smaller].to_numpy())
+        shown = [found.adversarial("f", "white-box", eps)[broken] for eps in (smaller, larger)]
+        assert torch.equal(*shown)
+        passes = rows[rows.eps == larger].passes.mean()
+        assert passes == pytest.approx(1 + 5 * right[smaller].mean(), abs=0.05), "the rest alone is attacked"
+    largest = found.adversarial("f", "white-box", sizes[-1])
+    assert torch.equal(found.adversarial("f", "white-box"), largest)
     assert list(found.table().columns) == ["clean", *(f"white-box, ε = {eps:.3g}" for eps in sizes)]
 
 
@@ -320,30 +231,7 @@ def test_progress_never_falls_says_what_runs_and_ends_at_the_total(small_pieces)
     done, totals, messages = zip(*calls, strict=True)
     assert list(done) == sorted(done) and len(set(totals)) == 1 and done[-1] == totals[0]
     assert "pipeline, white-box" in messages
-    assert any(re.match(r"undefended, white-box: \d of 40 correct so far", message) for message in messages)
-
-
-LONG = ("compare", "cpu", "lee-kim", "standard")  # whose rows those of strict and quick are, too
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long if n in LONG else ()) for n in PROTOCOLS]
-)
-def test_every_protocol_runs_and_its_attacks_stay_within_their_radii(name):
-    classifier = linear(classes=5)
-    defences = {"undefended": classifier, "pipeline": purifying(classifier)}
-    wanted = {"steps": 2, "eot_samples": 2, "queries": 5, "votes": 3}
-    known = {"votes"}.union(*(row.options for row in PROTOCOLS[name].rows))
-    wanted = {key: value for key, value in wanted.items() if key in known}
-    images, labels = IMAGES[:2], classifier(IMAGES[:2]).argmax(dim=1)
-    found = run(defences, images, labels, protocol=name, **wanted)
-    for row in check_protocol(name, **wanted).rows:
-        columns = {who for who, attack in found.correct if attack == row.heading}
-        assert columns == ({"pipeline"} if row.random_only or row.threat_model == "bpda" else set(defences))
-        if row.norm in ("linf", "l2", "l1"):
-            Ball(images, found.facts["eps"][row.norm][0], row.norm).check(
-                found.adversarial("pipeline", row.heading)
-            )
+    assert any(re.match(r"undefended, white-box: \d of 20 correct", message) for message in messages)
 
 
 def test_the_attack_may_compute_in_bfloat16_but_decisions_are_float32():
@@ -377,274 +265,3 @@ def test_the_kits_defences_fall_as_they_are_known_to(defences, digits):
     left = {name: accuracy(found, name, "white-box") for name in defences}
     assert left["undefended"] == 0 and left["AP"] < 20 and left["AToP"] > 50 and left["AT"] > 50
     assert accuracy(found, "AToP", "transfer") > left["AToP"]
-
-
-# what is refused
-
-
-@pytest.mark.parametrize("place", ["defence", "classifier"])
-def test_a_model_in_train_mode_is_refused_before_its_statistics_move(place):
-    norm = nn.BatchNorm2d(3)
-    wrong = nn.Sequential(norm, linear()).eval()
-    norm.train()
-    with pytest.raises(ValueError, match="is in train mode"):
-        run(
-            {"a": wrong if place == "defence" else linear()},
-            classifier=wrong if place == "classifier" else None,
-        )
-    assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"images": IMAGES * 255}, r"\[0, 1\]"),
-        ({"labels": LABELS + 1}, r"labels must lie in 0\.\.2"),
-        ({"max_batch": 0}, "max_batch >= 1"),
-        ({"protocol": "demmo"}, "unknown protocol 'demmo'; allowed: demo, quick"),
-        ({"protocol": single("pdg")}, "unknown attack 'pdg'; allowed: .*pgd"),
-        ({"protocol": single("square"), "norm": "l1"}, "unknown norm of square 'l1'; allowed: .*linf"),
-        (
-            {"protocol": single("pgd", threat_model="blind")},
-            "unknown threat_model 'blind'; allowed: white-box",
-        ),
-        (
-            {"protocol": PROTOCOL._replace(rows=(Row("pgd", options={"queries": 3}),))},
-            "unknown option of pgd 'queries'",
-        ),
-        ({"protocol": PROTOCOL._replace(rows=(Row("pgd"), Row("pgd", step=1.0)))}, "have the same name"),
-        ({"steps": 0}, "numbers of at least 1 .*not steps=0"),
-        ({"queries": 9}, "protocol 'test' takes the options eot_samples, steps, votes"),
-        ({"eps": 8.0}, "eps of linf .*at most 1.* got 8.0"),
-        ({"eps": -0.1}, "eps of linf must be above 0"),
-        ({"eps": []}, "ascending list of at least one"),
-        ({"eps": [0.2, 0.1]}, "ascending list"),
-    ],
-    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
-)
-def test_bad_input_is_refused_in_a_sentence(change, message):
-    with pytest.raises(ValueError, match=message):
-        run({"a": linear()}, **change)
-
-
-# protocols are data
-
-
-def test_options_scale_with_eps_and_a_deterministic_model_needs_no_eot():
-    row = Row("pgd", step=0.1, options=PGD, equal_passes=True)
-    random, calm = (row.keywords(0.5, random=value, rule="any", votes=5) for value in (True, False))
-    assert random == PGD | {"alpha": 0.05, "rule": "any", "votes": 5}
-    assert calm == {"steps": 3, "eot_samples": 1, "restarts": 2, "alpha": 0.05, "rule": "any", "votes": 1}
-    assert (
-        row._replace(equal_passes=False).keywords(1, random=False, rule="any", votes=5).get("restarts")
-        is None
-    )
-
-
-def test_a_deterministic_model_gets_the_passes_of_a_long_run_as_more_starts():
-    for name, protocol in PROTOCOLS.items():
-        for row in (row for row in protocol.rows if row.equal_passes):
-            random, calm = (row.keywords(1.0, random=value, rule="any", votes=5) for value in (True, False))
-            passes = [given["steps"] * given["eot_samples"] * given["restarts"] for given in (random, calm)]
-            assert passes[0] == passes[1] and calm["eot_samples"] == 1 and calm["steps"] < 80, name
-
-
-def test_a_changed_protocol_says_so_and_its_columns_what_was_run():
-    changed = check_protocol("compare", steps=2, eot_samples=3, votes=4)
-    assert changed.name == "compare (steps 2, eot_samples 3, votes 4)" and changed.num_votes == 4
-    heads = [row.heading for row in changed.rows]
-    assert heads[:4] == ["transfer", "PGD-2 + EOT-3 linf", "PGD-2 + EOT-3 l2", "flow + EOT-3"]
-    assert [row.votes for row in check_protocol("strict", votes=3).rows if row.threat_model == "bpda"] == [
-        None
-    ]
-    assert check_protocol("demo", steps=None) == check_protocol("demo")
-
-
-def test_the_norm_asked_for_is_that_of_all_rows_that_name_none():
-    rows = check_protocol("quick", "l2").rows
-    assert [row.norm for row in rows] == ["l2", "l2", "l2", "l2", "flow", "l2"]
-    assert len(rows) == len(PROTOCOLS["quick"].rows) - 1, "what l2 has anyhow is not run twice"
-
-
-def test_published_protocols_have_their_published_numbers():
-    steps = {
-        row.norm or "linf": row.step for row in PROTOCOLS["lee-kim"].rows if row.threat_model == "white-box"
-    }
-    assert steps == {"linf": pytest.approx(0.007 / (8 / 255)), "l2": pytest.approx(0.005 / 0.5)}
-    assert [row.votes for row in PROTOCOLS["strict"].rows if row.threat_model == "bpda"] == [150], (
-        "Hill et al."
-    )
-    assert all(protocol.num_votes >= 10 for name, protocol in PROTOCOLS.items() if name != "authors-log")
-    assert PROTOCOLS["strict"].num_votes == 20, "as many as EOT samples"
-    assert lee_kim_indices()[:3] == np.random.RandomState(0).permutation(10_000)[:3].tolist()
-    assert images_of(PROTOCOLS["lee-kim"], "cifar10", 5) == lee_kim_indices()[:5]
-    assert images_of(PROTOCOLS["lee-kim"], "mnist") == 512 and images_of(PROTOCOLS["demo"], "cifar10") == 200
-
-
-def test_usual_radii_depend_on_whether_images_are_grey():
-    grey = IMAGES[:, :1].expand(-1, 3, -1, -1)
-    assert radii(grey)["linf"] == (0.3,) and radii(IMAGES)["linf"] == (8 / 255,)
-    assert radii(grey)["l2"] == (2.0,) and radii(IMAGES, 1.0, "l2")["l2"] == (1.0,)
-    assert radii(IMAGES, [0.1, 0.2]) == {"linf": (0.1, 0.2)}, "a list is of one norm alone"
-    assert radii(IMAGES, {"l2": [0.1, 1]})["l2"] == (0.1, 1) and radii(IMAGES, {"l2": 1})["linf"] == (
-        8 / 255,
-    )
-
-
-# what is kept
-
-
-def stopped_after(share, folder):
-    """An evaluation that Ctrl-C ends once this share is done."""
-
-    def stop(done, total, *_):
-        if done >= share * total:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(run_dir=folder, progress=stop)
-
-
-@pytest.mark.parametrize("share", [0.2, 0.5, 0.9])
-def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
-    result, tmp_path, monkeypatch, small_pieces, share
-):
-    stopped_after(share, tmp_path)
-    kept = len(list(tmp_path.glob("pieces/*.safetensors")))
-    assert 0 < kept < 16
-    calls, one = [], measure._measure
-    monkeypatch.setattr(measure, "_measure", lambda *given: (calls.append(given), one(*given))[1])
-    assert_same(result, run(run_dir=tmp_path))
-    assert len(calls) == 2 * (1 + 1 + 3 + 3) - kept, "what was finished is not done again"
-
-
-def test_a_finished_evaluation_is_only_read_and_a_damaged_piece_measured_again(
-    result, directory, monkeypatch
-):
-    said = []
-    with monkeypatch.context() as patch:
-        patch.setattr(measure, "_measure", None)
-        again = run(run_dir=directory, notify=said.append)
-    assert again.frame.equals(result.frame)
-    assert len(said) == 1 and said[0].startswith("Loaded, not measured again")
-    for path in sorted(directory.glob("pieces/*.safetensors"))[::3]:
-        path.write_bytes(path.read_bytes()[:-20])
-    assert_same(result, run(run_dir=directory, notify=lambda sentence: pytest.fail(sentence)))
-
-
-def another(defences):
-    with torch.no_grad():
-        defences["other"][1].bias[0] += 1e-3
-    return defences
-
-
-def wider(defences):
-    return defences | {"pipeline": purifying(noise=0.06)}
-
-
-@pytest.mark.parametrize(
-    "change, said, stay",
-    [
-        ({"defences": another(setting())}, r"defences \(other\)", 8),
-        ({"defences": wider(setting())}, r"defences \(pipeline\)", 8),
-        ({"images": IMAGES.flip(0)}, "images", 0),
-        ({"labels": LABELS.flip(0)}, "labels", 0),
-        ({"seed": 3}, r"shared \(seed\)", 0),
-        ({"eps": {"linf": 0.05, "l2": 0.6}}, r"eps \(l2\)", 10),
-        ({"protocol": PROTOCOL._replace(votes=4)}, "protocol", 0),
-        ({"protocol": PROTOCOL._replace(rows=ROWS[:2])}, r"protocol; eps \(l2\)", 10),
-    ],
-    ids=["weights", "transform", "images", "labels", "seed", "eps", "votes", "rows"],
-)
-def test_what_changed_is_said_measured_anew_and_the_old_archived(directory, change, said, stay):
-    before, notes = (directory / "frame.csv").read_bytes(), []
-    pieces = {path.name for path in directory.glob("pieces/*")}
-    found = run(run_dir=directory, notify=notes.append, **change)
-    assert_same(found, run(**change))
-    assert len(notes) == 1
-    assert (directory / "superseded-1/frame.csv").read_bytes() == before
-    archived = {path.name for path in directory.glob("superseded-1/pieces/*")}
-    assert archived | {path.name for path in directory.glob("pieces/*")} >= pieces
-    assert re.search(f"because it changed: {said}", notes[0]), notes[0]
-    assert len(pieces - archived) >= stay
-
-
-def test_another_environment_and_other_code_of_an_attack_count(result, directory, monkeypatch):
-    notes = []
-    monkeypatch.setattr(measure, "environment", lambda device: {"torch": "99", "device": "cuda"})
-    run(run_dir=directory, notify=notes.append)
-    assert "environment (" in notes[0] and "0 of 16 pieces" in notes[0]
-    monkeypatch.setattr(measure, "ATTACKS", {**ATTACKS, "pgd": ATTACKS["pgd_ensemble"]})
-    run(run_dir=directory, notify=notes.append)
-    assert "attacks (pgd)" in notes[1] and "2 of 16 pieces" in notes[1], "clean images were not attacked"
-
-
-def test_a_disk_that_fills_up_keeps_what_was_finished(result, tmp_path, monkeypatch, small_pieces):
-    write, left = measure.write_atomically, [4]
-
-    def full(*given):
-        left[0] -= 1
-        if left[0] < 0:
-            raise OSError("No space left on device")
-        write(*given)
-
-    monkeypatch.setattr(measure, "write_atomically", full)
-    with pytest.raises(OSError, match="No space"):
-        run(run_dir=tmp_path)
-    monkeypatch.undo()
-    monkeypatch.setattr(measure, "PIECE", 20)
-    assert len(list(tmp_path.glob("pieces/*.safetensors"))) == 4
-    assert_same(result, run(run_dir=tmp_path))
-
-
-# tables and files
-
-
-def test_all_files_can_be_read_back_and_say_the_same(result, tmp_path):
-    result.write(tmp_path, caption="a_test & 5 %", indices=range(100, 140), published=True, costs={"a": 1})
-    assert pd.read_csv(tmp_path / "frame.csv", keep_default_na=False)[["defence", "attack", "rule"]].equals(
-        result.frame[["defence", "attack", "rule"]]
-    )
-    assert pd.read_csv(tmp_path / "frame.csv").accuracy.to_numpy() == pytest.approx(
-        result.frame.accuracy.to_numpy()
-    )
-    content = json.loads((tmp_path / "results.json").read_text())
-    assert (
-        content["costs"] == {"a": 1}
-        and content["indices"][0] == 100
-        and content["protocol"]["name"] == "test"
-    )
-    assert content["frame"][4]["accuracy"] == result.frame.accuracy[4]
-    images = pd.read_csv(tmp_path / "images.csv")
-    assert len(images) == len(result.outcomes) * 40 and images["index"].between(100, 139).all()
-    one = images[(images.defence == "pipeline") & (images.attack == "white-box")]
-    assert one.majority.tolist() == result.correct["pipeline", "white-box"]["majority"].astype(int).tolist()
-    assert one.label.tolist() == LABELS.tolist()
-    markdown, latex = ((tmp_path / name).read_text() for name in ("table.md", "table.tex"))
-    assert "72.85" in markdown and "72.85" in latex and "worst of N" in markdown
-    assert r"a\_test \& 5 \%" in latex and latex.count(r"\begin{table}") == 4
-
-
-def test_the_table_marks_the_best_and_what_is_missing(result):
-    bold = result.table(bold=True)
-    assert list(bold.columns) == COLUMNS and list(bold.index) == NAMES
-    assert bold.loc["undefended", "clean"].startswith("**100.0**\N{NO-BREAK SPACE}[91.2,")
-    assert "**" not in bold.loc["other", "clean"]
-    assert "| undefended | **100.0**" in result._repr_markdown_()
-    alone = evaluation.Evaluation(
-        tuple(item for item in result.outcomes[:7] if item.attack != "transfer"), LABELS.numpy()
-    )
-    assert alone.table().loc["other", "white-box"] == "–"
-    table = evaluation.markdown_table(pd.DataFrame({"a|b": ["c"], "n": [1 / 3], "none": [None]}), index=False)
-    assert table.splitlines() == ["| a\\|b | n | none |", "| --- | ---: | --- |", "| c | 0.333 | – |"]
-
-
-def test_a_further_worst_case_is_of_the_attacks_that_are_chosen(result):
-    found = result.with_worst("worst unseen", lambda item: item.norm == "l2")
-    assert [item.attack for item in found.outcomes[:7]] == [*COLUMNS, "worst unseen"]
-    right = found.correct["other", "clean"] & found.correct["other", "white-box l2"]
-    assert found.correct["other", "worst unseen"].equals(right)
-    with pytest.raises(ValueError, match="of a single defence, got 0"):
-        evaluation.worst_case([])
-    with pytest.raises(KeyError, match="keep_images=True"):
-        found.adversarial("other", "worst case")

@@ -53,8 +53,11 @@ torch.save((network.state_dict(), history), folder / "result.pt")
 
 
 def start(folder):
-    command = [sys.executable, "-c", WORK, str(folder)]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, "-c", WORK, str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
 
 
 def finish(folder):

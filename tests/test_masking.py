@@ -33,17 +33,18 @@ IMAGES, LABELS = task(64, seed=2)
 
 
 def network():
+    torch.manual_seed(0)
     first, second = nn.Conv2d(3, 8, 3, padding=1, stride=2), nn.Conv2d(8, 16, 3, padding=1)
     return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(256, 4))
 
 
-def trained(model, eps=0.0, steps=150):
+def trained(model, eps=0.0, steps=100):
     """``model`` after a few seconds of training, on attacks of ``eps`` if that is above 0."""
     torch.manual_seed(0)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    images, labels = task(2048, seed=1)
+    images, labels = task(1024, seed=1)
     for _ in range(steps):
-        chosen = torch.randint(2048, (128,))
+        chosen = torch.randint(1024, (128,))
         shown = images[chosen]
         if eps:
             shown = pgd(model.forward, shown, labels[chosen], eps=eps, steps=3, seed=None)
@@ -75,7 +76,7 @@ def pipeline_of(classifier, purifier=None, name="rt2"):
     return AToPPipeline(transform, purifier or Blur(), classifier).eval()
 
 
-def names_of(checks, outcome):
+def failed(checks, outcome="failed"):
     return {check.name for check in checks if check.outcome == outcome}
 
 
@@ -91,20 +92,6 @@ class Before(nn.Module):
 
     def forward(self, images):
         return self.inner(self.function(images))
-
-
-class After(Before):
-    """A function of the logits behind a classifier."""
-
-    def forward(self, images):
-        return self.function(self.inner(images))
-
-
-class Detached(nn.Module):
-    """A purifier whose result is cut off."""
-
-    def forward(self, given):
-        return Blur()(given).detach()
 
 
 class Resized(nn.Module):
@@ -125,16 +112,6 @@ class Resized(nn.Module):
         matrix[:, :, 2] = shift
         grid = F.affine_grid(matrix, list(images.shape), align_corners=False)
         return self.inner(F.grid_sample(images - 0.5, grid, align_corners=False) + 0.5)
-
-
-def blur_of_what_stays(images):
-    """A residual purifier whose correction is detached: the gradient that remains is not that of the loss."""
-    return images + (F.avg_pool2d(images.flip(3), 3, stride=1, padding=1) - images).detach()
-
-
-def shattered(images):
-    """A ripple too small to matter and steep enough to turn every gradient."""
-    return images + 0.002 * torch.sin(5000 * images)
 
 
 def backward_by(change, forward=lambda images: images):
@@ -180,14 +157,6 @@ class HashOffset(Before):
         return self.inner(images) + 0.3 * torch.sin(keys.unsqueeze(1) * torch.arange(1, 5)).float()
 
 
-class QuietUnderAttack(Before):
-    """Noise on the image, much less of it where a gradient is asked for."""
-
-    def forward(self, images):
-        noise = torch.randn(images.shape)
-        return self.inner(images + (0.01 if images.requires_grad else 0.1) * noise)
-
-
 class Coin(nn.Module):
     """One of two models for each image (or for the whole batch), by a fair coin."""
 
@@ -198,11 +167,6 @@ class Coin(nn.Module):
     def forward(self, images):
         heads = (torch.rand(len(images) if self.each else 1, 1) < 0.5).expand(len(images), 1)
         return torch.where(heads, self.one(images), self.other(images))
-
-
-def not_a_number(images):
-    """sqrt has no derivative at 0: the gradient becomes NaN, the value stays."""
-    return images + (0 * images).sqrt()
 
 
 PLANTED = {
@@ -222,12 +186,23 @@ PLANTED = {
         lambda inner: Before(lambda x: x, torch.no_grad()(inner.forward)),
         {"gradients", "black box"},
     ),
-    "partly detached": (lambda inner: Before(blur_of_what_stays, inner), {"finite differences"}),
-    "shattered": (lambda inner: Before(shattered, inner), {"finite differences"}),
-    "not a number": (lambda inner: Before(not_a_number, inner), {"gradients"}),
+    # a residual purifier whose correction is detached: the gradient that remains is not that of the loss
+    "partly detached": (
+        lambda inner: Before(
+            lambda x: x + (F.avg_pool2d(x.flip(3), 3, stride=1, padding=1) - x).detach(), inner
+        ),
+        {"finite differences"},
+    ),
+    # a ripple too small to matter and steep enough to turn every gradient
+    "shattered": (
+        lambda inner: Before(lambda x: x + 0.002 * torch.sin(5000 * x), inner),
+        {"finite differences"},
+    ),
+    # sqrt has no derivative at 0: the gradient becomes NaN, the value stays
+    "not a number": (lambda inner: Before(lambda x: x + (0 * x).sqrt(), inner), {"gradients"}),
     "resized, one draw a batch": (lambda inner: Resized(inner, each=False), {"samples"}),
     "detached purifier": (
-        lambda inner: pipeline_of(inner, Detached()),
+        lambda inner: pipeline_of(inner, Before(torch.detach, Blur())),
         {"gradients", "straight-through", "transfer"},
     ),
     "biased everywhere": (lambda inner: Before(backward_by(biased), inner), {"finite differences"}),
@@ -246,30 +221,29 @@ PLANTED = {
         {"finite differences", "finite differences, attacked"},
     ),
     "offset by the image's hash": (lambda inner: HashOffset(None, inner), {"finite differences"}),
-    "quiet where a gradient is asked for": (lambda inner: QuietUnderAttack(None, inner), {"same answers"}),
+    # noise on the image, much less of it where a gradient is asked for
+    "quiet where a gradient is asked for": (
+        lambda inner: Before(lambda x: x + (0.01 if x.requires_grad else 0.1) * torch.randn(x.shape), inner),
+        {"same answers"},
+    ),
+    # steps that are too small: the number is not that of masked gradients, but as wrong
+    "the smallest steps": (lambda inner: inner, {"larger steps"}),
 }
 
 
 @pytest.mark.parametrize("name", PLANTED)
 def test_a_planted_case_is_caught(name, plain):
     plant, expected = PLANTED[name]
-    checks = masking_checklist(plant(plain).eval(), IMAGES, LABELS, **SETTINGS, classifier=plain)
-    assert expected <= names_of(checks, "failed"), format_checks(checks)
-    assert warning(checks)
-
-
-def test_steps_that_are_too_small_are_caught(plain):
-    """The number they would print is not that of masked gradients, but as wrong: larger steps break what they
-    leave."""
-    checks = masking_checklist(plain, IMAGES, LABELS, **dict(SETTINGS, alpha=EPS / 30))
-    assert "larger steps" in names_of(checks, "failed"), format_checks(checks)
+    options = {**SETTINGS, "alpha": EPS / 30 if name == "the smallest steps" else None}
+    checks = masking_checklist(plant(plain).eval(), IMAGES, LABELS, **options, classifier=plain)
+    assert expected <= failed(checks) and warning(checks), format_checks(checks)
 
 
 def test_a_random_resize_attacked_without_eot_is_caught_and_with_eot_it_is_said_to_matter():
     model = trained(Resized(network(), each=True), steps=200)
     settings = dict(SETTINGS, eps=0.03, steps=3, queries=0)
     checks = masking_checklist(model, *task(256, seed=2), **dict(settings, eot_samples=1))
-    assert "EOT" in names_of(checks, "failed"), format_checks(checks)
+    assert "EOT" in failed(checks), format_checks(checks)
     checks = masking_checklist(model, IMAGES, LABELS, **dict(settings, eot_samples=8))
     assert not warning(checks), format_checks(checks)
     (line,) = [check.detail for check in checks if check.name == "EOT"]
@@ -283,7 +257,7 @@ def test_honest_models_pass(plain, hardened):
     for model in (plain, hardened):
         checks = masking_checklist(model, IMAGES, LABELS, **SETTINGS)
         assert not warning(checks), format_checks(checks)
-        assert len(names_of(checks, "suspicious")) <= 1, format_checks(checks)
+        assert len(failed(checks, "suspicious")) <= 1, format_checks(checks)
 
 
 @pytest.mark.parametrize("name", ["rt2", *(pytest.param(n, marks=pytest.mark.long) for n in ("none", "rt1"))])
@@ -295,26 +269,25 @@ def test_an_honest_pipeline_passes(name, plain):
     assert ({"samples", "EOT"} <= {check.name for check in checks}) == (name != "none")
 
 
-@pytest.mark.parametrize("seeds", [4, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("seeds", [3, pytest.param(20, marks=pytest.mark.long)])
 def test_a_fair_coin_between_two_honest_models_is_an_honest_random_defence(seeds, plain, hardened):
     """0.1.0 ranked equal values by their order in memory, and called 69 % of such coins not trustworthy."""
     model = Coin(plain, hardened).eval()
     found = [masking_checklist(model, IMAGES[:16], LABELS[:16], **FAST, seed=seed) for seed in range(seeds)]
-    failed = [names_of(checks, "failed") for checks in found if warning(checks)]
-    assert len(failed) <= 1, failed
-    assert not any("samples" in names for names in failed), failed
+    names = [failed(checks) for checks in found if warning(checks)]
+    assert len(names) <= 1 and not any("samples" in each for each in names), names
 
 
 def test_a_coin_for_the_whole_batch_is_caught(plain, hardened):
     checks = masking_checklist(Coin(plain, hardened, each=False).eval(), IMAGES[:16], LABELS[:16], **FAST)
-    assert "samples" in names_of(checks, "failed"), format_checks(checks)
+    assert "samples" in failed(checks), format_checks(checks)
 
 
 @pytest.mark.parametrize("make", [lambda inner: inner, pipeline_of], ids=["deterministic", "random"])
 def test_the_scale_of_the_logits_changes_no_check(make, plain):
     def checked(factor):
-        model = make(After(lambda logits: logits * factor, plain)).eval()
-        return masking_checklist(model, IMAGES[:12], LABELS[:12], **FAST)
+        model = make(nn.Sequential(plain, Before(lambda logits: logits * factor, nn.Identity()))).eval()
+        return masking_checklist(model, IMAGES[:8], LABELS[:8], **FAST)
 
     expected = checked(1.0)
     assert checked(2.0**10) == expected  # exact in floating point
@@ -332,8 +305,8 @@ def test_the_l2_norm_is_checked_alike(plain):
     settings = dict(SETTINGS, eps=0.6, norm="l2")
     assert not warning(masking_checklist(plain, IMAGES, LABELS, **settings))
     rounded = Before(lambda x: (x * 255).round() / 255, plain).eval()
-    failed = names_of(masking_checklist(rounded, IMAGES, LABELS, **settings), "failed")
-    assert {"gradients", "finite differences", "unbounded, eps 0.95"} <= failed
+    names = failed(masking_checklist(rounded, IMAGES, LABELS, **settings))
+    assert {"gradients", "finite differences", "unbounded, eps 0.95"} <= names
 
 
 def test_a_checklist_repeats_itself_and_leaves_the_global_generator_alone(plain):
@@ -353,22 +326,22 @@ def test_random_numbers_that_cannot_be_fixed_are_said_to_hide_the_comparison(pla
     )
     (line,) = [check for check in checks if check.name == "finite differences"]
     assert line.outcome == "suspicious" and "reseed" in line.detail
-    assert [call[:3] for call in calls] == [(k, len(checks), "checks") for k in range(1, len(checks) + 1)]
+    assert [call[:3] for call in calls] == [(k, len(calls), "attacks") for k in range(1, len(calls) + 1)]
 
 
 @pytest.mark.parametrize(
     "values, message",
     [
         ({"eps": 0.0}, "eps must be above 0"),
-        ({"norm": "l1"}, "not l1"),
+        ({"norm": "l1"}, "norm must be one of linf, l2"),
         ({"steps": 1}, "steps must be at least 2"),
-        ({"num_samples": 0}, "eot_samples and num_samples at least 1"),
+        ({"num_samples": 0}, "num_samples must be at least 1"),
     ],
 )
 def test_wrong_settings_are_refused(values, message, plain):
     with pytest.raises(ValueError, match=message):
         masking_checklist(plain, IMAGES, LABELS, **{"eps": EPS, **values})
-    with pytest.raises(ValueError, match="at least 8 images, got 7"):
+    with pytest.raises(ValueError, match="images must be at least 8, got 7"):
         masking_checklist(plain, IMAGES[:7], LABELS[:7], eps=EPS)
 
 

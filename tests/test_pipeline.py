@@ -72,24 +72,14 @@ def test_the_classifier_is_frozen_and_the_purifier_is_not():
 
 
 @pytest.mark.parametrize("name", ["none", *RANDOM])
-def test_the_logits_are_those_of_the_classifier_on_the_purified_images(name):
-    pipeline, images = pipeline_of(name), images_of()
-    logits = pipeline(images)
-    pipeline.reseed(0)
-    purified = pipeline.purify(images)
-    assert purified.shape == images.shape
-    assert logits.shape == (4, 5)
-    torch.testing.assert_close(logits, pipeline.classifier(purified))
-
-
-@pytest.mark.parametrize("name", RANDOM)
-def test_every_output_is_put_together_and_the_last_is_the_result(name):
+def test_every_output_is_put_together_and_the_last_is_classified(name):
     pipeline, images = pipeline_of(name, TwoOutputs()), images_of()
     sample = pipeline.sample(images)
     coarse, fine = pipeline.outputs(images, sample)
     assert coarse.shape == fine.shape == images.shape
     assert (coarse == 0).all()
     assert torch.equal(pipeline.purify(images, sample), to_unit(fine))
+    torch.testing.assert_close(pipeline(images, sample), pipeline.classifier(to_unit(fine)))
     assert torch.equal(fine, pipeline_of(name, Visible()).outputs(images, sample)[0])
 
 
@@ -307,10 +297,10 @@ def test_a_mixture_is_random_and_frozen_as_its_branches_are():
 
 
 IMPOSSIBLE = {
-    "got 0": lambda: averaged(0),
-    "allowed: images, logits": lambda: averaged(2, "masks"),
-    "alpha must lie in": lambda: Mixed(affine(1), affine(2), float("nan"), 1),
-    "scale be above 0": lambda: Mixed(affine(1), affine(2), 0.5, float("inf")),
+    "copies must be at least 1, got 0": lambda: averaged(0),
+    "average must be one of images, logits, got 'masks'": lambda: averaged(2, "masks"),
+    "alpha must lie in 0..1": lambda: Mixed(affine(1), affine(2), float("nan"), 1),
+    "scale must be above 0": lambda: Mixed(affine(1), affine(2), 0.5, float("inf")),
     r"call pipeline\.eval": lambda: small_defence().train().freeze_for_attack(),
 }
 

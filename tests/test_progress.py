@@ -40,12 +40,11 @@ def test_it_renews_itself_now_and_then_only_but_always_shows_the_end(clock):
     assert 2 <= len(lines) <= 5 and "100/100" in lines[-1]
 
 
-def test_without_a_terminal_or_a_kernel_nothing_is_written(capsys):
-    Progress("x")(0, 0)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_in_a_terminal_one_line_renews_itself(monkeypatch, capsys):
-    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: True, raising=False)
+@pytest.mark.parametrize("terminal, begins", [(True, "\r"), (False, "")])
+def test_in_a_terminal_one_line_renews_itself_and_without_one_or_a_kernel_nothing_is_written(
+    monkeypatch, capsys, terminal, begins
+):
+    monkeypatch.setattr(progress.sys.stderr, "isatty", lambda: terminal, raising=False)
     Progress("x", every=0)(1, 2)
-    assert capsys.readouterr().err.startswith("\r")
+    out, err = capsys.readouterr()
+    assert (out, err[:1]) == ("", begins)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atoplib.attacks.square import (
+from atoplib.attacks.black_box import (
     HALVINGS,
     _hill,
     _hill_and_valley,

@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from atoplib.checkpoints import CheckpointError, load_state
 from atoplib.data import Split
 from atoplib.pipeline import AToPPipeline
-from atoplib.training import accuracy, fit, loop, measures
-from atoplib.training.optimizers import MovingAverage
+from atoplib.training import accuracy, fit, loop, parts, resume
+from atoplib.training.parts import MovingAverage
 
 
 @pytest.fixture(autouse=True)
@@ -170,7 +170,7 @@ def test_an_interruption_during_validation_loses_no_entry_of_the_history(
     expected = Training(KINDS[0], split, seed=1)
     history = expected.run(validate=share)
     assert len(history) == 2 and all("share" in entry for entry in history)
-    calls, sample_logits = [], measures.sample_logits
+    calls, sample_logits = [], parts.sample_logits
 
     def pressed(*arguments, **options):
         calls.append(arguments)
@@ -179,7 +179,7 @@ def test_an_interruption_during_validation_loses_no_entry_of_the_history(
         return sample_logits(*arguments, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(measures, "sample_logits", pressed)
+        patch.setattr(parts, "sample_logits", pressed)
         Training(KINDS[0], split, seed=1).run(tmp_path, validate=share)
     again = Training(KINDS[0], split, seed=1)
     assert without_times(again.run(tmp_path, validate=share)) == without_times(history)
@@ -239,6 +239,14 @@ def test_what_a_training_depends_on_decides_on_its_reuse_and_the_old_result_is_k
     assert said[0].startswith("Loaded")
 
 
+def test_an_edit_of_the_training_loop_is_another_training(split, tmp_path, monkeypatch):
+    trained(tmp_path, *weighted(1.0), split)
+    known = resume.hashing.code_hash
+    edited = {"atoplib.training.loop": "edited"}
+    monkeypatch.setattr(resume.hashing, "code_hash", lambda name: edited.get(name) or known(name))
+    assert "the training loop" in trained(tmp_path, *weighted(1.0), split)[1][0]
+
+
 @pytest.mark.parametrize("edited", [False, True])
 def test_a_cell_that_is_executed_again_means_the_network_as_it_was_given(split, tmp_path, edited):
     network, step = weighted(1.0)
@@ -285,19 +293,3 @@ def test_the_same_seed_gives_the_same_weights_another_seed_others_and_torchs_own
     assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(99)))
     other.run()
     assert same(again.weights, uninterrupted(KINDS[2])[0]) and not same(other.weights, again.weights)
-
-
-def test_a_full_disk_ends_the_training_with_the_earlier_state_kept(split, tmp_path, monkeypatch):
-    with pytest.raises(KeyboardInterrupt):
-        Training(KINDS[0], split, seed=1).run(tmp_path, progress=interrupt_at(3))
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(OSError, match=r"could not write .*state\.pt.*free some disk space"),
-    ):
-        patch.setattr(torch, "save", full)
-        Training(KINDS[0], split, seed=1).run(tmp_path, save_every=-1)
-    assert state_of(tmp_path)["step"] == 3

@@ -12,10 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from atoplib import checkpoints, classifiers, defences, figures, purifiers
-from atoplib.attacks import pgd
+from atoplib import losses as loss_functions
+from atoplib.attacks import n_fgsm, pgd
 from atoplib.data import Split, load_images
-from atoplib.losses import discriminator_loss, generator_loss, reconstruction_loss
-from atoplib.pipeline import AToPPipeline, FrozenPurifier, to_unit
+from atoplib.pipeline import AToPPipeline, to_unit
 from atoplib.training import fit
 from atoplib.transforms import Transform
 
@@ -52,18 +52,12 @@ def execute(stage, folder, edits=(), **parameters):
 
 def step_of(stage, **namespace):
     """What the cells of a notebook's step define, in a namespace of a few parameters and networks."""
-    namespace = (
-        dict(torch=torch, partial=partial, pgd=pgd, cross_entropy=F.cross_entropy, to_unit=to_unit)
-        | namespace
-    )
-    namespace |= dict(
-        reconstruction_loss=reconstruction_loss,
-        generator_loss=generator_loss,
-        discriminator_loss=discriminator_loss,
-    )
+    namespace |= vars(loss_functions) | dict(torch=torch, partial=partial, pgd=pgd, n_fgsm=n_fgsm, pad=F.pad)
+    namespace |= dict(cross_entropy=F.cross_entropy, to_unit=to_unit)
     for name, cell in cells_of(stage).items():
-        if name.split("-")[1] in ("step", "attack", "gan"):
-            exec("".join(cell["source"]), namespace)
+        source = "".join(cell["source"])
+        if source.startswith("def ") and not name.endswith("-save"):
+            exec(source, namespace)
     return SimpleNamespace(**namespace)
 
 
@@ -103,16 +97,19 @@ def batch():
     return images, labels
 
 
-def recording(transform=RT2, purifier="gated_unet", **options):
+def recording(transform=RT2, purifier="gated_unet", classifier=None, **options):
     torch.manual_seed(1)
     network = purifiers.build(purifier, **(options or dict(width=4, blocks=0, fold=4)))
-    return RecordingPipeline(transform, network, tiny_classifier(), seed=None)
+    return RecordingPipeline(transform, network, classifier or tiny_classifier(), seed=None)
 
 
 # --- notebook 1
 
 
-CLASSIFY = dict(adversarial=False, eps=0.1, norm="linf", attack_steps=3, alpha=None, label_smoothing=0.0)
+CLASSIFY = dict(
+    adversarial=False, eps=0.1, norm="linf", attack_steps=3, alpha=None, label_smoothing=0.0, noise_std=0.0,
+    inner_attack="pgd",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0)])
@@ -144,9 +141,9 @@ def test_normal_training_sees_the_images_as_they_are_with_the_label_smoothing_th
 
 
 def test_a_classifier_behind_a_purifier_is_attacked_and_trained_on_one_sample_of_it(batch):
-    pipeline, network = recording(), Recorder().train()
+    pipeline, network = recording(classifier=nn.Identity()).eval(), Recorder().train()
     p = SimpleNamespace(**CLASSIFY | dict(adversarial=True))
-    step = step_of(STAGES[0], network=network, purifier=FrozenPurifier(pipeline), p=p).step
+    step = step_of(STAGES[0], network=network, purifier=pipeline, p=p).step
     samples = []
     for _ in range(2):
         pipeline.used = []
@@ -164,27 +161,22 @@ def test_a_classifier_behind_a_purifier_is_attacked_and_trained_on_one_sample_of
 
 
 FINETUNE = dict(
-    variant="ft_adv",
-    target="clean",
-    threat_model="white-box",
-    eps=0.1,
-    norm="linf",
-    attack_steps=3,
-    alpha=None,
-    eot_samples=1,
-    ramp_epochs=0.0,
-    classification_weight=1.0,
-    warmup_epochs=0.0,
-    gan_weight=0.0,
-    gan_loss="hinge",
-)
+    variant="ft_adv", target="clean", threat_model="white-box", eps=0.1, norm="linf", attack_steps=3,
+    alpha=None, eot_samples=1, ramp_epochs=0.0, classification_weight=1.0, warmup_epochs=0.0, gan_weight=0.0,
+    gan_loss="hinge", inner_attack="pgd", temperature=1.0, shake=0, psnr_weight=0.0, psnr_floor=22.5,
+)  # fmt: skip
+
+
+def finetuning(pipeline, discriminator=None, **changes):
+    """The step of notebook 3."""
+    names = dict(pipeline=pipeline, discriminator=discriminator, frozen_ones=[pipeline.classifier])
+    return step_of(STAGES[2], p=SimpleNamespace(**FINETUNE | changes), **names).step
 
 
 def finetuned(batch, pipeline, epoch=0.0, discriminator=None, **changes):
     """What one step of notebook 3 returns; how its parts were used is in the pipeline."""
-    p = SimpleNamespace(**FINETUNE | changes)
     torch.manual_seed(0)
-    return step_of(STAGES[2], pipeline=pipeline, discriminator=discriminator, p=p).step(*batch, epoch)
+    return finetuning(pipeline, discriminator, **changes)(*batch, epoch)
 
 
 def test_the_white_box_attack_hits_the_very_sample_of_the_loss(batch):
@@ -217,11 +209,11 @@ def test_eps_and_step_size_grow_together_along_the_ramp(batch, ramp, epoch, shar
 
 def test_the_classification_term_joins_in_after_the_warm_up_and_what_is_rebuilt_is_the_target(batch):
     pipeline = recording()
-    assert set(finetuned(batch, pipeline, 0.9, warmup_epochs=1.0)) == {"loss", "reconstruction"}
+    assert set(finetuned(batch, pipeline, 0.9, warmup_epochs=1.0)) == {"loss", "reconstruction", "dB_missing"}
     losses = {target: finetuned(batch, pipeline, 1.0, target=target) for target in ("clean", "adversarial")}
-    assert set(losses["clean"]) == {"loss", "reconstruction", "classification", "accuracy"}
+    assert set(losses["clean"]) == {"loss", "reconstruction", "dB_missing", "classification", "accuracy"}
     (x_adv, t, _) = pipeline.used[-1]
-    by_hand = reconstruction_loss(AToPPipeline.outputs(pipeline, x_adv, t), 2 * x_adv - 1)
+    by_hand = loss_functions.reconstruction_loss(AToPPipeline.outputs(pipeline, x_adv, t), 2 * x_adv - 1)
     assert torch.allclose(losses["adversarial"]["reconstruction"], by_hand)
     assert not torch.allclose(losses["clean"]["reconstruction"], by_hand)
 
@@ -258,36 +250,26 @@ def test_the_gan_term_has_a_gradient_at_the_purifier_and_the_discriminator_a_los
 DEEPFILL = pytest.param("deepfill_v2", {"width": 8}, marks=pytest.mark.long)
 
 
-@pytest.mark.parametrize("gan_weight", [0.0, 0.05])
-@pytest.mark.parametrize("variant", ["ap", "ft_clean", "ft_adv"])
+@pytest.mark.parametrize("variant, gan_weight", [("ap", 0.05), ("ft_clean", 0.0), ("ft_adv", 0.05)])
 @pytest.mark.parametrize(
     "purifier, options", [("gated_unet", {"width": 4, "blocks": 0, "fold": 4}), DEEPFILL]
 )
 def test_every_variant_is_learned_on_a_small_fixed_batch_and_the_classifier_stays(
     batch, purifier, options, variant, gan_weight
 ):
-    pipeline = AToPPipeline(
-        Transform("rt2", 0.25, 0.02, grid_size=4), purifiers.build(purifier, **options), tiny_classifier()
-    )
-    networks, discriminator = {"purifier": pipeline.purifier}, purifiers.PatchDiscriminator(4)
-    if gan_weight:
-        networks["discriminator"] = discriminator
-    changes = dict(
-        variant=variant, gan_weight=gan_weight, classification_weight=0.5, eps=0.05, attack_steps=1
-    )
-    step = step_of(
-        STAGES[2], pipeline=pipeline, discriminator=discriminator, p=SimpleNamespace(**FINETUNE | changes)
-    ).step
-    before = [
-        weight.clone() for weight in (*pipeline.classifier.parameters(), *pipeline.classifier.buffers())
-    ]
+    network, classifier = purifiers.build(purifier, **options), tiny_classifier()
+    pipeline = AToPPipeline(Transform("rt2", 0.25, 0.02, grid_size=4), network, classifier)
+    discriminator = purifiers.PatchDiscriminator(4)
+    networks = {"purifier": network} | ({"discriminator": discriminator} if gan_weight else {})
+    changes = dict(gan_weight=gan_weight, classification_weight=0.5, eps=0.05, attack_steps=1)
+    step = finetuning(pipeline, discriminator, variant=variant, **changes)
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
     images = Split((batch[0] * 255).to(torch.uint8), batch[1])
     settings = dict(epochs=36, batch_size=8, learning_rate=0.003, schedule="constant", dtype="float32")
     history = fit(step, networks, images, **settings)
     first, last = (sum(entry["reconstruction"] for entry in part) for part in (history[:3], history[-3:]))
     assert last < 0.95 * first
-    after = (*pipeline.classifier.parameters(), *pipeline.classifier.buffers())
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(torch.equal(before[name], value) for name, value in classifier.state_dict().items())
 
 
 # --- the runs
@@ -316,11 +298,7 @@ def test_notebooks_find_each_others_runs_and_load_them_however_they_are_named(tm
         (STAGES[0], "logits = model(x).float()", "logits = 2 * model(x).float()"),
         (STAGES[1], "network = network.to(", "network.front = None; network = network.to("),
         (STAGES[2], 'loss = losses["reconstruction"]', 'loss = 0 * losses["reconstruction"]'),
-        (
-            STAGES[2],
-            'model, start = partial(pipeline, sample=t), "random"',
-            'model, start = partial(pipeline, sample=t), "clean"',
-        ),
+        (STAGES[2], 'white_box = p.threat_model == "white-box"', "white_box = False"),
     ],
 )
 def test_an_edit_of_a_step_an_attack_or_a_network_is_another_training(tmp_path, stage, old, new):
@@ -375,7 +353,7 @@ def test_networks_of_ones_own_are_a_line_each_and_their_files_say_so(tmp_path):
     path = run.run.path / "purifier.safetensors"
     header = checkpoints.read_header(path)
     assert header["architecture"] == "custom: Conv2d" and header["classifier"] == "custom: Sequential"
-    again = checkpoints.load_custom(path, lambda: nn.Conv2d(5, 3, 1), kind="purifier")
+    again = checkpoints.load(path, kind="purifier", build=lambda: nn.Conv2d(5, 3, 1))[0]
     assert torch.equal(again.weight, run.network.weight)
     p = run.p.replace(purifier_run=run.run.path.name)
     with pytest.raises(checkpoints.CheckpointError, match="custom purifier"):

@@ -5,15 +5,7 @@ from math import floor
 import pytest
 import torch
 
-from atoplib.transforms import (
-    Transform,
-    add_noise,
-    assemble,
-    corrupt,
-    patch_size,
-    sample_transform,
-    visible_part,
-)
+from atoplib.transforms import Transform, assemble, corrupt, patch_size, sample_transform
 
 SHAPE = (3, 3, 32, 32)
 NAMES = ["none", "rt1", "rt2", "rt3"]
@@ -78,12 +70,9 @@ def test_the_dtype_does_not_change_the_sample():
     torch.testing.assert_close(single.noise.double(), double.noise)
 
 
-def test_every_patch_is_missing_equally_often():
-    fraction = patches_of(sample_of("rt1", (1600, 3, 8, 8)).masks)[0].mean(dim=0)
-    assert (fraction - 0.25).abs().max() < 5 * (0.25 * 0.75 / 1600) ** 0.5
-
-
-def test_the_noise_is_normal_independent_and_has_the_asked_standard_deviation():
+def test_masks_are_uniform_and_noise_is_normal_independent_and_of_the_asked_standard_deviation():
+    missing = patches_of(sample_of("rt1", (1600, 3, 8, 8)).masks)[0].mean(dim=0)
+    assert (missing - 0.25).abs().max() < 5 * (0.25 * 0.75 / 1600) ** 0.5, "every patch equally often"
     noise = sample_of("rt2", (50, 3, 32, 32), noise_std=0.2).noise
     assert noise.mean().abs() < 0.003 and noise.std() == pytest.approx(0.2, rel=0.01)
     assert (noise.abs() < 0.2).float().mean() == pytest.approx(0.6827, abs=0.01)
@@ -107,14 +96,11 @@ def test_the_purifier_gets_the_clipped_noisy_image_grey_where_missing_ones_and_t
     given = corrupt(images, sample)
     assert given.shape == (copies * 3, 5, 32, 32) and (given[:, 3] == 1).all()
     assert torch.equal(given[:, 4], sample.masks.reshape(-1, 32, 32))
-    noisy = add_noise(twin, sample)
-    if sample.noise is None:
-        assert noisy is twin
-    else:
-        assert ((noisy == 0) | (noisy == 1)).float().mean() > 0.2, "nothing is clipped here"
-        assert torch.equal(noisy, (twin + sample.noise).clamp(0, 1))
+    noisy = twin if sample.noise is None else (twin + sample.noise).clamp(0, 1)
+    clipped = ((noisy == 0) | (noisy == 1)).float().mean()
+    assert sample.noise is None or clipped > 0.2, "nothing is clipped here"
     expected = ((noisy * 2 - 1) * (1 - sample.masks)).flatten(0, 1)
-    assert torch.equal(visible_part(images, sample), expected) and torch.equal(given[:, :3], expected)
+    assert torch.equal(given[:, :3], expected)
     weight = torch.rand_like(expected)
     (given[:, :3] * weight).sum().backward()
     (expected * weight).sum().backward()
@@ -141,19 +127,15 @@ def test_rt3_keeps_only_what_was_filled_in():
     torch.testing.assert_close(assemble(torch.full((12, 3, 32, 32), 0.3), sample), torch.full(SHAPE, 0.3))
 
 
-@pytest.mark.parametrize("name", ["none", "rt1", "rt2"])
-def test_the_others_keep_the_whole_output(name):
-    outputs = torch.rand(SHAPE)
-    assert torch.equal(assemble(outputs, sample_of(name)), outputs)
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 32, 64), (2, 3, 64, 24), (1, 3, 256, 256)], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_any_size_that_the_grid_divides_works(name, shape):
     sample = sample_of(name, shape)
     given = corrupt(images_of(shape), sample)
     assert given.shape == (len(sample.masks) * shape[0], 5, *shape[2:])
-    assert assemble(given[:, :3], sample).shape == shape
+    outputs = given[:, :3]
+    assert assemble(outputs, sample).shape == shape
+    assert name == "rt3" or assemble(outputs, sample) is outputs, "the others keep the whole output"
     assert (patches_of(sample.masks).sum(dim=-1) == (0 if name == "none" else 16)).all()
 
 
@@ -171,17 +153,13 @@ def test_a_sample_of_another_batch_or_size_is_refused(other, without_shape_check
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_rows_and_repetitions_of_a_sample_are_those_of_its_images(name):
+def test_rows_of_a_sample_are_those_of_its_images(name):
     sample = sample_transform(Transform(name), SHAPE, generator=seeded(), noise_planes=2)
     assert sample.purifier_noise.shape == (len(sample.masks), 3, 2, 32, 32)
     images, part = images_of(), sample.rows(slice(1, 2))
     whole = corrupt(images, sample).unflatten(0, (-1, 3))
     assert torch.equal(corrupt(images[1:2], part), whole[:, 1])
-    repeated = part.repeated(4)
-    assert torch.equal(
-        corrupt(images[1:2].expand(4, -1, -1, -1), repeated).unflatten(0, (-1, 4))[:, 3], whole[:, 1]
-    )
-    assert torch.equal(repeated.purifier_noise[:, 2], sample.purifier_noise[:, 1])
+    assert torch.equal(part.purifier_noise, sample.purifier_noise[:, 1:2])
 
 
 def test_gradients_agree_with_finite_differences():
@@ -202,7 +180,7 @@ def test_gradients_agree_with_finite_differences():
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"name": "rt4"}, "unknown transform 'rt4'; allowed: none, rt1, rt2, rt3"),
+        ({"name": "rt4"}, "name must be one of none, rt1, rt2, rt3, got 'rt4'"),
         ({"missing_rate": 1.0}, "missing_rate must lie in"),
         ({"missing_rate": -0.1}, "missing_rate must lie in"),
         ({"missing_rate": float("nan")}, "missing_rate must lie in"),
@@ -210,7 +188,7 @@ def test_gradients_agree_with_finite_differences():
         ({"noise_std": 64.0}, "noise_std must lie in"),
         ({"grid_size": 0}, "grid_size must be at least 1"),
         ({"num_masks": 1}, "num_masks must lie in"),
-        ({"num_masks": 65}, r"num_masks must lie in \[2, 64\]"),
+        ({"num_masks": 65}, "num_masks must lie in 2..64"),
     ],
     ids=str,
 )

@@ -1,5 +1,5 @@
-"""Auto-PGD: projected gradient ascent whose step size adapts to how the loss rises, with EOT for random
-models."""
+"""Auto-PGD, whose step size adapts to how the loss rises, with EOT for random models; and AutoAttack: the
+original one for deterministic models, one of our own parts, judged by votes, for random models."""
 
 from functools import partial
 from math import ceil
@@ -9,9 +9,18 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from atoplib.attacks.black_box import square
 from atoplib.attacks.eot import StepCallback, eot_gradient, make_generator
-from atoplib.attacks.losses import Loss, cross_entropy, dlr, likely_targets, target_margin, targeted_dlr
-from atoplib.attacks.norms import Ball, check_counts, check_settings
+from atoplib.attacks.losses import (
+    Loss,
+    cross_entropy,
+    dlr,
+    likely_targets,
+    margin,
+    target_margin,
+    targeted_dlr,
+)
+from atoplib.attacks.norms import Ball
 from atoplib.attacks.queries import (
     at_rows,
     broken,
@@ -21,13 +30,14 @@ from atoplib.attacks.queries import (
     strongest_attempt,
 )
 from atoplib.decisions import Model, sample_logits
-from atoplib.parameters import one_of
+from atoplib.parameters import check_counts, check_settings, one_of
 
 RHO = 0.75  # a step size is halved unless the loss rose in more than this share of the steps looked at
 NEW_SHARE = 0.75  # alpha of eq. 4: share of the new step, the rest is momentum
 SPREAD = 4.0  # of the logits in the cross-entropy: standard deviation over the classes, in the median image
 L1_STAGES = ((3, 0.3), (2, 0.3), (1, 0.4))
 """(multiple of eps, share of the steps); Croce & Hein 2021, section 4.3."""
+PUBLISHED_SCHEDULE = 10_000  # of Square's shares; 5,000 queries run the first half of it
 
 
 def apgd(
@@ -112,8 +122,7 @@ def apgd(
         model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
         callback=callback,
     )  # fmt: skip
-    ball.check(adversarial)
-    return adversarial
+    return ball.check(adversarial)
 
 
 def checkpoints(steps: int, norm: str = "linf") -> dict[int, int]:
@@ -123,8 +132,7 @@ def checkpoints(steps: int, norm: str = "linf") -> dict[int, int]:
     Source: Croce & Hein 2020, section 3.2, and 2021, section 4.2, rounded as in the authors' code.
     """
     shares = (0.04, 0, 0.04) if norm == "l1" else (0.22, 0.03, 0.06)
-    window, shrink, least = (int(share * steps) for share in shares)
-    window, shrink, least = max(1, window), max(norm != "l1", shrink), max(1, least)
+    window, shrink, least = (max(1, int(share * steps)) for share in shares)
     windows, step = {}, window
     while step <= steps:
         windows[step] = window
@@ -146,14 +154,13 @@ def _run_l1(
     """Three runs whose radii shrink to eps, each from where the one before ended; only the last may break an
     image."""
     kind = {"device": labels.device, "dtype": ball.images.dtype}
-    points = ball.images + torch.randn(ball.images.shape, generator=generator, **kind)
-    lengths, done = [ceil(share * steps) for _, share in L1_STAGES[:-1]], 0
+    points, done = ball.images + torch.randn(ball.images.shape, generator=generator, **kind), 0
 
     def report(step: int, _steps: int, x: Tensor, losses: Tensor) -> None:
         callback(done + step, steps, ball.project(x), losses)
 
-    for (multiple, _), length in zip(L1_STAGES, [*lengths, steps - sum(lengths)], strict=True):
-        stage = Ball(ball.images, multiple * ball.eps, "l1")
+    for multiple, share in L1_STAGES:
+        stage, length = Ball(ball.images, multiple * ball.eps, "l1"), min(ceil(share * steps), steps - done)
         points = stage.project(points)
         if length > 0:
             points = _run(
@@ -189,17 +196,15 @@ def _run(
     """
     points = ball.start(generator) if start is None else start
     zeros, windows = points.new_zeros(len(points), dtype=torch.float32), checkpoints(steps, ball.norm)
+    support = (points != ball.images).flatten(1).sum(dim=1).float()  # l1: how many values are changed
     state = SimpleNamespace(  # entry i of every tensor belongs to image rows[i] of the batch
         rows=torch.arange(len(points), device=points.device), labels=labels, goals=goals, targets=targets,
         points=points, previous=points, gradient=torch.zeros_like(points), loss=zeros + torch.inf,
         best=points, best_gradient=torch.zeros_like(points), best_loss=zeros - torch.inf,
         last_best_loss=zeros - torch.inf,
         step_size=zeros + (1 if ball.norm == "l1" else 2) * ball.eps, increases=zeros, halved=zeros == 0,
-        density=zeros + 0.2, support=zeros + points[0].numel(),  # l1: share in a step; values changed
+        density=support / points[0].numel() / 1.5, support=support,  # l1: share of the values in a step
     )  # fmt: skip
-    if start is not None:
-        state.support = (points != ball.images).flatten(1).sum(dim=1).float()
-        state.density = state.support / points[0].numel() / 1.5
     result, losses = points.clone(), zeros.clone()
     for step in range(steps + 1):
         if step > 0:
@@ -243,17 +248,11 @@ def _step(state: SimpleNamespace, ball: Ball, share: float) -> Tensor:
     """Eq. 3 and 4: a projected step along the gradient, mixed with the movement of the last step, projected
     again; for l1 the signs of the largest entries of the gradient, without momentum."""
     size = state.step_size.to(state.points.dtype).view(-1, 1, 1, 1)
-    if ball.norm != "l1":
-        ahead = ball.project(state.points + size * ball.direction(state.gradient))
-        momentum = state.points - state.previous
-        return ball.project(state.points + share * (ahead - state.points) + (1 - share) * momentum)
-    flat = state.gradient.flatten(1)
-    count = flat.shape[1]
-    position = ((1 - state.density) * count).long().clamp(0, count - 1)
-    least = flat.abs().sort(dim=1).values.gather(1, position[:, None])
-    signs = torch.where(flat.abs() >= least, flat.sign(), 0)
-    signs = signs / signs.abs().sum(dim=1, keepdim=True).clamp_min(1)
-    return ball.project(state.points + size * signs.view_as(state.points))
+    ahead = ball.project(state.points + size * ball.direction(state.gradient, density=state.density))
+    if ball.norm == "l1":
+        return ahead
+    momentum = state.points - state.previous
+    return ball.project(state.points + share * (ahead - state.points) + (1 - share) * momentum)
 
 
 def _look(state: SimpleNamespace, ball: Ball, window: int) -> None:
@@ -275,3 +274,127 @@ def _look(state: SimpleNamespace, ball: Ball, window: int) -> None:
     state.points = torch.where(back.view(-1, 1, 1, 1), state.best, state.points)
     state.gradient = torch.where(back.view(-1, 1, 1, 1), state.best_gradient, state.gradient)
     state.last_best_loss, state.increases = state.best_loss, torch.zeros_like(state.increases)
+
+
+def autoattack(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 100,
+    num_targets: int | None = None,
+    queries: int | None = None,
+    eot_samples: int = 20,
+    rule: str = "any",
+    votes: int = 20,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Adversarial images by AutoAttack.
+
+    A deterministic model is attacked by the authors' code, version standard (package ``pyautoattack``):
+    APGD-CE, APGD-T, FAB-T, Square. The authors' version for random models judges by a single sample of the
+    last step, so that we run APGD-CE, APGD-T (on the DLR loss without targets for three classes) and Square
+    ourselves, each on the images that the ones before left unbroken by votes.
+
+    Args:
+        model, images, labels, eps: as ``apgd``.
+        norm: ``linf``, ``l2`` or ``l1`` (of random models without Square).
+        steps: iterations of APGD and FAB, for each target; fewer than 100 make a rough trial, no AutoAttack.
+        num_targets: targets of APGD-T and FAB-T, the most likely other classes; None: 9, and 3 of random
+            models.
+        queries: of Square; None: 5000, and 1000 of random models.
+        eot_samples: samples of a random model that gradients are averaged over.
+        rule, votes: when an image of a random model counts as broken between the parts.
+        seed: of the attack's own random numbers; None: torch's global generator.
+        max_batch, callback: as ``apgd``; of the original the callback is called once, after its end.
+
+    Returns:
+        adversarial images in [0, 1], within eps of ``images``; where the original found none, the image
+        itself.
+
+    Raises:
+        ValueError: as ``contract.prepare``; for too few classes; for a random model that would be judged by
+            one sample.
+        ImportError: where the original is needed and not installed.
+
+    Source: Croce & Hein 2020, section 5, in the composition of the authors' code since 2020-08.
+    """
+    model, images, labels = prepare_attack(model, images, labels)
+    ball = Ball(images, eps, norm)
+    random, votes = check_rule(model, images, rule, votes)
+    classes, least = sample_logits(model, images[:1]).shape[2], 3 if random else 4
+    if classes < least:
+        raise ValueError(
+            f"AutoAttack needs at least {least} classes here, but the model has {classes}; use apgd ('ce')"
+        )
+    num_targets = min(num_targets or (3 if random else 9), classes - 1)
+    queries = queries or (1000 if random else 5000)
+    check_counts(steps=steps, num_targets=num_targets, queries=queries, eot_samples=eot_samples)
+    if not random:
+        adversarial = _original(
+            model, ball, labels, steps=steps, num_targets=num_targets, queries=queries, seed=seed,
+            max_batch=max_batch,
+        )  # fmt: skip
+        if callback is not None:
+            logits = sample_logits(model, adversarial, max_batch=max_batch)[0]
+            callback(1, 1, adversarial.clone(), margin(logits, labels))
+        return ball.check(adversarial)
+    judged = {"rule": rule, "votes": votes, "max_batch": max_batch}
+    common = {"eps": eps, "norm": norm, "seed": seed, **judged}
+    by_gradient = partial(apgd, steps=steps, eot_samples=eot_samples, **common)
+    dlr_loss, targets = ("targeted_dlr", num_targets) if classes > 3 else ("dlr", 1)
+    parts = [
+        (steps, by_gradient),
+        (steps * targets, partial(by_gradient, loss=dlr_loss, num_targets=targets)),
+        (queries, partial(square, queries=queries, schedule=PUBLISHED_SCHEDULE, **common)),
+    ]
+
+    def attempt(attack: partial, rows: Tensor, report: StepCallback | None) -> Tensor:
+        return attack(model, images[rows], labels[rows], callback=report)
+
+    adversarial = strongest_attempt(
+        model, images, labels,
+        [(length, partial(attempt, attack)) for length, attack in parts[: 2 if norm == "l1" else 3]],
+        callback=callback, **judged,
+    )  # fmt: skip
+    return ball.check(adversarial)
+
+
+def _original(
+    model: Model,
+    ball: Ball,
+    labels: Tensor,
+    *,
+    steps: int,
+    num_targets: int,
+    queries: int,
+    seed,
+    max_batch: int,
+) -> Tensor:
+    """The authors' AutoAttack, version standard; torch's global generators, which it seeds, are left as they
+    were."""
+    try:
+        from pyautoattack import AutoAttack
+    except ImportError as error:
+        raise ImportError(
+            "AutoAttack of a deterministic model is the authors' own: pip install pyautoattack"
+        ) from error
+    images, device = ball.images, labels.device
+    if not isinstance(seed, int):
+        seed = int(torch.randint(2**31, (), generator=seed, device=device))
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        original = AutoAttack(model, norm=ball.norm.capitalize(), eps=ball.eps, seed=seed, device=device)
+        original.square.n_queries, original.fab.n_iter = queries, steps
+        original.apgd_targeted.n_target_classes = original.fab.n_target_classes = num_targets
+        for attack in (original.apgd, original.apgd_targeted):
+            attack.n_iter = attack.n_iter_orig = steps
+            attack.n_iter_2, attack.n_iter_min, attack.size_decr = (
+                max(1, int(share * steps)) for share in (0.22, 0.06, 0.03)
+            )
+        found = original.run_standard_evaluation(images, labels, batch_size=max_batch)[0].detach()
+    moved = (found != images).flatten(1).any(dim=1).view(-1, 1, 1, 1)
+    return torch.where(moved, ball.project(found), images)  # it clips to the ball in float32, up to rounding

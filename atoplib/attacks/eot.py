@@ -1,4 +1,11 @@
-"""Expectation over transformation (EOT): gradients over samples of a random model, and a count of passes."""
+"""Gradients through models that are random or not differentiable, and a count of passes.
+
+EOT, expectation over transformation: means over samples of the model. BPDA: the defence as it is on the way
+forward, the identity in its place on the way back (Athalye et al. 2018, 4.2 and 4.1). What ``bpda`` returns
+is a model like any other, so that every attack runs on it: ``pgd(bpda(pipeline), images, labels, eps=8 / 255,
+steps=50, alpha=2 / 255, eot_samples=15)`` is the attack of Hill, Mitchell & Zhu 2021, section 4 (they decide
+by the mean of 150 samples). The decision is the defence's own.
+"""
 
 from collections.abc import Callable
 from math import log
@@ -9,10 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks.losses import LOSSES, MEAN_SOFTMAX, Loss
-from atoplib.attacks.norms import check_counts, check_settings
 from atoplib.contract import Adapted, adapt
 from atoplib.decisions import Model
-from atoplib.parameters import one_of
+from atoplib.parameters import check_counts, check_settings, one_of
 
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 """(step, steps, adversarial images, loss of each image), called after every step of an attack."""
@@ -119,3 +125,54 @@ class EOTWrapper(nn.Module):
     def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         logits = self.model(images.repeat(self.eot_samples, 1, 1, 1)).float()
         return logits.unflatten(0, (self.eot_samples, len(images))).mean(dim=0)
+
+
+class IdentityBackward(nn.Module):
+    """``classifier(preprocess(x))`` with the identity backward through ``preprocess``: (B, C, H, W) in [0, 1]
+    -> logits.
+
+    Args:
+        preprocess: any callable that keeps the images' shape; it need not be differentiable.
+        classifier: any module, images -> logits.
+
+    Raises:
+        ValueError: where the shape changes, for then the identity is no approximation of anything.
+    """
+
+    def __init__(self, preprocess: Callable[[Tensor], Tensor], classifier: nn.Module) -> None:
+        super().__init__()
+        # a method's module is a part of this one, so that its mode, device and random numbers are found
+        self.owner = owner if isinstance(owner := getattr(preprocess, "__self__", None), nn.Module) else None
+        self.preprocess, self.classifier = preprocess, classifier
+        self.training = False  # a wrapper has no mode of its own; what it holds is not switched
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        with torch.no_grad():
+            processed = self.preprocess(images)
+        if processed.shape != images.shape:
+            raise ValueError(
+                "the identity can replace a step that keeps its shape only, but "
+                f"{tuple(images.shape)} became {tuple(processed.shape)}"
+            )
+        # the processed images bit by bit, for 0 is added; its gradient is that of the images
+        return self.classifier(processed + (images - images.detach()))
+
+
+def bpda(pipeline: nn.Module) -> IdentityBackward:
+    """An ``AToPPipeline`` with the identity backward through transform and purifier; it is not copied.
+
+    The logits are the pipeline's own, bit by bit, and so are the random numbers: both sample from the same
+    sequence.
+
+    Raises:
+        ValueError: for what is no pipeline, or one that averages logits over several samples (their mean is
+            that of no purified image).
+    """
+    if not hasattr(pipeline, "purify") or not hasattr(pipeline, "classifier"):
+        raise ValueError(
+            f"bpda needs an AToPPipeline, but a {type(pipeline).__name__} has no purify and classifier; use "
+            "attacks.IdentityBackward(preprocess, classifier)"
+        )
+    if getattr(pipeline, "copies", 1) > 1 and pipeline.average == "logits":
+        raise ValueError("bpda cannot attack a pipeline that averages logits; build it with average='images'")
+    return IdentityBackward(pipeline.purify, pipeline.classifier)

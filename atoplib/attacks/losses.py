@@ -40,12 +40,8 @@ def scaled_cross_entropy(
 def margin(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """Largest other logit minus the true one: above 0 exactly where the model is wrong.
 
-    Raises:
-        ValueError: for fewer than 2 classes.
-
     Source: Carlini & Wagner 2017, section IV.A (f6, kappa = 0, without the cut at 0).
     """
-    _require_classes(logits, 2, "the margin loss")
     return _without(logits, labels).amax(dim=1) - _of(logits, labels)
 
 
@@ -60,8 +56,7 @@ def dlr(logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]) -
 
     Source: Croce & Hein 2020, eq. 6.
     """
-    _require_classes(logits, 3, "the DLR loss")
-    largest = _wide(logits).topk(3, dim=1).values
+    largest = _largest(logits, 3, "the DLR loss")
     return margin(logits, labels) / (largest[:, 0] - largest[:, 2] + TINY)
 
 
@@ -83,8 +78,7 @@ def targeted_dlr(
 
     Source: Croce & Hein 2020, eq. 7.
     """
-    _require_classes(logits, 4, "the targeted DLR loss")
-    largest = _wide(logits).topk(4, dim=1).values
+    largest = _largest(logits, 4, "the targeted DLR loss")
     return target_margin(logits, labels, targets) / (largest[:, 0] - largest[:, 2:].mean(dim=1) + TINY)
 
 
@@ -120,9 +114,10 @@ def _without(logits: Tensor, labels: Tensor) -> Tensor:
     return _wide(logits).scatter(1, labels.unsqueeze(1), -torch.inf)
 
 
-def _require_classes(logits: Tensor, least: int, name: str) -> None:
-    if logits.shape[1] < least:
+def _largest(logits: Tensor, count: int, name: str) -> Tensor:
+    if logits.shape[1] < count:
         raise ValueError(
-            f"{name} needs at least {least} classes, but the model has {logits.shape[1]}; "
+            f"{name} needs at least {count} classes, but the model has {logits.shape[1]}; "
             "the cross-entropy works with any number"
         )
+    return _wide(logits).topk(count, dim=1).values

@@ -1,32 +1,18 @@
 """What a norm means to an attack: the ball around an image, its random start, steepest step, projection and
 size."""
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from atoplib.parameters import Rule, above, at_least, one_of
+from atoplib.parameters import above, check_settings, one_of
 
 NORMS = ("linf", "l2", "l1")
 FINITE = 1e9  # no radius or step is larger
 ROUNDING = 3e-8  # of one value of an image in [0, 1] in float32, in the root mean square
 L1_SHARE = 0.01  # of the values of an image that one l1 step changes
-
-
-def check_settings(**settings: tuple[Any, Rule]) -> None:
-    """Raise ValueError, with the name, unless each (value, rule of ``parameters``) fits."""
-    for name, (value, rule) in settings.items():
-        try:
-            rule(value)
-        except ValueError as error:
-            raise ValueError(f"{name} {error}") from error
-
-
-def check_counts(**counts: int) -> None:
-    """Raise ValueError unless every number is at least 1."""
-    check_settings(**{name: (count, at_least(1)) for name, count in counts.items()})
 
 
 def check_eps(eps: float, norm: str) -> None:
@@ -83,13 +69,13 @@ class Ball:
         self,
         gradient: Float[Tensor, "batch channels height width"],
         points: Float[Tensor, "batch channels height width"] | None = None,
+        density: float | Float[Tensor, " batch"] = L1_SHARE,
     ) -> Float[Tensor, "batch channels height width"]:
         """The step of norm 1 that raises the loss most; a zero gradient gives a zero step.
 
         linf: the sign; l2: the gradient over its norm (Madry et al. 2018, section 2.1); l1: the signs of the
-            largest
-        percent of the entries, among those that can still move at ``points`` (Tramer & Boneh 2019, section
-        4).
+        largest entries, a share ``density`` of all, among those that can still move at ``points`` (Tramer &
+        Boneh 2019, section 4).
         """
         if self.norm == "linf":
             return gradient.sign()
@@ -98,11 +84,10 @@ class Ball:
         if points is not None:
             stuck = ((points <= 0) & (gradient < 0)) | ((points >= 1) & (gradient > 0))
             gradient = gradient.masked_fill(stuck, 0)
-        flat = gradient.flatten(1)
-        count = max(1, round(L1_SHARE * flat.shape[1]))
-        top = flat.abs().topk(count, dim=1)
-        signs = of_l1_norm_1(flat.gather(1, top.indices).sign())
-        return torch.zeros_like(flat).scatter(1, top.indices, signs).view_as(gradient)
+        sizes = gradient.abs().flatten(1)
+        place = ((1 - torch.as_tensor(density)) * sizes.shape[1]).long().clamp(0, sizes.shape[1] - 1)
+        least = sizes.sort(dim=1).values.gather(1, place.to(sizes.device).expand(len(sizes))[:, None])
+        return of_l1_norm_1(torch.where(sizes >= least, gradient.flatten(1).sign(), 0)).view_as(gradient)
 
     def project(
         self, points: Float[Tensor, "batch channels height width"]
@@ -131,9 +116,11 @@ class Ball:
         """The norm of what separates each point from its image, added up in float64."""
         return norm_of(points - self.images, self.norm)
 
-    def check(self, points: Float[Tensor, "batch channels height width"], tolerance: float = 1e-6) -> None:
-        """Raise AssertionError if a result leaves [0, 1] or the ball, or holds NaN: a bug of the attack,
-        never a number.
+    def check(
+        self, points: Float[Tensor, "batch channels height width"], tolerance: float = 1e-6
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The points themselves; AssertionError if they leave [0, 1] or the ball, or hold NaN: a bug of the
+        attack, never a number.
 
         Args:
             tolerance: what is forgiven, in units of the image; for a radius above 1 in units of the radius.
@@ -146,6 +133,7 @@ class Ball:
                 f"the attack left [0, 1] or its ball (or is not finite): values from {low} to {high}, "
                 f"{self.norm} norm {over:.3g} above eps {eps.max():.6g}"
             )
+        return points
 
 
 def norm_of(perturbation: Float[Tensor, "batch channels height width"], norm: str) -> Float[Tensor, " batch"]:

@@ -1,8 +1,11 @@
-"""FGSM and PGD, with EOT for random models: one loop, restarts around it."""
+"""FGSM, N-FGSM and PGD, with EOT for random models: one loop, restarts around it."""
 
 from collections.abc import Sequence
 from functools import partial
+from inspect import signature
+from itertools import cycle
 from math import cos, pi
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -10,13 +13,17 @@ from torch import Tensor, nn
 
 from atoplib.attacks.eot import StepCallback, eot_gradient, make_generator
 from atoplib.attacks.losses import Loss, likely_targets, target_margin
-from atoplib.attacks.norms import FINITE, Ball, check_counts, check_settings, of_l1_norm_1
+from atoplib.attacks.norms import FINITE, Ball, of_l1_norm_1
 from atoplib.attacks.queries import at_rows, broken_samples, prepare_attack, strongest_attempt
 from atoplib.decisions import Model, sample_logits
-from atoplib.parameters import above, at_least, between, one_of
+from atoplib.parameters import above, at_least, between, check_counts, check_settings, one_of
 
 LIKELY = "likely_targets"
-ENSEMBLE = ("mean_softmax", "margin", LIKELY)
+ENSEMBLE = {
+    "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
+    "momentum": 0.75, "cycles": 3, "early_stop": 3,
+}  # fmt: skip
+"""The defaults of ``pgd_ensemble`` that are not those of ``pgd``."""
 SMALLEST_STEP = 1 / 3
 """Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
 get lost in the noise; the projection makes up for steps that are too large."""
@@ -91,35 +98,33 @@ def pgd(
 
     Source: Madry et al. 2018, section 2.1; EOT: Athalye et al. 2018, section 4.2.
     """
-    goals = [loss] if isinstance(loss, str) or callable(loss) else list(loss)
+    losses = [loss] if isinstance(loss, str) or callable(loss) else list(loss)
     check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts)
     check_settings(momentum=(momentum, between(0, FINITE)), early_stop=(early_stop, at_least(0)))
-    if isinstance(start, str):
-        check_settings(start=(start, one_of("random", "clean")))
     checked = isinstance(model, nn.Module)
     model, images, labels = prepare_attack(model, images, labels, targets)
+    if isinstance(start, str):
+        check_settings(start=(start, one_of("random", "clean")))
+        start = images if start == "clean" else None
     max_batch = max_batch if checked else max(max_batch, len(images))
     ball, generator = Ball(images, eps, norm), make_generator(seed, images.device)
-    sizes, likely = step_sizes(eps, steps, alpha, cycles), ()
-    if LIKELY in goals[:restarts]:
+    sizes = step_sizes(eps, steps, alpha, cycles)
+    goals = [(losses[min(number, len(losses) - 1)], None) for number in range(restarts)]
+    if targets is not None:
+        goals = [(target_margin, targets)] * restarts
+    elif (LIKELY, None) in goals:
         logits = sample_logits(model, images, num_samples=votes, max_batch=max_batch).mean(dim=0)
-        likely = likely_targets(logits, labels, restarts - goals.index(LIKELY))
+        likely = cycle(likely_targets(logits, labels, restarts - goals.index((LIKELY, None))))
+        goals = [(target_margin, next(likely)) if goal[0] == LIKELY else goal for goal in goals]
 
     def attempt(number: int, rows: Tensor, report: StepCallback | None) -> Tensor:
-        goal, classes = goals[min(number, len(goals) - 1)], None
-        if goal == LIKELY:
-            goal, classes = target_margin, likely[(number - goals.index(LIKELY)) % len(likely)][rows]
-        if targets is not None:
-            goal, classes = target_margin, targets[rows]
+        goal, classes = goals[number]
         near = ball.rows(rows) if restarts > 1 else ball
-        if number or (isinstance(start, str) and start == "random"):
-            begin = near.start(generator)
-        else:
-            begin = images[rows] if isinstance(start, str) else near.project(start[rows])
+        begin = near.start(generator) if number or start is None else near.project(start[rows])
         return _ascend(
-            model, begin, labels[rows], near, goal, classes, sizes=sizes, eot_samples=eot_samples,
-            momentum=momentum, early_stop=early_stop, reach=targets is not None, max_batch=max_batch,
-            callback=report,
+            model, begin, labels[rows], near, goal, at_rows(classes, rows), sizes=sizes,
+            eot_samples=eot_samples, momentum=momentum, early_stop=early_stop, reach=targets is not None,
+            max_batch=max_batch, callback=report,
         )  # fmt: skip
 
     if restarts == 1:
@@ -130,44 +135,24 @@ def pgd(
             model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
             callback=callback,
         )  # fmt: skip
-    if checked:
-        ball.check(adversarial)
-    return adversarial
+    return ball.check(adversarial) if checked else adversarial
 
 
 def pgd_ensemble(
     model: Model,
     images: Float[Tensor, "batch channels height width"],
     labels: Int[Tensor, " batch"],
-    *,
-    eps: float,
-    norm: str = "linf",
-    steps: int = 80,
-    alpha: float | None = None,
-    eot_samples: int = 5,
-    restarts: int = 2,
-    loss: Loss | str | Sequence[Loss | str] = ENSEMBLE,
-    start: str | Float[Tensor, "batch channels height width"] = "random",
-    momentum: float = 0.75,
-    cycles: int = 3,
-    early_stop: int = 3,
-    rule: str = "any",
-    votes: int = 10,
-    targets: Int[Tensor, " batch"] | None = None,
-    seed: int | torch.Generator | None = 0,
-    max_batch: int = 256,
-    callback: StepCallback | None = None,
+    **options: Any,
 ) -> Float[Tensor, "batch channels height width"]:
     """The strongest PGD of the kit for its passes: ``pgd`` with a falling step, momentum, and restarts of
-    several losses.
+    several losses, which ``ENSEMBLE`` holds.
 
     Arguments, result and errors as ``pgd``; other defaults.
     """
-    return pgd(
-        model, images, labels, eps=eps, norm=norm, steps=steps, alpha=alpha, eot_samples=eot_samples,
-        restarts=restarts, loss=loss, start=start, momentum=momentum, cycles=cycles, early_stop=early_stop,
-        rule=rule, votes=votes, targets=targets, seed=seed, max_batch=max_batch, callback=callback,
-    )  # fmt: skip
+    return pgd(model, images, labels, **ENSEMBLE | options)
+
+
+pgd_ensemble.__signature__ = signature(partial(pgd, **ENSEMBLE))  # what help() and the registry read
 
 
 def fgsm(
@@ -192,6 +177,28 @@ def fgsm(
         model, images, labels, eps=eps, norm=norm, steps=1, alpha=eps, start="clean", eot_samples=eot_samples,
         targets=targets, seed=seed, max_batch=max_batch, callback=callback,
     )  # fmt: skip
+
+
+def n_fgsm(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float,
+    noise: float = 2.0,
+    seed: int | torch.Generator | None = 0,
+) -> Float[Tensor, "batch channels height width"]:
+    """Images for adversarial training, in [0, 1]: one step of size eps from the images with noise, uniform in
+    +-noise * eps. They are not projected, so they lie up to (1 + noise) eps away: no attack to evaluate by.
+
+    Arguments and errors as ``pgd``; linf.
+
+    Source: de Jorge et al. 2022, "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
+    algorithm 1.
+    """
+    check_settings(noise=(noise, above(0, FINITE)))
+    start = Ball(images, min(1.0, noise * eps), "linf").start(make_generator(seed, images.device))
+    return fgsm(model, start, labels, eps=eps, seed=seed)
 
 
 def step_sizes(eps: float, steps: int, alpha: float | None = None, cycles: int = 0) -> list[float]:
@@ -229,15 +236,13 @@ def _ascend(
     """One run from ``x``; ``reach``: an image is done where it is classified as its class of ``classes``."""
     result, losses = x.clone(), torch.zeros(len(x), device=x.device)
     rows = torch.arange(len(x), device=x.device)
-    in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x) if momentum else None
+    in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x)
     for step, size in enumerate(sizes):
         found = eot_gradient(
             model, x, labels, loss=goal, eot_samples=eot_samples, targets=classes, max_batch=max_batch
         )
-        direction = found.gradient
-        if past is not None:
-            direction = past = momentum * past + of_l1_norm_1(direction)
-        x = ball.project(x + size * ball.direction(direction, x))
+        past = momentum * past + of_l1_norm_1(found.gradient)
+        x = ball.project(x + size * ball.direction(past, x))
         if callback is not None:
             result[rows], losses[rows] = x, found.loss
             callback(step + 1, len(sizes), result.clone(), losses.clone())

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from atoplib.attacks.eot import StepCallback, make_generator
 from atoplib.attacks.losses import TINY, margin, target_margin
-from atoplib.attacks.norms import check_counts, check_settings
 from atoplib.contract import prepare
 from atoplib.decisions import (
     ANY,
@@ -24,7 +23,7 @@ from atoplib.decisions import (
     sample_logits,
     supports_fixed_sample,
 )
-from atoplib.parameters import at_least, one_of
+from atoplib.parameters import at_least, check_counts, check_settings, one_of
 
 Attempt = tuple[int, Callable[[Tensor, StepCallback | None], Tensor]]
 """The steps that it reports at most; (positions of the images to attack, callback) -> adversarial images at
@@ -41,15 +40,14 @@ def prepare_attack(
 ) -> tuple[nn.Module, Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
     """``contract.prepare``; ValueError unless each target is a class of the model and not the image's own."""
     model, images, labels = prepare(model, images, labels, differentiable=differentiable)
-    if targets is None:
-        return model, images, labels
-    classes, shape = sample_logits(model, images[:1]).shape[2], tuple(targets.shape)
-    if targets.shape != labels.shape or not 0 <= int(targets.min()) <= int(targets.max()) < classes:
-        raise ValueError(f"targets must be {len(labels)} classes of 0..{classes - 1}, got {targets} {shape}")
-    same = (targets == labels).nonzero().flatten().tolist()
-    if same:
-        own = int(labels[same[0]])
-        raise ValueError(f"the target of image {same[0]} is its own class, {own}; choose another class")
+    if targets is not None:
+        classes = sample_logits(model, images[:1]).shape[2]
+        known = targets.shape == labels.shape and 0 <= int(targets.min()) <= int(targets.max()) < classes
+        if not known or (targets == labels).any():
+            raise ValueError(
+                f"targets must be {len(labels)} classes of 0..{classes - 1}, none of them the image's own, "
+                f"got {targets} for the labels {labels}"
+            )
     return model, images, labels
 
 
@@ -208,9 +206,8 @@ def mean_margin(
 
 def new_seed(model: Model, generator: torch.Generator | None, device: torch.device) -> int | None:
     """A seed for ``mean_margin``; None where the model has no sample that can be fixed."""
-    if not supports_fixed_sample(model):
-        return None
-    return int(torch.randint(2**31, (), generator=generator, device=device))
+    if supports_fixed_sample(model):
+        return int(torch.randint(2**31, (), generator=generator, device=device))
 
 
 class Search:
@@ -246,16 +243,10 @@ class Search:
         self.margins = torch.full((len(images),), -torch.inf, device=images.device)
         self.active = torch.arange(len(images), device=images.device)
 
-    def aims(self) -> dict[str, Tensor | None]:
-        """Labels and targets of the active images."""
-        return {"labels": self.labels[self.active], "targets": at_rows(self.targets, self.active)}
-
     def margin(self, points: Tensor, seed: int | None = None) -> Tensor:
         """``mean_margin`` of points of the active images."""
-        return mean_margin(self.model, points, **self.aims(), **self.values, seed=seed)
-
-    def new_seed(self) -> int | None:
-        return new_seed(self.model, self.generator, self.images.device)
+        labels, targets = self.labels[self.active], at_rows(self.targets, self.active)
+        return mean_margin(self.model, points, labels, targets=targets, seed=seed, **self.values)
 
     def keep(self, points: Tensor, margins: Tensor, better: Tensor | None = None) -> None:
         """Take the points of a larger margin (or those that are ``better``) for the best; let go the images
@@ -269,12 +260,11 @@ class Search:
     def let_go(self, suspects: Tensor) -> None:
         """Of the active images those that suspicion falls on, where votes confirm it; the others cost
         nothing."""
-        gone, everyone = suspects.clone(), self.active
-        self.active = everyone[suspects]
-        if len(self.active) > 0:
-            points = self.adversarial[self.active]
-            gone[suspects] = broken(self.model, points, **self.aims(), **self.decision)
-        self.active = everyone[~gone]
+        gone, rows = suspects.clone(), self.active[suspects]
+        if len(rows) > 0:
+            points, targets = self.adversarial[rows], at_rows(self.targets, rows)
+            gone[suspects] = broken(self.model, points, self.labels[rows], targets=targets, **self.decision)
+        self.active = self.active[~gone]
 
     def try_all(
         self, candidate: Callable[[int, Tensor], Tensor], count: int, callback: StepCallback | None
@@ -285,7 +275,7 @@ class Search:
         All candidates meet the same samples of a model where these can be fixed; only what a candidate breaks
         by the mean margin is decided by votes, with new samples.
         """
-        seed = self.new_seed()
+        seed = new_seed(self.model, self.generator, self.images.device)
         for number in range(count):
             with full_float32(self.images.device):  # also where the model computes in less
                 points = candidate(number, self.active)

@@ -6,28 +6,25 @@ to import and is imported by the first attack only.
 """
 
 import inspect
-import random
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
-from io import TextIOBase
-from threading import Lock, get_ident
-from typing import Any, NamedTuple, TextIO
+from contextlib import contextmanager
+from threading import Lock
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks.eot import EOTWrapper, StepCallback, make_generator
 from atoplib.attacks.losses import cross_entropy
-from atoplib.attacks.norms import Ball, check_eps, check_settings
+from atoplib.attacks.norms import Ball
 from atoplib.attacks.pgd import step_sizes
 from atoplib.contract import prepare
-from atoplib.parameters import one_of
+from atoplib.parameters import check_settings, one_of
 
 LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
 DEFAULT_STEPS = 10  # of torchattacks
+FOUR_CLASSES = ("APGDT", "AutoAttack")  # their targeted loss needs so many
 ONE_AT_A_TIME = Lock()  # the random numbers of torchattacks are those of the whole process
 
 
@@ -121,78 +118,59 @@ def third_party(
     known = THIRD_PARTY[name]
     norm = norm or known.norms[0]
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
-    check_eps(eps, norm)
+    model, images, labels = prepare(model, images, labels)
+    ball, wrapped, device = Ball(images, eps, norm), EOTWrapper(model, eot_samples), images.device
     size = step_sizes(eps, steps or DEFAULT_STEPS)[0]
     wanted = {known.steps: steps, known.queries: queries, "alpha": size if known.alpha else None}
     options = {option: value for option, value in wanted.items() if option and value is not None} | options
-    model, images, labels = prepare(model, images, labels)
-    generator, device = make_generator(seed, images.device), images.device
-    number = int(torch.randint(2**31, (), generator=generator, device=device))
-    ball, wrapped = Ball(images, eps, norm), EOTWrapper(model, eot_samples)
-    adversarial, losses, done = images.detach().clone(), torch.zeros(len(images), device=device), 0
-    with ONE_AT_A_TIME, _without_a_trace(model, number, device):
-        attack = _build(name, wrapped, images[:1], eps=eps, norm=norm, seed=number, options=options)
+    adversarial, losses = images.detach().clone(), torch.zeros(len(images), device=device)
+    with without_a_trace(model, seed, device) as number:
+        attack = _build(name, wrapped, ball, number, options)
         for rows in torch.arange(len(images), device=device).split(max(1, max_batch // eot_samples)):
-            with torch.enable_grad(), redirect_stdout(_Silence(sys.stdout)):  # some of them print
-                # contiguous: some sample in the order of the memory
-                found = attack(images[rows].contiguous(), labels[rows])
+            found = attack(images[rows].contiguous(), labels[rows])  # some sample in the order of the memory
             adversarial[rows] = ball.rows(rows).project(found.detach())
-            done += len(rows)
             if callback is not None:
                 with torch.no_grad():
                     losses[rows] = cross_entropy(wrapped(adversarial[rows]), labels[rows])
-                callback(done, len(images), adversarial.clone(), losses.clone())
-    ball.check(adversarial)
-    return adversarial
+                callback(int(rows[-1]) + 1, len(images), adversarial.clone(), losses.clone())
+    return ball.check(adversarial)
 
 
-def _build(
-    name: str, model: nn.Module, image: Tensor, *, eps: float, norm: str, seed: int, options: dict[str, Any]
-) -> Any:
+def _build(name: str, model: nn.Module, ball: Ball, seed: int, options: dict[str, Any]) -> Any:
     """The attack with our radius, norm, number of classes and seed under the names that it has for them."""
-    try:
-        import torchattacks
-    except ModuleNotFoundError as error:
-        raise ValueError("third-party attacks need torchattacks: pip install torchattacks") from error
-    allowed = set(inspect.signature(getattr(torchattacks, name)).parameters) - {"model"}
+    import torchattacks
+
+    make = getattr(torchattacks, name)
+    allowed = set(inspect.signature(make).parameters) - {"model"}
     check_settings(**{f"option of {name}": (option, one_of(*sorted(allowed))) for option in options})
     with torch.no_grad():
-        classes = model(image).shape[1]
+        classes = model(ball.images[:1]).shape[1]
+    if name in FOUR_CLASSES and classes < 4 and options.get("version") != "rand":
+        raise ValueError(
+            f"{name} of torchattacks needs at least 4 classes, but the model has {classes}; use APGD"
+        )
     # AutoAttack's own default seed is the time of day
-    ours = {"eps": eps, "max_epsilon": eps, "norm": norm.capitalize(), "n_classes": classes, "seed": seed}
-    given = {option: value for option, value in ours.items() if option in allowed} | options
-    with redirect_stdout(_Silence(sys.stdout)):  # a model without parameters makes it print
-        attack = getattr(torchattacks, name)(model, **given)
-    attack.set_device(image.device)
+    ours = {"eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm.capitalize(), "n_classes": classes}
+    given = {option: value for option, value in (ours | {"seed": seed}).items() if option in allowed}
+    attack = make(model, **given | options)
+    attack.set_device(ball.images.device)
     return attack
 
 
-class _Silence(TextIOBase):
-    """An output that swallows what this thread writes, and hands on what others do."""
-
-    def __init__(self, others: TextIO) -> None:
-        super().__init__()
-        self.others, self.thread = others, get_ident()
-
-    def write(self, text: str) -> int:
-        return len(text) if get_ident() == self.thread else self.others.write(text)
-
-
 @contextmanager
-def _without_a_trace(model: nn.Module, seed: int, device: torch.device) -> Iterator[None]:
-    """Within the block the global generators of torch, NumPy and Python start from ``seed``, and no weight
-    asks for a gradient (some attacks call ``backward`` and would leave theirs behind); outside nothing
-    changed."""
-    kept = random.getstate(), np.random.get_state()
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+def without_a_trace(
+    model: nn.Module, seed: int | torch.Generator | None, device: torch.device
+) -> Iterator[int]:
+    """Within the block gradients are computed, torch's global generators start from the number that it gives
+    (drawn from ``seed``), and no weight asks for a gradient (some attacks call ``backward`` and would leave
+    theirs behind); outside nothing changed."""
+    number = int(torch.randint(2**31, (), generator=make_generator(seed, device), device=device))
+    weights = nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
+    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    with ONE_AT_A_TIME, generators, torch.enable_grad():
+        torch.manual_seed(number)
         try:
-            nn.ParameterList(weights).requires_grad_(False)
-            yield
+            weights.requires_grad_(False)
+            yield number
         finally:
-            nn.ParameterList(weights).requires_grad_(True)
-            random.setstate(kept[0])
-            np.random.set_state(kept[1])
+            weights.requires_grad_(True)

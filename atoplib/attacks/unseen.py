@@ -1,15 +1,14 @@
 """Threats of which training has seen nothing: occlusion, rotation and translation, common corruptions; the
 worst of all candidates, without a gradient.
 
-The corruptions are the kinds of CIFAR-10-C that torch and Pillow can make, with its strengths, but not its
-images: noise has seeds of our own, blurs are torch's, and their radii, made for 32 px, grow with the image.
-Figures on them are named as ours.
+The corruptions are the kinds of CIFAR-10-C that torch, torchvision and Pillow can make, with its strengths,
+but not its images: noise has seeds of our own, blurs are torch's, and their radii, made for 32 px, grow with
+the image. Figures on them are named as ours.
 """
 
-import io
 from collections.abc import Callable
 from itertools import combinations, product
-from math import ceil, cos, radians, sin
+from math import ceil
 
 import numpy as np
 import torch
@@ -17,12 +16,12 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms import v2
 
 from atoplib.attacks.eot import StepCallback, make_generator
-from atoplib.attacks.norms import check_settings
 from atoplib.attacks.queries import Search
 from atoplib.decisions import Model, full_float32
-from atoplib.parameters import above, at_least, between, one_of
+from atoplib.parameters import above, at_least, between, check_settings, one_of
 
 SIDE = 32  # px, that the strengths of corruptions were made for
 
@@ -35,7 +34,6 @@ def occlusion(
     eps: float = 1,
     norm: str = "occlusion",
     grid_size: int = 8,
-    fill: str = "grey",
     eot_samples: int = 1,
     rule: str = "any",
     votes: int = 10,
@@ -44,13 +42,12 @@ def occlusion(
     max_batch: int = 256,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
-    """The worst of all images in which at most ``eps`` patches of a grid are painted over; every position is
-    tried.
+    """The worst of all images in which at most ``eps`` patches of a grid are grey; every position is tried.
 
     Args:
         eps: number of patches, 1 or 2.
-        grid_size: the image is cut into grid_size x grid_size patches.
-        fill: ``grey`` (0.5) or ``random`` (uniform noise in [0, 1], one sample for each image, by ``seed``).
+        grid_size: the image is cut into grid_size x grid_size patches, which differ by a pixel where the grid
+            does not divide it.
         eot_samples: samples of a random model that each value is averaged over; the same ones at every
             position.
         rule, votes: when an image counts as broken and is searched no further, see ``decisions.correct``.
@@ -65,35 +62,24 @@ def occlusion(
 
     Source: perceptual-advex and Fawzi & Frossard 2016 for the threat; the search is exhaustive.
     """
-    fits = {"norm": (norm, one_of("occlusion")), "eps": (eps, one_of(1, 2))}
-    check_settings(**fits, fill=(fill, one_of("grey", "random")))
     search = Search(
         model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
         max_batch=max_batch,
     )  # fmt: skip
-    images = search.images
-    cells, paint = patch_numbers(*images.shape[2:], grid_size).to(images.device), torch.full_like(images, 0.5)
-    if fill == "random":
-        paint.uniform_(generator=search.generator)
+    height, width = search.images.shape[2:]
+    check_settings(
+        norm=(norm, one_of("occlusion")), eps=(eps, one_of(1, 2)),
+        grid_size=(grid_size, between(1, min(height, width))),
+    )  # fmt: skip
+    rows, columns = (torch.arange(side) * grid_size // side for side in (height, width))
+    patches = (rows[:, None] * grid_size + columns).to(search.images.device)  # of each pixel its number
     places = [()] + [place for k in range(1, int(eps) + 1) for place in combinations(range(grid_size**2), k)]
 
     def candidate(number: int, rows: Tensor) -> Tensor:
-        hidden = torch.isin(cells, torch.tensor(places[number], dtype=cells.dtype, device=cells.device))
-        return torch.where(hidden, paint[rows], images[rows])
+        hidden = torch.isin(patches, torch.tensor(places[number], dtype=torch.int64, device=patches.device))
+        return search.images[rows].masked_fill(hidden, 0.5)
 
     return search.try_all(candidate, len(places), callback)
-
-
-def patch_numbers(height: int, width: int, grid_size: int) -> Int[Tensor, "height width"]:
-    """Number of the patch that each pixel belongs to, row by row; patches differ by a pixel where the grid
-    does not divide.
-
-    Raises:
-        ValueError: for a grid that is finer than the pixels.
-    """
-    check_settings(grid_size=(grid_size, between(1, min(height, width))))
-    rows, columns = (torch.arange(side) * grid_size // side for side in (height, width))
-    return rows[:, None] * grid_size + columns
 
 
 def rotation_translation(
@@ -131,9 +117,10 @@ def rotation_translation(
 
     Source: Engstrom et al. 2019, section 3 (30 degrees, 10 %, 31 x 5 x 5 poses, bilinear).
     """
-    fits = {"norm": (norm, one_of("rotation")), "eps": (eps, above(0, 180))}
-    fits |= {"translation": (translation, between(0, 1))}
-    check_settings(**fits, angles=(angles, at_least(1)), shifts=(shifts, at_least(1)))
+    check_settings(
+        norm=(norm, one_of("rotation")), eps=(eps, above(0, 180)), translation=(translation, between(0, 1)),
+        angles=(angles, at_least(1)), shifts=(shifts, at_least(1)),
+    )  # fmt: skip
     search = Search(
         model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
         max_batch=max_batch,
@@ -151,8 +138,7 @@ def pose_grid(eps: float, translation: float, angles: int, shifts: int) -> list[
     most."""
 
     def values(largest: float, count: int) -> list[float]:
-        spaced = torch.linspace(-largest, largest, count, dtype=torch.float64)
-        return spaced.tolist() if count > 1 and largest else [0.0]
+        return np.linspace(-largest, largest, count).tolist() if count > 1 and largest else [0.0]
 
     still, shares = (0.0, 0.0, 0.0), values(translation, shifts)
     poses = set(product(values(eps, angles), shares, shares)) - {still}
@@ -165,20 +151,9 @@ def move(
 ) -> Float[Tensor, "batch channels height width"]:
     """Images turned counterclockwise about their centre, then shifted by shares of their sides; black from
     outside."""
-    height, width = images.shape[2:]
-    c, s = cos(radians(degrees)), sin(radians(degrees))
-    # from a place in the result to its place in the image, in units of half the sides (y downwards)
-    turn = torch.tensor(
-        [[c, -s * height / width], [s * width / height, c]], dtype=images.dtype, device=images.device
-    )
-    shift = turn @ torch.tensor([[-2 * right], [-2 * down]], dtype=images.dtype, device=images.device)
-    theta = torch.cat([turn, shift], dim=1).expand(len(images), -1, -1)
-    return _resampled(images, theta, "zeros").clamp(0, 1)
-
-
-def _resampled(images: Tensor, theta: Tensor, padding: str) -> Tensor:
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid, padding_mode=padding, align_corners=False)
+    shift = [right * images.shape[3], down * images.shape[2]]
+    bilinear = v2.InterpolationMode.BILINEAR
+    return v2.functional.affine(images, -degrees, shift, 1.0, [0.0, 0.0], interpolation=bilinear).clamp(0, 1)
 
 
 def corruption(
@@ -220,9 +195,9 @@ def corruption(
         model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
         max_batch=max_batch,
     )  # fmt: skip
-    kinds = tuple(CORRUPTIONS) if kind == "all" else (kind,)
+    kinds = CORRUPTIONS if kind == "all" else [kind]
     made = [corrupt(search.images, name, eps, seed=seed) for name in kinds]
-    return search.try_all(lambda number, rows: made[number][rows], len(kinds), callback)
+    return search.try_all(lambda number, rows: made[number][rows], len(made), callback)
 
 
 def corrupt(
@@ -237,10 +212,10 @@ def corrupt(
     Raises:
         ValueError: for an unknown kind or severity, or images of neither 1 nor 3 channels.
     """
-    channels = images.shape[1], one_of(1, 3)
     check_settings(
-        kind=(kind, one_of(*CORRUPTIONS)), severity=(severity, one_of(1, 2, 3, 4, 5)), channels=channels
-    )
+        kind=(kind, one_of(*CORRUPTIONS)), severity=(severity, one_of(1, 2, 3, 4, 5)),
+        channels=(images.shape[1], one_of(1, 3)),
+    )  # fmt: skip
     function, strengths = CORRUPTIONS[kind]
     with full_float32(images.device):
         return function(images, strengths[int(severity) - 1], make_generator(seed, images.device)).clamp(0, 1)
@@ -250,21 +225,9 @@ def _normal(images: Tensor, generator: torch.Generator | None) -> Tensor:
     return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
 
 
-def _gaussian_noise(images: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
-    return images + std * _normal(images, generator)
-
-
-def _shot_noise(images: Tensor, photons: float, generator: torch.Generator | None) -> Tensor:
-    return torch.poisson(images * photons, generator=generator) / photons
-
-
 def _impulse_noise(images: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
     uniform = torch.rand(images.shape, generator=generator, device=images.device)
     return torch.where(uniform < share, (uniform < share / 2).to(images.dtype), images)
-
-
-def _speckle_noise(images: Tensor, std: float, generator: torch.Generator | None) -> Tensor:
-    return images + images * std * _normal(images, generator)
 
 
 def _filtered(images: Tensor, kernel: Tensor, mode: str) -> Tensor:
@@ -295,9 +258,8 @@ def _defocus_blur(
     place = torch.arange(-ceil(radius) - 1, ceil(radius) + 2)
     disk = (place[:, None] ** 2 + place**2 <= radius**2).float()[None, None]
     bell = _bell(smoothing, -1, 1)
-    return _filtered(
-        images, F.conv2d(disk / disk.sum(), (bell[:, None] * bell)[None, None], padding=1)[0, 0], "reflect"
-    )
+    kernel = F.conv2d(disk / disk.sum(), (bell[:, None] * bell)[None, None], padding=1)
+    return _filtered(images, kernel[0, 0], "reflect")
 
 
 def _moved(images: Tensor, zoom: float, shift: Tensor) -> Tensor:
@@ -306,7 +268,8 @@ def _moved(images: Tensor, zoom: float, shift: Tensor) -> Tensor:
     theta = torch.zeros(len(images), 2, 3, dtype=images.dtype, device=images.device)
     theta[:, 0, 0] = theta[:, 1, 1] = 1 / zoom
     theta[:, :, 2] = shift * 2 / torch.tensor([images.shape[3], images.shape[2]], device=images.device)
-    return _resampled(images, theta, "border")
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
 def _motion_blur(images: Tensor, strength: tuple[int, float], generator: torch.Generator | None) -> Tensor:
@@ -335,47 +298,38 @@ def _brightness(images: Tensor, more: float, _generator: torch.Generator | None)
     return torch.where(value > 0, images / value.clamp_min(1e-6) * raised, raised)
 
 
-def _contrast(images: Tensor, share: float, _generator: torch.Generator | None) -> Tensor:
-    means = images.mean(dim=(2, 3), keepdim=True)
-    return (images - means) * share + means
-
-
-def _by_pillow(images: Tensor, change: Callable[[Image.Image], Image.Image]) -> Tensor:
-    """Each image as 8 bits through a function of Pillow."""
-    pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    changed = [np.asarray(change(Image.fromarray(each.squeeze().numpy()))) for each in pixels]
-    return torch.from_numpy(np.stack(changed)).view_as(pixels).permute(0, 3, 1, 2).to(images) / 255
-
-
-def _jpeg(images: Tensor, quality: int, _generator: torch.Generator | None) -> Tensor:
-    def coded(image: Image.Image) -> Image.Image:
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality)
-        return Image.open(buffer)
-
-    return _by_pillow(images, coded)
+def _bytes(images: Tensor) -> Tensor:
+    return (images * 255).round().to(torch.uint8).cpu()
 
 
 def _pixelate(images: Tensor, share: float, _generator: torch.Generator | None) -> Tensor:
-    def coarse(image: Image.Image) -> Image.Image:
-        small = image.resize([max(1, int(side * share)) for side in image.size], Image.Resampling.BOX)
-        return small.resize(image.size, Image.Resampling.BOX)
-
-    return _by_pillow(images, coarse)
+    pixels, box = _bytes(images).permute(0, 2, 3, 1), Image.Resampling.BOX
+    pictures = [Image.fromarray(each.squeeze(2).numpy()) for each in pixels]
+    small = [
+        picture.resize([max(1, int(side * share)) for side in picture.size], box) for picture in pictures
+    ]
+    coarse = np.stack([picture.resize(pictures[0].size, box) for picture in small])
+    return torch.from_numpy(coarse).view_as(pixels).permute(0, 3, 1, 2).to(images) / 255
 
 
 CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
-    "gaussian_noise": (_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
-    "shot_noise": (_shot_noise, (500, 250, 100, 75, 50)),
+    "gaussian_noise": (lambda x, std, seed: x + std * _normal(x, seed), (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "shot_noise": (
+        lambda x, photons, seed: torch.poisson(x * photons, seed) / photons,
+        (500, 250, 100, 75, 50),
+    ),
     "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
-    "speckle_noise": (_speckle_noise, (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "speckle_noise": (lambda x, std, seed: x + x * std * _normal(x, seed), (0.06, 0.1, 0.12, 0.16, 0.2)),
     "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
     "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
     "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),
     "zoom_blur": (_zoom_blur, (1.05, 1.1, 1.15, 1.2, 1.25)),
     "brightness": (_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
-    "contrast": (_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
-    "jpeg": (_jpeg, (80, 65, 58, 50, 40)),
+    "contrast": (
+        lambda x, share, _: x.mean(dim=(2, 3), keepdim=True).lerp(x, share),
+        (0.75, 0.5, 0.4, 0.3, 0.15),
+    ),
+    "jpeg": (lambda x, quality, _: v2.functional.jpeg(_bytes(x), quality).to(x) / 255, (80, 65, 58, 50, 40)),
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
 }
 """Name: its function, and its strength at severities 1 to 5, those of CIFAR-10-C (Hendrycks & Dietterich

@@ -5,260 +5,150 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from atoplib.batch.checks import Checking, check_writable
-from atoplib.batch.pages import write_index, write_results
-from atoplib.batch.recipe import (
-    RecipeError,
-    find_recipe,
-    make_plan,
-    read_recipe,
-    report_job,
-    select,
-    stated_cost,
-)
-from atoplib.batch.runner import ENGINES, Outcome, job_state, run_jobs
-from atoplib.files import read_json, workspace_dir
-from atoplib.plain_yaml import NotPlainYAML, load_yaml
+from atoplib import files, plain_yaml
+from atoplib.batch import checks, pages, recipe, runner
 
-A_YEAR = 365 * 24 * 60  # minutes
 MOST_ARRAY = 256  # runs that Slurm is given at once, unless --jobs says otherwise
-MOST_LISTED = 12  # pages at the end; of more runs the experiment's page is named
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+FLAG: dict[str, Any] = {"action": "store_true"}
+NUMBER: dict[str, Any] = {"type": int, "metavar": "N"}
+PAIRS: dict[str, Any] = {"action": "append", "nargs": 2, "metavar": ("NAME", "VALUE"), "default": []}
+OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
+    "recipe": ({}, "a name in notebooks/recipes, such as mnist, or the path of a YAML file"),
+    "--workspace": ({"default": ""}, "folder for runs/ and data/ (default: the project's own)"),
+    "--smoke": (FLAG, "a few images and steps, to see that everything runs"),
+    "-p": (PAIRS, "a parameter that overrides the recipe's"),
+    "--dry-run": (FLAG, "check everything, say what would be run, run nothing"),
+    "--only": (
+        {"action": "append", "metavar": "PATTERN"},
+        "these runs and what they need: 04_attack, *seed=1",
+    ),
+    "--jobs": (NUMBER, f"so many runs at once (default 1; slurm {MOST_ARRAY})"),
+    "--threads": (NUMBER, "of each run (default: the cores shared among --jobs)"),
+    "--timeout": ({"type": float, "metavar": "SECONDS"}, "stop a run that takes longer (default: no limit)"),
+    "--retry": (NUMBER | {"nargs": "?", "const": 1, "default": 0}, "try a failed run so often again"),
+    "--reuse": (FLAG, "keep finished runs although code or inputs have changed since"),
+    "--report": ({"action": argparse.BooleanOptionalAction}, "compare all in 08_report (default: of a grid)"),
+    "--minutes": (
+        {"type": float, "default": 0, "metavar": "N"},
+        "then save, exit status 75; call again to go on",
+    ),
+    "--results": (
+        {"type": Path, "metavar": "DIR"},
+        "also write numbers, plots and notebooks there, no images",
+    ),
+    "--engine": ({"choices": ("local", "slurm"), "default": "local"}, "where runs are executed"),
+    "--engine-option": (PAIRS, "what Slurm is asked for"),
+}
 
 
-def parser() -> argparse.ArgumentParser:
-    """The options."""
-    made = argparse.ArgumentParser(
-        prog="python -m atoplib.batch", description="Run a recipe's notebooks by papermill."
-    )
-    add = made.add_argument
-    add("recipe", help="a name in notebooks/recipes, such as mnist, or the path of a YAML file")
-    add("--workspace", default="", help="folder for runs/ and data/ (default: the project's own)")
-    add("--smoke", action="store_true", help="a few images and steps, to see that everything runs")
-    add(
-        "-p",
-        action="append",
-        nargs=2,
-        metavar=("NAME", "VALUE"),
-        help="a parameter that overrides the recipe's",
-    )
-    add(
-        "--dry-run",
-        action="store_true",
-        help="check everything, say what would be run and what is there, run nothing",
-    )
-    add(
-        "--only",
-        action="append",
-        metavar="PATTERN",
-        help="only these runs and what they need, such as 04_attack or *seed=1",
-    )
-    add(
-        "--jobs",
-        type=_number(int, 1),
-        metavar="N",
-        help=f"so many runs at once (default 1; slurm {MOST_ARRAY})",
-    )
-    add(
-        "--threads",
-        type=_number(int, 1),
-        metavar="N",
-        help="threads of each run (default: the cores shared among --jobs)",
-    )
-    add(
-        "--timeout",
-        type=_number(float, 1),
-        metavar="SECONDS",
-        help="stop a run that takes longer (default: no limit)",
-    )
-    add(
-        "--retry",
-        type=_number(int, 0),
-        nargs="?",
-        const=1,
-        default=0,
-        metavar="N",
-        help="try a failed run so often again",
-    )
-    add("--reuse", action="store_true", help="keep finished runs although code or inputs have changed since")
-    add(
-        "--report",
-        action=argparse.BooleanOptionalAction,
-        help="compare all runs in 08_report (default: for a grid)",
-    )
-    add(
-        "--minutes",
-        type=_number(float, 0.001),
-        metavar="N",
-        help="after so long save, exit status 75; call again to go on",
-    )
-    add(
-        "--results",
-        metavar="DIR",
-        help="also write numbers, plots and notebooks there, without pictures of data",
-    )
-    add("--engine", choices=ENGINES, default="local", help="where runs are executed (default local)")
-    add(
-        "--engine-option", action="append", nargs=2, metavar=("NAME", "VALUE"), help="what Slurm is asked for"
-    )
-    return made
-
-
-def _number(kind: type, least: float) -> Any:
-    def number(text: str) -> Any:
-        value = kind(text)
-        if not least <= value < A_YEAR:  # NaN never is
-            raise argparse.ArgumentTypeError(f"must be at least {least:g}, got {text}")
-        return value
-
-    return number
-
-
-def parse_pairs(pairs: Sequence[Sequence[str]] | None) -> dict[str, Any]:
+def parse_pairs(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """NAME VALUE pairs; values as YAML reads them (true, 1, 0.5, null, text), but for its comments: " #" is
     text.
     """
-    try:
-        return {name: value if " #" in value else load_yaml(value) for name, value in pairs or ()}
-    except NotPlainYAML as error:
-        raise RecipeError(f"a value given by -p: {error}") from error
-
-
-class TimeIsUp(KeyboardInterrupt):
-    """The minutes that a recipe was given are over: what runs saves and ends, as at a Ctrl-C."""
-
-
-def _ring(*_: object) -> None:
-    raise TimeIsUp
+    return {name: value if " #" in value else plain_yaml.load_yaml(value) for name, value in pairs}
 
 
 def run_recipe(options: argparse.Namespace) -> int:
-    """Plan, check, and execute; returns the exit code. Raises RecipeError, with a sentence, before anything
-    runs.
+    """Plan, check, and execute; returns the exit code. Raises ValueError or OSError, with a sentence, where
+    nothing can be run.
     """
-    recipe = read_recipe(find_recipe(options.recipe, NOTEBOOKS), NOTEBOOKS)
-    overrides = parse_pairs(options.p) | ({"smoke": True} if options.smoke else {})
-    if any(
-        "workspace" in given
-        for given in (overrides, recipe.shared, *(own for _, own in recipe.entries.values()))
-    ):
-        raise RecipeError(
-            "the workspace of a batch is given by --workspace DIR (make: WORKSPACE=DIR), not as a parameter"
-        )
-    jobs = make_plan(recipe, NOTEBOOKS, overrides | {"workspace": str(workspace_dir(options.workspace))})
-    jobs = select(jobs, options.only) if options.only else jobs
-    experiment = jobs[0].run_dir.parent
-    results = Path(options.results).expanduser() if options.results else None
-    for folder in {job.run_dir.parent for job in jobs} | ({results} if results else set()):
-        check_writable(folder)
-    local = options.engine == "local"
-    checking = Checking(jobs, here=local)
-    if options.dry_run:
-        for number, job in enumerate(jobs, start=1):
-            state, change = job_state(job, reuse=options.reuse)
-            words = {"new": "to run", "unfinished": "to go on with", "done": "loaded: done before"}
-            print(f"[{number}/{len(jobs)}] {job.label}: {words.get(state, f'to run again: {change}')}")
-        print(
-            f"The recipe says of its cost, as it is: {cost}" if (cost := stated_cost(recipe.source)) else "",
-            flush=True,
-        )
-        checking.look(wait=True)
-        print("Parameters, data, sizes, device and folders are checked.")
-        return 0
-    if not local:
-        checking.look(wait=True)
-    at_once = options.jobs or (1 if local else MOST_ARRAY)
-    shared = at_once > 1 and local and "OMP_NUM_THREADS" not in os.environ
-    threads = options.threads or (max(1, len(os.sched_getaffinity(0)) // at_once) if shared else None)
-    more = (
-        parse_pairs(options.engine_option)
-        if local
-        else {"folder": experiment / ".slurm"} | parse_pairs(options.engine_option)
+    overrides = {"workspace": options.workspace} | parse_pairs(options.p)
+    overrides |= {"workspace": str(files.workspace_dir(str(overrides["workspace"] or "")))}
+    overrides |= {"smoke": True} if options.smoke else {}
+    source = recipe.find_recipe(options.recipe, NOTEBOOKS)
+    jobs = recipe.select(recipe.make_plan(source, NOTEBOOKS, overrides), options.only or ["*"])
+    local, asked = options.engine == "local", parse_pairs(options.engine_option)
+    if local and asked:
+        raise ValueError(f"--engine-option is for --engine slurm, got {', '.join(asked)}")
+    checking = checks.begin_checks(
+        [job for job in jobs if runner.job_state(job, reuse=options.reuse)[0] != "done"], here=local
     )
-    if options.minutes:
-        signal.signal(signal.SIGALRM, _ring)
-        signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
-    try:
-        engine = ENGINES[options.engine](at_once, options.timeout, threads, more)
-        outcomes = run_jobs(jobs, engine, retries=options.retry, reuse=options.reuse, look=checking.look)
-        good = [outcome.job for outcome in outcomes if outcome.good]
-        if good and (bool(recipe.axes) if options.report is None else options.report):
-            outcomes += run_jobs([report_job(good, NOTEBOOKS)], ENGINES["local"](), reuse=options.reuse)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    return conclude(outcomes, experiment, results, recipe.source.stem)
-
-
-def conclude(outcomes: Sequence[Outcome], experiment: Path, results: Path | None, name: str) -> int:
-    """Print what came out and where it is; returns the exit code."""
-    good = [outcome.job for outcome in outcomes if outcome.good]
-    stages = [job.stage for job in good]
-    tables = [
-        job.run_dir / "table.md"
-        for job in good
-        if stages.count(job.stage) == 1 and job.stage in ("04_attack", "06_compare")
-    ]
-    texts = [path.read_text(encoding="utf-8").strip() for path in tables if path.is_file()]
-    summary = "\n\n".join(
-        text.partition("\n\n**majority**")[0] for text in texts
-    )  # one sample, the other rules are in the file
-    said = [
-        f"{job.label}: {text}"
-        for job in good
-        if (text := (read_json(job.run_dir / "metrics.json") or {}).get("warning"))
-    ]
+    if options.dry_run:
+        tell_plan(jobs, source, reuse=options.reuse)
+        checking.result()
+        print("Parameters, data, sizes and device are checked.")
+        return 0
+    if local:
+        at_once, threads = options.jobs or 1, options.threads
+        if at_once > 1 and not threads and "OMP_NUM_THREADS" not in os.environ:
+            threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+        engine = runner.local(options.timeout, threads)
+    else:
+        at_once = options.jobs or MOST_ARRAY
+        engine = runner.slurm(jobs[0].run_dir.parent / ".slurm", asked, options.timeout, options.threads)
+        checking.result()
+    missing = runner.run_jobs(
+        jobs,
+        engine,
+        at_once,
+        retries=options.retry,
+        reuse=options.reuse,
+        look=lambda: checking.done() and checking.result(),
+    )
+    good = [job for job in jobs if not missing[job.run_dir]]
+    if good and (any(job.axes for job in jobs) if options.report is None else options.report):
+        report = recipe.report_job(good, NOTEBOOKS)
+        missing |= runner.run_jobs([report], runner.local(), reuse=options.reuse)
+        good += [] if missing[report.run_dir] else [report]
     if good:
-        pages = [f"  {job.page}" for job in good] if len(good) <= MOST_LISTED else []
-        print(
-            "\n".join(
-                [
-                    "",
-                    *filter(None, [summary]),
-                    *said,
-                    f"All runs, pictures and tables: {write_index(experiment)}",
-                    *pages,
-                ]
-            )
-        )
-    if good and results:
-        write_results(results, good, f"# {name}\n\n{summary}")
+        conclude(good, options.results)
+    if reasons := [reason for reason in missing.values() if reason]:
+        print("", *reasons, "the same command tries these again", sep="\n", file=sys.stderr)
+    return bool(reasons)
+
+
+def tell_plan(jobs: Sequence[recipe.Job], source: Path, *, reuse: bool) -> None:
+    """Print what a recipe says of itself, such as its cost, and what would be done with each of its jobs."""
+    lines = source.read_text(encoding="utf-8").splitlines()
+    print(*takewhile(lambda line: line.startswith("#"), lines), sep="\n")
+    for number, job in enumerate(jobs, start=1):
+        state, change = runner.job_state(job, reuse=reuse)
+        words = {"new": "to run", "unfinished": "to go on with", "done": "loaded: done before"}
+        print(f"[{number}/{len(jobs)}] {job.label}: {words.get(state, f'to run again: {change}')}")
+
+
+def conclude(good: Sequence[recipe.Job], results: Path | None) -> None:
+    """Print the tables of attacks, one sample an image, and where everything is."""
+    attacks = [job.run_dir for job in good if job.stage in ("04_attack", "06_compare") and not job.axes]
+    tables = (path.read_text(encoding="utf-8") for run_dir in attacks for path in run_dir.glob("table.md"))
+    summary = "\n".join(table.partition("\n\n**majority**")[0] for table in tables)
+    print(f"\n{summary}")
+    for job in good:
+        if warning := (files.read_json(job.run_dir / "metrics.json") or {}).get("warning"):
+            print(f"{job.label}: {warning}")
+    experiment = good[0].run_dir.parent
+    print(f"All runs, pictures and tables: {pages.write_index(experiment)}")
+    if results:
+        pages.write_results(results, good, f"# {experiment.name}\n\n{summary}")
         print(f"Results without weights and pictures of the data: {results}")
-    bad = [outcome for outcome in outcomes if not outcome.good]
-    for outcome in sorted(bad, key=lambda outcome: outcome.status):
-        print(
-            f"\n{outcome.reason}"
-            if outcome.status == "failed"
-            else f"{outcome.job.label} was not run: {outcome.reason}",
-            file=sys.stderr,
-        )
-    if bad:
-        print("the same command tries these again", file=sys.stderr)
-    return bool(bad)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    options = parser().parse_args(arguments)
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a scheduler's SIGTERM ends a recipe as Ctrl-C does
+    """The command; returns its exit code. What runs saves and ends at a Ctrl-C, at a scheduler's SIGTERM, and
+    when the minutes that it was given are over.
+    """
+    parser = argparse.ArgumentParser("python -m atoplib.batch", description="Run a recipe's notebooks.")
+    for name, (how, what) in OPTIONS.items():
+        parser.add_argument(name, help=what, **how)
+    options = parser.parse_args(arguments)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     try:
         return run_recipe(options)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    except TimeIsUp:
-        print(
-            f"\nstopped after {options.minutes:g} min, as asked; the same command goes on from here",
-            file=sys.stderr,
-        )
-        return os.EX_TEMPFAIL
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        return os.EX_TEMPFAIL if options.minutes and not signal.getitimer(signal.ITIMER_REAL)[0] else 130
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

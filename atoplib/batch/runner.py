@@ -5,48 +5,205 @@ An engine executes them: this machine, or Slurm by submitit, which needs a file 
 and the same environment on each (docs/cluster.md).
 """
 
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from atoplib import files, progress, runs
+from atoplib.batch import worker
 from atoplib.batch.pages import write_page
 from atoplib.batch.recipe import Job
-from atoplib.batch.worker import STOP_SECONDS, NotebookFailed, Stopped, execute
-from atoplib.files import read_json
-from atoplib.progress import format_seconds
-from atoplib.runs import difference, latest_line
 
-LOOK_SECONDS = 0.25  # between two looks at what is running
+POLL_SECONDS = 0.1  # between two looks at a process, or at what is running
+STOP_SECONDS = 60  # for a notebook to save and end after a Ctrl-C
 SAY_SECONDS = 60.0  # between two lines about a run where no terminal renews them
 ASK_SECONDS = 20  # between two questions to Slurm
-A_DAY = (
-    24 * 60
-)  # minutes that a Slurm job may take, unless its options say otherwise; submitit's own default is 5
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a job ended: ``done before``, ``complete``, ``failed`` or ``not run`` (something that it needs
-    failed), and why.
+Engine = Callable[[Sequence[Job], threading.Event], list[Callable[[], str]]]
+"""Begins jobs that are ready together, and ends them when the event is set. Each of the calls waits until its
+job has ended, and returns why it failed; "" if it is complete."""
+
+
+# ----------------------------------------------------------------------------------------- on this machine
+
+
+def local(timeout: float | None = None, threads: int | None = None) -> Engine:
+    """This machine; ``execute`` has the arguments."""
+    return lambda jobs, stop: [partial(execute, job, stop, timeout, threads) for job in jobs]
+
+
+def execute(
+    job: Job,
+    stop: threading.Event | None = None,
+    timeout: float | None = None,
+    threads: int | None = None,
+    patience: float = 0.0,
+) -> str:
+    """Execute a job's notebook in a process of its own and keep it as ``notebook.ipynb`` in the run's
+    directory.
+
+    Args:
+        stop: when it is set, the notebook saves what it has and ends.
+        timeout: seconds after which it does so, too.
+        threads: that it computes with; None leaves the choice to torch. Another number rounds otherwise.
+        patience: seconds to wait for another process that works in the run's directory.
+
+    Returns:
+        why it failed: the failing cell with its error, and where to look; "" if it is complete.
+
+    Raises:
+        OSError: if its directory cannot be written.
     """
+    started, manifest_path = time.monotonic(), job.run_dir / "manifest.json"
+    folder = job.run_dir / ".batch"  # of an execution that goes on, or failed
+    part, log = folder / "notebook.ipynb", folder / "papermill.log"
+    while runs.in_use(job.run_dir):
+        if time.monotonic() >= started + patience:
+            return f"{job.run_dir} is in use by another process: wait until it ends, or stop it"
+        time.sleep(POLL_SECONDS)
+    before = files.read_json(manifest_path)
+    files.write_json(folder / "parameters.json", dict(job.parameters))
+    for left_over in (part, job.run_dir / "progress.txt"):
+        left_over.unlink(missing_ok=True)
+    with log.open("w") as file:
+        code, in_time = _run_process(job, file, stop or threading.Event(), timeout, threads)
+    manifest = files.read_json(manifest_path) or {}
+    if code == 0 and manifest.get("status") == "complete" and manifest != before:
+        os.replace(part, job.executed)
+        job.executed.with_suffix(".html").unlink(missing_ok=True)  # of an earlier execution
+        shutil.rmtree(folder)
+        return ""
+    reason = _failing_cell(part) or manifest.get("error") or log.read_text(errors="replace")[-500:].strip()
+    if not in_time:
+        limit = progress.format_seconds(timeout)
+        reason = f"it ran longer than the {limit} of --timeout; a training goes on next time"
+    return f"{reason}\nnotebook so far: {part}\nlog: {log}"
 
-    job: Job
-    status: str
-    reason: str = ""
 
-    @property
-    def good(self) -> bool:
-        """Whether its results are there."""
-        return self.status in ("done before", "complete")
+def _run_process(
+    job: Job, log: TextIO, stop: threading.Event, timeout: float | None, threads: int | None
+) -> tuple[int, bool]:
+    """Run papermill; returns its exit status, and whether it needed no longer than it was given."""
+    environment = os.environ | {runs.NAME_FROM_BATCH: job.run_dir.name, "PYTHONUNBUFFERED": "1"}
+    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
+    until = time.monotonic() + (timeout or float("inf"))
+    # In /tmp, as the system allows the name of a kernel's socket 107 letters.
+    with tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as own:
+        # Notebooks that run side by side would otherwise share a history and race for ports.
+        environment |= {"IPYTHONDIR": own, "JUPYTER_RUNTIME_DIR": own}
+        with subprocess.Popen(
+            papermill_command(job),
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        ) as process:
+            while process.poll() is None and time.monotonic() < until and not stop.wait(POLL_SECONDS):
+                pass
+            in_time = time.monotonic() < until
+            process.terminate()  # does nothing, as kill, to one that has ended
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_SECONDS)
+            process.kill()
+    return process.returncode, in_time
+
+
+def papermill_command(job: Job) -> list[str]:
+    """The command that executes a job."""
+    return [
+        sys.executable,
+        "-P",  # the current folder is no place to import from
+        "-m",
+        worker.__name__,
+        str(job.notebook),
+        str(job.run_dir),
+        str(job.run_dir / ".batch"),
+    ]
+
+
+def _failing_cell(notebook: Path) -> str:
+    """The error of the first cell that failed: its number as Jupyter shows it, type and message; "" if none
+    did. Of a killed kernel all cells read "completed".
+    """
+    cells = (files.read_json(notebook) or {}).get("cells", [])
+    outputs = ((cell.get("execution_count"), output) for cell in cells for output in cell.get("outputs", []))
+    errors = (
+        f"In [{number}]: {output.get('ename')}: {output.get('evalue')}"
+        for number, output in outputs
+        if output.get("output_type") == "error"
+    )
+    return next(errors, "")
+
+
+# ------------------------------------------------------------------------------------------------- on Slurm
+
+
+def slurm(folder: Path, options: Mapping[str, Any], timeout: float | None, threads: int | None) -> Engine:
+    """Slurm: jobs that are ready together are one job array, a task a run; a run whose node died is requeued.
+
+    Args:
+        folder: for its logs.
+        options: anything of submitit's executor (``slurm_partition``, ``gpus_per_node``, ``timeout_min``).
+
+    Raises:
+        ValueError: if submitit is not installed, there is no Slurm, or an option is none of submitit's.
+    """
+    try:
+        import submitit
+
+        executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+        asked = {"cpus_per_task": threads or 1, "timeout_min": 24 * 60} | options  # submitit would say 5
+        more = {"requeue": True} | asked.pop("slurm_additional_parameters", {})
+        executor.update_parameters(slurm_additional_parameters=more, **asked)
+    except (ImportError, RuntimeError, NameError, TypeError) as error:
+        raise ValueError(f"the engine slurm cannot be used so: {error}") from error
+
+    def begin(jobs: Sequence[Job], stop: threading.Event) -> list[Callable[[], str]]:
+        # begun anew on another node when one is lost: the first may hold the run's directory for a while
+        with executor.batch():
+            tasks = [executor.submit(execute, job, None, timeout, threads, 2 * STOP_SECONDS) for job in jobs]
+        return [partial(_follow, task, stop) for task in tasks]
+
+    return begin
+
+
+def _follow(task: Any, stop: threading.Event) -> str:
+    """Wait for a task's file of results; the task is lost when Slurm says twice that it knows it no longer,
+    and no such file has come.
+    """
+    lost, ask = 0, time.monotonic() + ASK_SECONDS
+    while not task.paths.result_pickle.exists():
+        if stop.wait(1):
+            task.cancel(check=False)  # what runs saves and ends
+            return "it was stopped with the batch"
+        if lost == 2:
+            return f"Slurm lost job {task.job_id}; log: {task.paths.stderr}"
+        if time.monotonic() > ask:
+            # not sacct: small clusters keep no accounts
+            asked = subprocess.run(
+                ("squeue", "--noheader", "--format=%T", f"--jobs={task.job_id}"),
+                capture_output=True,
+                text=True,
+            )
+            gone = "Invalid job id" in asked.stderr or (asked.returncode == 0 and not asked.stdout.strip())
+            lost, ask = lost + 1 if gone else 0, time.monotonic() + ASK_SECONDS
+    return task.result()
+
+
+# ------------------------------------------------------------------------------------------------ many jobs
 
 
 def job_state(job: Job, *, reuse: bool = False) -> tuple[str, str]:
@@ -55,171 +212,25 @@ def job_state(job: Job, *, reuse: bool = False) -> tuple[str, str]:
     Args:
         reuse: take what is there even if code, versions or inputs have changed since.
     """
-    manifest = read_json(job.run_dir / "manifest.json")
+    manifest = files.read_json(job.run_dir / "manifest.json")
     if manifest is None:
         return "new", ""
-    if not reuse and (change := difference(job.run_dir, job.notebook)):
+    if not reuse and (change := runs.difference(job.run_dir, job.notebook)):
         return "changed", change
     return ("done" if manifest.get("status") == "complete" and job.executed.is_file() else "unfinished"), ""
 
 
-class Local:
-    """This machine.
-
-    Args:
-        jobs: so many at once.
-        timeout: seconds for one attempt; None sets no limit.
-        threads: that each run computes with; None leaves the choice to torch.
-        options: what the engine itself takes; this one nothing.
-    """
-
-    def __init__(
-        self,
-        jobs: int = 1,
-        timeout: float | None = None,
-        threads: int | None = None,
-        options: Mapping[str, Any] = {},
-    ) -> None:
-        if options and type(self) is Local:
-            raise ValueError(f"the engine local has no options, got {', '.join(options)}")
-        self.jobs, self.timeout, self.threads = jobs, timeout, threads
-        self.stop = threading.Event()
-        self.pool = ThreadPoolExecutor(jobs, thread_name_prefix="job")
-
-    def submit(self, jobs: Sequence[Job]) -> list[Future[float]]:
-        """Begin jobs that are ready; the futures hold the seconds that each took, or raise NotebookFailed."""
-        return [self.pool.submit(self._execute, job) for job in jobs]
-
-    def _execute(self, job: Job) -> float:
-        return execute(job, stop=self.stop, timeout=self.timeout, threads=self.threads)
-
-    def close(self) -> None:
-        """Have the notebooks that run save and end, and wait for it."""
-        self.stop.set()
-        self.pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _attempt(job: Job, timeout: float | None, threads: int | None) -> tuple[float, str]:
-    """A job as Slurm executes it, begun anew on another node when its own is lost: its seconds, or why it
-    failed.
-    """
-    try:
-        return execute(job, timeout=timeout, threads=threads, patience=2 * STOP_SECONDS), ""
-    except NotebookFailed as error:
-        return 0.0, str(error)
-
-
-class Slurm(Local):
-    """Slurm: jobs that are ready together are one job array, a task a run; a run whose node died is requeued.
-
-    Args:
-        options: anything of submitit's executor (``slurm_partition``, ``gpus_per_node``, ``timeout_min``,
-            ...), ``folder`` for its logs, and ``cluster``: ``local`` tries it on this machine.
-
-    Raises:
-        ValueError: if submitit is not installed, there is no Slurm, or an option is none of submitit's.
-    """
-
-    def __init__(
-        self, jobs: int, timeout: float | None, threads: int | None, options: Mapping[str, Any]
-    ) -> None:
-        super().__init__(jobs, timeout, threads, options)
-        self.tasks: list[Any] = []
-        try:
-            import submitit
-
-            executor = submitit.AutoExecutor(
-                folder=options["folder"], cluster=options.get("cluster", "slurm")
-            )
-            asked = {name: value for name, value in options.items() if name not in ("folder", "cluster")}
-            requeue = {"requeue": True} | asked.pop("slurm_additional_parameters", {})
-            defaults = {
-                "cpus_per_task": threads or 1,
-                "timeout_min": A_DAY,
-                "slurm_additional_parameters": requeue,
-            }
-            executor.update_parameters(**defaults | asked)
-        except ImportError as error:
-            raise ValueError(
-                "the engine slurm needs submitit, which is not installed: pip install submitit"
-            ) from error
-        except (RuntimeError, NameError, TypeError) as error:
-            raise ValueError(f"the engine slurm cannot be used so: {error}") from error
-        self.executor = executor
-
-    def submit(self, jobs: Sequence[Job]) -> list[Future[float]]:
-        """As Local."""
-        try:
-            with self.executor.batch():
-                tasks = [self.executor.submit(_attempt, job, self.timeout, self.threads) for job in jobs]
-        except (RuntimeError, OSError) as error:  # sbatch is installed, but no cluster answers it
-            reason = " ".join(str(error).split())[-300:]
-            raise ValueError(
-                f"the engine slurm cannot be used so: sbatch refused the runs ({reason})"
-            ) from error
-        self.tasks += tasks
-        return [self.pool.submit(self._follow, job, task) for job, task in zip(jobs, tasks, strict=True)]
-
-    def _follow(self, job: Job, task: Any) -> float:
-        """Wait for a task's file of results; it is lost when Slurm knows it no longer, and no such file has
-        come.
-        """
-        answers: list[bool] = []
-        while not task.paths.result_pickle.exists():
-            for _ in range(ASK_SECONDS):
-                if self.stop.wait(1) or task.paths.result_pickle.exists():
-                    break
-            if self.stop.is_set():
-                raise Stopped(f"{job.label} was stopped")
-            answers.append(_is_gone(task.job_id))
-            if answers[-2:] == [True, True]:
-                raise NotebookFailed(
-                    f"{job.label} failed: Slurm lost it, job {task.job_id}; log: {task.paths.stderr}"
-                )
-        try:
-            seconds, reason = task.result()
-        except Exception as error:  # of submitit's own kinds
-            raise NotebookFailed(
-                f"{job.label} failed: it was lost ({type(error).__name__}: {error})"
-            ) from error
-        if reason:
-            raise NotebookFailed(reason)
-        return seconds
-
-    def close(self) -> None:
-        """Cancel what is queued; what runs saves and ends."""
-        for task in self.tasks:
-            if not task.paths.result_pickle.exists():
-                task.cancel(check=False)
-        super().close()
-
-
-def _is_gone(job_id: str) -> bool:
-    """Whether Slurm answers, and does not know a job any more. It keeps no accounts on small clusters: sacct
-    is not asked.
-    """
-    try:
-        asked = subprocess.run(
-            ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"], capture_output=True, text=True
-        )
-    except OSError:
-        return False
-    return "Invalid job id" in asked.stderr or (asked.returncode == 0 and not asked.stdout.strip())
-
-
-ENGINES = {"local": Local, "slurm": Slurm}
-
-
 def run_jobs(
     jobs: Sequence[Job],
-    engine: Local,
+    engine: Engine,
+    at_once: int = 1,
     *,
     retries: int = 0,
     reuse: bool = False,
     look: Callable[[], None] = lambda: None,
     out: TextIO | None = None,
-) -> list[Outcome]:
-    """Execute what is not done yet of a plan, tell of it, and close the engine.
+) -> dict[Path, str]:
+    """Execute what is not done yet of a plan, and tell of it.
 
     Whether a job is done is asked when all that it needs is complete: one whose inputs came out as before is
     not repeated. Each notebook's page is made while others run.
@@ -231,112 +242,87 @@ def run_jobs(
         out: where what happens is told; None is standard output.
 
     Returns:
-        the outcomes, in the order of the jobs.
+        by run directory, why there are no results; "" where they are.
 
     Raises:
         KeyboardInterrupt: after the notebooks that were running have saved and ended.
     """
-    waiting, overview = list(jobs), Overview(jobs, out or sys.stdout)
-    running: dict[Future[float], Job] = {}
-    outcomes: dict[Path, Outcome] = {}
-    attempts: Counter[Path] = Counter()
+    overview, stop = Overview(jobs, out or sys.stdout), threading.Event()
+    waiting, running = list(jobs), dict[Future[str], tuple[Job, float]]()
+    missing, attempts = dict[Path, str](), {job.run_dir: 0 for job in jobs}
 
-    def settle(job: Job, status: str, reason: str = "", shown: str = "") -> None:
-        outcomes[job.run_dir] = outcome = Outcome(job, status, reason)
-        if outcome.good and not job.page.exists():
-            background.submit(write_page, job.executed, job.page)
-        overview.say(job, shown or status)
+    def settle(job: Job, shown: str, reason: str = "") -> None:
+        missing[job.run_dir] = reason
+        overview.say(job, shown)
+        if not reason:
+            background.submit(write_page, job.executed)
 
-    def ready() -> Iterator[Job]:
-        for job in list(waiting):
-            needed = [outcomes.get(need) for need in job.needs]
-            bad = [outcome for outcome in needed if outcome is not None and not outcome.good]
-            if not bad and (None in needed or len(running) + len(begun) >= engine.jobs):
-                continue
-            waiting.remove(job)
-            state, change = ("", "") if bad else job_state(job, reuse=reuse)
-            if bad:
-                was = "was not run" if bad[0].status == "not run" else bad[0].status
-                settle(job, "not run", f"it needs {bad[0].job.label}, which {was}")
-            elif state == "done":
-                settle(job, "done before")
-            else:
-                overview.started(job, f"run again: {change}" if change else "started")
-                attempts[job.run_dir] += 1
-                yield job
-
-    with ThreadPoolExecutor(1, thread_name_prefix="page") as background:
+    with ThreadPoolExecutor(at_once) as pool, ThreadPoolExecutor(1) as background:
         try:
             while waiting or running:
                 begun: list[Job] = []
-                for job in ready():
-                    begun.append(job)
-                running |= zip(engine.submit(begun), begun, strict=True) if begun else ()
-                for future in wait(running, timeout=LOOK_SECONDS, return_when=FIRST_COMPLETED).done:
-                    job, error = running.pop(future), future.exception()
-                    if error is None:
-                        settle(job, "complete", shown=f"complete, {format_seconds(future.result())}")
-                    elif not isinstance(error, NotebookFailed):
-                        raise error
+                for job in list(waiting):
+                    bad = [need for need in jobs if need.run_dir in job.needs and missing.get(need.run_dir)]
+                    if not bad and (
+                        not missing.keys() >= {*job.needs} or len(running) + len(begun) >= at_once
+                    ):
+                        continue
+                    waiting.remove(job)
+                    state, change = ("", "") if bad else job_state(job, reuse=reuse)
+                    if bad:
+                        settle(job, "not run", f"{job.label} was not run: it needs {bad[0].label}")
+                    elif state == "done":
+                        settle(job, "done before")
+                    else:
+                        overview.say(job, f"run again: {change}" if change else "started")
+                        begun.append(job)
+                for job, call in zip(begun, engine(begun, stop) if begun else [], strict=True):
+                    running[pool.submit(call)] = job, time.monotonic()
+                for future in wait(running, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
+                    job, began = running.pop(future)
+                    error = future.exception()
+                    reason = f"{type(error).__name__}: {error}" if error else future.result()
+                    attempts[job.run_dir] += 1
+                    if not reason:
+                        settle(job, f"complete, {progress.format_seconds(time.monotonic() - began)}")
                     elif attempts[job.run_dir] <= retries:
                         overview.say(job, f"attempt {attempts[job.run_dir]} failed, trying again")
                         waiting.insert(0, job)
                     else:
-                        settle(job, "failed", str(error))
-                overview.show()
+                        settle(job, "failed", f"{job.label} failed: {reason}")
+                overview.show([job for job, _ in running.values()])
                 look()
         finally:
-            engine.close()
-            overview.close()
-    return [outcomes[job.run_dir] for job in jobs]
+            stop.set()
+            overview.line.close()
+    return missing
 
 
 class Overview:
     """What a person sees of a batch: a line when a run starts and when it ends, and what its notebook tells
-    in between, with
-    a rate and the time left: in a terminal a line for each that runs, renewed; else another line now and
-        then.
+    in between, with a rate and the time left: in a terminal one line, renewed, which shows the runs in turn;
+    else another line now and then.
     """
 
     def __init__(self, jobs: Sequence[Job], out: TextIO) -> None:
-        width = max((len(job.label) for job in jobs), default=0)
-        self.heads = {
-            job.run_dir: f"[{i}/{len(jobs)}] {job.label:<{width}}" for i, job in enumerate(jobs, start=1)
-        }
-        self.out = out
-        self.running: dict[Path, tuple[float, tqdm]] = {}
-        self.told = time.monotonic()
-
-    def started(self, job: Job, text: str) -> None:
-        """A job begins."""
-        self.say(job, text)
-        line = tqdm(
-            bar_format="{desc}", leave=False, dynamic_ncols=True, file=self.out, disable=None
-        )  # None: but on a terminal
-        self.running[job.run_dir] = time.monotonic(), line
+        width = max(len(job.label) for job in jobs)
+        self.heads = {job.run_dir: f"[{i}/{len(jobs)}] {job.label:<{width}}" for i, job in enumerate(jobs, 1)}
+        # disable=None: but on a terminal
+        self.line = tqdm(bar_format="{desc}", leave=False, dynamic_ncols=True, file=out, disable=None)
+        self.out, self.told = out, time.monotonic()
 
     def say(self, job: Job, text: str) -> None:
-        """A line that stays; the job does not run, or no longer."""
-        if job.run_dir in self.running:
-            self.running.pop(job.run_dir)[1].close()
-        self._write(job.run_dir, text)
-
-    def _write(self, run_dir: Path, text: str) -> None:
-        tqdm.write(f"{self.heads[run_dir]}  {text}", file=self.out)
+        """A line that stays."""
+        tqdm.write(f"{self.heads[job.run_dir]}  {text}", file=self.out)
         self.out.flush()
 
-    def show(self) -> None:
+    def show(self, running: Sequence[Job]) -> None:
         """Renew, or tell, what is running."""
         now = time.monotonic()
-        tell, self.told = (True, now) if now - self.told > SAY_SECONDS else (False, self.told)
-        for run_dir, (began, line) in self.running.items():
-            text = f"{format_seconds(now - began)}  {latest_line(run_dir)}"
-            if not line.disable:
-                line.set_description_str(f"{self.heads[run_dir]}  {text}")
-            elif tell:
-                self._write(run_dir, text)
-
-    def close(self) -> None:
-        """Take the renewed lines away."""
-        for _, line in self.running.values():
-            line.close()
+        if running:
+            job = running[int(now / 3) % len(running)]  # each for 3 seconds
+            self.line.set_description_str(f"{self.heads[job.run_dir]}  {runs.latest_line(job.run_dir)}")
+        if self.line.disable and now > self.told + SAY_SECONDS:
+            self.told = now
+            for job in running:
+                self.say(job, runs.latest_line(job.run_dir) or "running")

@@ -6,16 +6,17 @@ from typing import Any
 
 import pandas
 
-from atoplib.files import read_json
-from atoplib.hashing import NO_IDENTITY
+from atoplib import files, hashing
 
 HEAD = ("stage", "status", "ended", "seconds", "hardware", "revision")
-COMPARABLE = ("dataset", "image_size", "image", "max_test", "protocol", "attack", "norm", "smoke")
-"""Parameters that say what was measured; accuracies are compared only where they agree, and the images do."""
-TECHNICAL = ("attack_batch", "max_batch", "dtype", "keep_images", "masking_images", "max_train", "experiment")
-"""Parameters that change how something is computed, or how much is loaded, not what a comparison is about."""
+NO_AXES = (
+    # what was measured: accuracies are compared only where these agree, and the images do
+    *("dataset", "image_size", "image", "max_test", "protocol", "attack", "norm", "smoke"),
+    # how something is computed, or how much is loaded: not what a comparison is about
+    *("attack_batch", "max_batch", "dtype", "keep_images", "masking_images", "max_train", "experiment"),
+)
+"""Parameters that are no axes of a comparison."""
 PRETRAINED, FINETUNED = "02_pretrain_purifier", "03_finetune_atop"
-NOT_TUNED = "none (AP)"
 
 
 def runs_frame(run_dirs: Iterable[Path]) -> pandas.DataFrame:
@@ -24,21 +25,14 @@ def runs_frame(run_dirs: Iterable[Path]) -> pandas.DataFrame:
     """
     rows = []
     for run_dir in run_dirs:
-        manifest = read_json(run_dir / "manifest.json") or {}
-        metrics = pandas.json_normalize(read_json(run_dir / "metrics.json") or {}).add_prefix("metrics.")
-        numbers = (
-            {name: value for name, value in metrics.iloc[0].items() if not isinstance(value, list)}
-            if len(metrics)
-            else {}
+        manifest = files.read_json(run_dir / "manifest.json") or {}
+        rows.append({"run": run_dir.name} | {name: manifest.get(name) for name in HEAD} | parameters(run_dir))
+        (metrics,) = pandas.json_normalize(files.read_json(run_dir / "metrics.json") or {"": []}).to_dict(
+            "records"
         )
-        rows.append(
-            {
-                "run": run_dir.name,
-                **{name: manifest.get(name) for name in HEAD},
-                **_parameters(run_dir),
-                **numbers,
-            }
-        )
+        rows[-1] |= {
+            f"metrics.{name}": value for name, value in metrics.items() if not isinstance(value, list)
+        }
     frame = pandas.DataFrame(rows)
     return frame[sorted(frame, key=lambda name: name.startswith("metrics."))]
 
@@ -48,17 +42,14 @@ def scores_frame(run_dirs: Iterable[Path]) -> pandas.DataFrame:
     with the columns ``run``, ``measured`` (accuracies are comparable where it agrees), and all parameters as
     in ``runs_frame``.
     """
-    frames = []
+    frames = [pandas.DataFrame(columns=["run", "measured"])]
     for run_dir in run_dirs:
         if (run_dir / "frame.csv").is_file():
-            parameters = _parameters(run_dir)
-            frame = pandas.read_csv(run_dir / "frame.csv").query("rule == 'single'")
-            constant = {"run": run_dir.name, "measured": _measured(run_dir, frame), **parameters}
+            frame = pandas.read_csv(run_dir / "frame.csv").query("rule == 'single'").reset_index(drop=True)
+            constant = {"run": run_dir.name, "measured": _measured(run_dir, frame)} | parameters(run_dir)
             columns = {name: [value] * len(frame) for name, value in constant.items()}
-            frames.append(pandas.concat([frame.reset_index(drop=True), pandas.DataFrame(columns)], axis=1))
-    return (
-        pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame(columns=["run", "measured"])
-    )
+            frames.append(pandas.concat([frame, pandas.DataFrame(columns)], axis=1))
+    return pandas.concat(frames[1:] or frames, ignore_index=True)
 
 
 def varied(frame: pandas.DataFrame) -> list[str]:
@@ -70,7 +61,7 @@ def varied(frame: pandas.DataFrame) -> list[str]:
     for column in frame:
         stage, _, name = column.partition(".")
         values = tuple(frame[column].map(repr))
-        own = stage[:2].isdigit() and not name.endswith("_run") and name not in (*TECHNICAL, *COMPARABLE)
+        own = stage[:2].isdigit() and not name.endswith("_run") and name not in NO_AXES
         if own and len(set(values)) > 1:
             axes.setdefault((name, values), column)
     return list(axes.values())
@@ -84,40 +75,39 @@ def trained_with(scores: pandas.DataFrame, name: str) -> pandas.Series:
 
     def value(row: pandas.Series) -> Any:
         stage = {"AP": PRETRAINED, "AToP": FINETUNED}.get(row["defence"], "")
-        for changed in ("transform", "missing_rate", "noise_std", "num_masks"):
-            own, attacked = row.get(f"{stage}.{changed}"), row.get(f"04_attack.{changed}")
-            if not pandas.isna(attacked) and attacked != own:
-                return None
-        return NOT_TUNED if (stage, name) == (PRETRAINED, "variant") else row.get(f"{stage}.{name}")
+        pairs = [
+            (row.get(f"{stage}.{changed}"), row.get(f"04_attack.{changed}"))
+            for changed in ("transform", "missing_rate", "noise_std", "num_masks")
+        ]
+        if any(attacked != own for own, attacked in pairs if not pandas.isna(attacked)):
+            return None
+        return "none (AP)" if (stage, name) == (PRETRAINED, "variant") else row.get(f"{stage}.{name}")
 
     return pandas.Series([value(row) for _, row in scores.iterrows()], index=scores.index, dtype=object)
 
 
-def _parameters(run_dir: Path) -> dict[str, Any]:
-    """Parameters of a run and of the runs beside it that it was computed from, each once, the nearest
-    first.
+def parameters(run_dir: Path) -> dict[str, Any]:
+    """Parameters of a run and of the runs beside it that it was computed from, as ``STAGE.name``, each once,
+    the nearest first.
     """
-    found: dict[str, Any] = {}
-    queue, seen = [run_dir], set()
-    while queue:
-        path = queue.pop(0)
-        manifest = read_json(path / "manifest.json") or {}
-        if path in seen or not manifest:
-            continue
-        seen.add(path)
-        for name, value in (read_json(path / "parameters.json") or {}).items():
-            if name not in NO_IDENTITY:
-                found.setdefault(f"{manifest.get('stage')}.{name}", value)
-        queue += [
-            run_dir.parent / Path(str(noted.get("file"))).parent.name
-            for noted in manifest.get("inputs", {}).values()
-        ]
+    found, queue = dict[str, Any](), [run_dir]
+    for path in queue:  # which grows meanwhile
+        manifest = files.read_json(path / "manifest.json") or {}
+        values = (files.read_json(path / "parameters.json") or {}).items()
+        own = {
+            f"{manifest.get('stage')}.{name}": value
+            for name, value in values
+            if name not in hashing.NO_IDENTITY
+        }
+        found |= {name: value for name, value in own.items() if name not in found}
+        inputs = [Path(noted["file"]) for noted in manifest.get("inputs", {}).values()]
+        queue += [near for file in inputs if (near := run_dir.parent / file.parent.name) not in queue]
     return found
 
 
 def _measured(run_dir: Path, frame: pandas.DataFrame) -> str:
     """What a run measured, in words."""
-    values = read_json(run_dir / "parameters.json") or {}
+    values = files.read_json(run_dir / "parameters.json") or {}
     images = (
         f"{int(frame['images'].max())} images" if values.get("image") is None else f"image {values['image']}"
     )
@@ -125,3 +115,19 @@ def _measured(run_dir: Path, frame: pandas.DataFrame) -> str:
     attack = values.get("attack") or f"protocol {values.get('protocol')}"
     norm = f" ({values['norm']})" if values.get("norm") else ""
     return f"{images} of {name}{f' at {size} px' if size else ''} by {attack}{norm}"
+
+
+def headline(run_dir: Path) -> str:
+    """The number of a run: accuracy of what it trained, or what the strongest attack left of each defence; ""
+    without one.
+    """
+    clean = (files.read_json(run_dir / "metrics.json") or {}).get("test_accuracy")
+    if clean is not None:
+        return f"clean accuracy {100 * clean:.1f} %"
+    scores = scores_frame([run_dir])
+    if scores.empty:
+        return ""
+    worst = scores.groupby("defence", sort=False)["accuracy"].min()
+    return "under the strongest attack: " + ", ".join(
+        f"{name} {value:.1f} %" for name, value in worst.items()
+    )

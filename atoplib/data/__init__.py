@@ -13,6 +13,7 @@ from atoplib.data.splits import (
     channel_statistics,
     epoch_batches,
     fingerprint,
+    mixed_seed,
     to_float,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "fingerprint",
     "load",
     "load_images",
+    "mixed_seed",
     "read_image",
     "to_float",
 ]

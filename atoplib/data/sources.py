@@ -7,6 +7,7 @@ import os
 import socket
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,27 +18,16 @@ from PIL import Image
 from torch import Tensor
 
 from atoplib.contract import first_line
-from atoplib.data.folder import decode, folder_listings, scan_split
-from atoplib.data.images import JPEG_QUALITY, cache_path, cached, fit_square, read_image, through_jpeg
+from atoplib.data import images
 from atoplib.data.splits import Dataset, Split, subset, to_float
 from atoplib.files import workspace_dir
 from atoplib.progress import Report
 
-DATASETS = (
-    "mnist5k",
-    "mnist",
-    "fashion_mnist",
-    "cifar10",
-    "cifar100",
-    "imagenette",
-    "cifar10_jpeg",
-    "folder:PATH",
-)
 SMALL_SET_BYTES = 2**30
 IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
 SPLIT_SEED = 5000  # of the fixed 4,000 / 1,000 split of mnist5k
 DOWNLOAD_TIMEOUT_S = 30.0  # without one, a firewall that drops packets would hang a notebook for ever
-CIFAR = "cs.toronto.edu/~kriz/cifar.html"
+CIFAR = "-python.tar.gz (cs.toronto.edu/~kriz/cifar.html) into {0}"
 TORCHVISION = {  # name: torchvision's class, what it unpacks, what to put into data_dir where downloads fail
     "mnist": ("MNIST", "MNIST", "the four files *-ubyte.gz of MNIST into {0}/MNIST/raw"),
     "fashion_mnist": (
@@ -45,9 +35,9 @@ TORCHVISION = {  # name: torchvision's class, what it unpacks, what to put into 
         "FashionMNIST",
         "the files *-ubyte.gz of Fashion-MNIST into {0}/FashionMNIST/raw",
     ),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", f"cifar-10-python.tar.gz ({CIFAR}) into {{0}}"),
-    "cifar10_jpeg": ("CIFAR10", "cifar-10-batches-py", f"cifar-10-python.tar.gz ({CIFAR}) into {{0}}"),
-    "cifar100": ("CIFAR100", "cifar-100-python", f"cifar-100-python.tar.gz ({CIFAR}) into {{0}}"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", f"cifar-10{CIFAR}"),
+    "cifar10_jpeg": ("CIFAR10", "cifar-10-batches-py", f"cifar-10{CIFAR}"),
+    "cifar100": ("CIFAR100", "cifar-100-python", f"cifar-100{CIFAR}"),
     "imagenette": (
         "Imagenette",
         "imagenette2*",
@@ -76,6 +66,7 @@ KNOWN = {
     "imagenette": Facts(TEN, IMAGENETTE_IMAGES["train"], IMAGENETTE_IMAGES["val"], (256, 256)),
 }
 """Of those that have names; their classes are numbered here."""
+DATASETS = (*KNOWN, "folder:PATH")
 
 
 def load(
@@ -119,17 +110,16 @@ def load(
             raise ValueError(f"{argument} is {value!r}: give a whole number of at least 1, or None")
     _check_name(dataset)
     folder = Path(data_dir).expanduser() if str(data_dir) else workspace_dir() / "data"
-    limits = (max_train, max_test)
+    limits, options = (max_train, max_test), (image_size, folder, progress)
     if dataset.startswith("folder:"):
-        listings = folder_listings(dataset)
-        parts, classes = decode(listings, limits, image_size, folder, progress), listings[0].classes
+        listings = images.folder_listings(dataset)
+        parts, classes = images.decode(listings, limits, *options), listings[0].classes
     elif dataset == "imagenette":
         listings, classes = _imagenette(image_size or 256, folder, download, progress)
-        parts = decode(listings, limits, image_size or 256, folder, progress)
+        parts = images.decode(listings, limits, image_size or 256, folder, progress)
     else:
         arrays, classes = _mnist5k() if dataset == "mnist5k" else _arrays(dataset, folder, download, progress)
-        named = zip(("train", "test"), arrays, limits, strict=True)
-        parts = [_resized(dataset, *each, image_size, folder, progress) for each in named]
+        parts = [_resized(dataset, *each, *options) for each in zip(arrays, limits, strict=True)]
     small = sum(pixels.nbytes for pixels, _, _ in parts) <= SMALL_SET_BYTES
     with warnings.catch_warnings():  # torch knows no read-only tensors and warns of a mapped one
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -157,16 +147,16 @@ def load_images(
 
 
 def facts_of(name: str) -> Facts:
-    """What is known of a data set before it is loaded: nothing is downloaded, and of a folder one image a
-    split is decoded.
+    """What is known of a data set before it is loaded: nothing is downloaded, and of a folder one image is
+    decoded.
 
     Raises ValueError and FileNotFoundError as `load` does.
     """
     _check_name(name)
     if name in KNOWN:
         return KNOWN[name]
-    train, test = folder_listings(name)
-    size, _ = (read_image(listing.files[0]).shape[:2] for listing in (train, test))
+    train, test = images.folder_listings(name)
+    size = images.read_image(train.files[0]).shape[:2]
     return Facts(train.classes, len(train.files), len(test.files), size)
 
 
@@ -190,8 +180,7 @@ def _arrays(
     name: str, data_dir: Path, download: bool, progress: Report | None
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], tuple[str, ...]]:
     parts = [_open_torchvision(name, data_dir, download, progress, train=train) for train in (True, False)]
-    digits = "mnist" in name
-    pixels = [_digits(np.asarray(part.data)) if digits else part.data.transpose(0, 3, 1, 2) for part in parts]
+    pixels = [_digits(np.asarray(p.data)) if "mnist" in name else p.data.transpose(0, 3, 1, 2) for p in parts]
     labels = [np.asarray(part.targets, dtype=np.int64) for part in parts]
     return list(zip(pixels, labels, strict=True)), TEN if name == "mnist" else tuple(parts[0].classes)
 
@@ -205,21 +194,18 @@ def _imagenette(image_size: int, data_dir: Path, download: bool, progress: Repor
     size = "320px" if image_size <= 320 else "full"  # the smallest archive that need not be enlarged
     dataset = _open_torchvision("imagenette", data_dir, download, progress, split="train", size=size)
     root = data_dir / ("imagenette2-320" if size == "320px" else "imagenette2")
-    for split, expected in IMAGENETTE_IMAGES.items():
-        count = sum(1 for _ in (root / split).rglob("*.JPEG"))
-        if count != expected:
+    listings = [images.scan_split(root, split) for split in IMAGENETTE_IMAGES]
+    for listing, expected in zip(listings, IMAGENETTE_IMAGES.values(), strict=True):
+        if len(listing.files) != expected:
             raise ValueError(
-                f"{root / split} holds {count} images instead of {expected}, so its "
+                f"{listing.folder} holds {len(listing.files)} images instead of {expected}, so its "
                 f"unpacking was interrupted: delete {root} and run again"
             )
-    listings = [scan_split(root, split) for split in IMAGENETTE_IMAGES]
-    names = {wnid: names[0] for wnid, names in type(dataset)._WNID_TO_CLASS.items()}
-    return listings, tuple(names[wnid] for wnid in listings[0].classes)
+    return listings, tuple(type(dataset)._WNID_TO_CLASS[wnid][0] for wnid in listings[0].classes)
 
 
 def _resized(
     name: str,
-    split: str,
     arrays: tuple[np.ndarray, np.ndarray],
     limit: int | tuple[int, ...] | None,
     image_size: int | None,
@@ -232,15 +218,14 @@ def _resized(
     if not jpeg and size == pixels.shape[-1]:
         return pixels, labels, chosen
 
-    def load_one(index: int) -> np.ndarray:
+    def resized(index: int) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(pixels[index].transpose(1, 2, 0)))
-        return np.asarray(fit_square(through_jpeg(image) if jpeg else image, size))
+        return np.asarray(images.fit_square(images.through_jpeg(image) if jpeg else image, size))
 
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-    label, quality = f"{name}-{split}-{size}px", JPEG_QUALITY if jpeg else None
-    path, unit = cache_path(data_dir, label, name, digest, size, quality), f"{split} images"
-    resized = cached(path, (len(labels), 3, size, size), load_one, unit=unit, progress=progress)
-    return resized, labels, chosen
+    parts = (name, digest, size, images.JPEG_QUALITY if jpeg else None)
+    path = images.cache_path(data_dir, f"{name}-{size}px", *parts)
+    return images.cached(path, range(len(labels)), resized, "images", progress), labels, chosen
 
 
 def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Report | None, **options):
@@ -249,9 +234,9 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
     import torchvision.datasets  # here, because mnist5k and folders do without its two seconds
 
     kind, unpacked, by_hand = TORCHVISION[name]
-    make = getattr(torchvision.datasets, kind)
+    make = partial(getattr(torchvision.datasets, kind), str(data_dir), **options)
     try:
-        return make(str(data_dir), **options)
+        return make()
     except PermissionError:
         raise
     except Exception as error:  # "not found or corrupted", or any other for files that were cut short
@@ -264,12 +249,13 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
             raise FileNotFoundError(
                 f"{name} is not in {data_dir}: data.load({name!r}) downloads it (mnist5k needs none)"
             ) from error
-    report, before = progress or (lambda *_: None), socket.getdefaulttimeout()
-    report(0, 1, f"{kind} download")
+    if progress:
+        progress(0, 1, f"{kind} download")
+    before = socket.getdefaulttimeout()
     try:
         socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            dataset = make(str(data_dir), download=True, **options)
+            return make(download=True)
     except Exception as error:  # no network, timeouts, bad archives, a full disk: these come as many kinds
         raise FileNotFoundError(
             f"{name} is not complete in {data_dir} and could not be downloaded ({first_line(error)}): "
@@ -278,5 +264,3 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
         ) from error
     finally:
         socket.setdefaulttimeout(before)
-    report(1, 1, f"{kind} download")
-    return dataset

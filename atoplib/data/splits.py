@@ -6,7 +6,6 @@ order and every random number is a function of a seed or a generator that is pas
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Self
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from atoplib.contract import check_labels
+from atoplib.parameters import between, check_settings
 
 SUBSET_SEED = 2024  # of the fixed subsets that max_train, max_test and load_images take
 
@@ -33,11 +33,6 @@ class Split:
     def __post_init__(self) -> None:
         check_labels(self.labels, len(self.images))
 
-    def to(self, device: str | torch.device) -> Self:
-        """The split on a device."""
-        indices = None if self.indices is None else self.indices.to(device)
-        return type(self)(self.images.to(device), self.labels.to(device), indices)
-
 
 @dataclass(frozen=True)
 class Dataset:
@@ -56,44 +51,44 @@ def subset(count: int, limit: int | tuple[int, ...] | None, seed: int = 0) -> np
     With a tuple, the images at these positions. Raises ValueError for a position that does not exist.
     """
     if isinstance(limit, tuple):
-        chosen = np.asarray(limit, dtype=np.int64)
-        if not limit or chosen.min() < 0 or chosen.max() >= count or len(np.unique(chosen)) < len(chosen):
+        if not limit or not {*limit} <= {*range(count)} or len({*limit}) < len(limit):
             raise ValueError(f"max_test must name test images, 0 to {count - 1}, each once; got {limit}")
-        return chosen
+        return np.asarray(limit, dtype=np.int64)
     if limit is None or limit >= count:
         return np.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(SUBSET_SEED + seed)).numpy()[:limit]
 
 
+def mixed_seed(*parts: int | str) -> int:
+    """A seed that no other parts have: hashed, not added, for with seed + epoch, epoch 1 of seed 0 would
+    repeat epoch 0 of seed 1."""
+    text = ":".join(map(str, parts))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
+
+
 def epoch_batches(
-    split: Split, batch_size: int, *, seed: int, epoch: int, start: int = 0, drop_last: bool = True
+    split: Split, batch_size: int, *, seed: int, epoch: int, start: int = 0
 ) -> Iterator[tuple[UInt8[Tensor, "batch 3 h w"], Int64[Tensor, "batch"]]]:
-    """Yield the batches of one epoch, images uint8 and labels int64 on the split's device.
+    """Yield the whole batches of one epoch, images uint8 and labels int64 on the split's device.
 
     The order is a pure function of (seed, epoch), the same on every device. `start` batches are skipped, so
-    that a training goes on in the middle of an epoch with the batches it would have seen. Arguments are
-    checked at the call.
+    that a training goes on in the middle of an epoch with the batches it would have seen.
 
-    Raises ValueError for a batch_size that gives no batch.
+    Arguments are checked at the call: raises ValueError for a batch_size that gives no batch.
     """
     count = len(split.labels)
-    if batch_size < 1 or (drop_last and batch_size > count):
-        raise ValueError(
-            f"batch_size is {batch_size}, but this split has {count} images: give a batch_size "
-            f"from 1 to {count}" + (", or drop_last=False" if batch_size > count else "")
-        )
-    batches = count // batch_size if drop_last else -(-count // batch_size)
-    # hashed, not added: with seed + epoch, epoch 1 of seed 0 would repeat epoch 0 of seed 1
-    mixed = int.from_bytes(hashlib.blake2b(f"{seed}:{epoch}".encode(), digest_size=8).digest(), "big") >> 1
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(mixed)).to(split.labels.device)
-    chosen = (order[i * batch_size : (i + 1) * batch_size] for i in range(start, batches))
+    check_settings(batch_size=(batch_size, between(1, count)))
+    generator = torch.Generator().manual_seed(mixed_seed(seed, epoch))
+    order = torch.randperm(count, generator=generator).to(split.labels.device)
+    chosen = (order[i * batch_size : (i + 1) * batch_size] for i in range(start, count // batch_size))
     # on the CPU ten times as fast as images[rows] at 32 px: whole images are copied, not single values
     return ((split.images.index_select(0, rows), split.labels.index_select(0, rows)) for rows in chosen)
 
 
 def to_float(images: UInt8[Tensor, "*batch 3 h w"]) -> Float32[Tensor, "*batch 3 h w"]:
     """Map uint8 images in [0, 255] to float32 in [0, 1], on their device."""
-    _check_uint8(images)
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images are {images.dtype}, but uint8 in [0, 255] is needed: the images of a Split")
     return images.to(torch.float32).div_(255)
 
 
@@ -109,12 +104,8 @@ def augment(
 
     Raises ValueError for a padding that the image is too small to reflect.
     """
-    _check_uint8(images)
     batch, channels, height, width = images.shape
-    if not 0 <= padding < min(height, width):
-        raise ValueError(
-            f"padding is {padding}: {height} x {width} images allow 0 to {min(height, width) - 1}"
-        )
+    check_settings(padding=(padding, between(0, min(height, width) - 1)))
     shifts = torch.randint(-padding, padding + 1, (2, batch, 1), generator=generator, device=generator.device)
     mirrored = torch.randint(0, 2, (batch, 1), generator=generator, device=generator.device) == 1
     shifts, mirrored = shifts.to(images.device), mirrored.to(images.device)
@@ -133,20 +124,18 @@ def channel_statistics(
     Pixels are counted, so the result is the same on every device. Raises ValueError for a channel that is
     constant: a classifier that divides by its deviation would return NaN.
     """
-    _check_uint8(images)
     histogram = torch.zeros(3, 256, dtype=torch.int64)
     for part in _parts(images):
-        counts = [torch.bincount(part[:, channel].reshape(-1), minlength=256) for channel in range(3)]
-        histogram += torch.stack(counts).cpu()
+        channels = part.transpose(0, 1).flatten(1)
+        histogram += torch.stack([channel.bincount(minlength=256) for channel in channels]).cpu()
     if bool((histogram.count_nonzero(dim=1) < 2).any()):
         raise ValueError(
             "a colour channel has one value in all images, so it cannot be normalised: check the images"
         )
-    values, pixels = torch.arange(256), images.numel() // 3
-    totals, squares = (histogram * values).sum(1).tolist(), (histogram * values**2).sum(1).tolist()
-    spreads = [square * pixels - total**2 for total, square in zip(totals, squares, strict=True)]
-    means = tuple(total / pixels / 255 for total in totals)
-    return means, tuple(spread**0.5 / pixels / 255 for spread in spreads)
+    shares, values = histogram.double() / (images.numel() // 3), torch.arange(256, dtype=torch.float64) / 255
+    means = (shares * values).sum(dim=1)
+    deviations = (shares * (values - means[:, None]) ** 2).sum(dim=1).sqrt()
+    return tuple(means.tolist()), tuple(deviations.tolist())
 
 
 def fingerprint(split: Split) -> str:
@@ -157,16 +146,8 @@ def fingerprint(split: Split) -> str:
     return digest.hexdigest()[:16]
 
 
-def _check_uint8(images: Tensor) -> None:
-    if images.dtype != torch.uint8:
-        raise ValueError(
-            f"images are {images.dtype}, but uint8 in [0, 255] is needed: give the images of a Split"
-        )
-
-
 def _reflect(index: Tensor, size: int) -> Tensor:
-    index = index.abs()
-    return torch.where(index < size, index, 2 * (size - 1) - index)
+    return (size - 1) - (size - 1 - index.abs()).abs()
 
 
 def _parts(images: Tensor) -> tuple[Tensor, ...]:

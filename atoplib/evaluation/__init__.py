@@ -2,24 +2,9 @@
 named protocols."""
 
 from atoplib.evaluation.measure import evaluate
-from atoplib.evaluation.protocols import PROTOCOLS, Protocol, Row, images_of, lee_kim_indices, radii, single
-from atoplib.evaluation.results import (
-    CLEAN,
-    PUBLISHED,
-    WORST,
-    Evaluation,
-    Outcome,
-    eps_text,
-    markdown_table,
-    worst_case,
-)
-from atoplib.evaluation.significance import (
-    McNemar,
-    compare_attacks,
-    compare_defences,
-    masked_gradients,
-    mcnemar,
-)
+from atoplib.evaluation.protocols import PROTOCOLS, Protocol, Row, images_of, radii, single
+from atoplib.evaluation.results import CLEAN, PUBLISHED, WORST, Evaluation, eps_text, markdown_table
+from atoplib.evaluation.significance import compare_attacks, compare_defences, masked_gradients, mcnemar
 
 __all__ = [
     "CLEAN",
@@ -27,8 +12,6 @@ __all__ = [
     "PUBLISHED",
     "WORST",
     "Evaluation",
-    "McNemar",
-    "Outcome",
     "Protocol",
     "Row",
     "compare_attacks",
@@ -36,11 +19,9 @@ __all__ = [
     "eps_text",
     "evaluate",
     "images_of",
-    "lee_kim_indices",
     "markdown_table",
     "masked_gradients",
     "mcnemar",
     "radii",
     "single",
-    "worst_case",
 ]

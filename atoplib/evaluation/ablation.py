@@ -5,9 +5,9 @@ An average over masks is inside the pipeline that is attacked (``AToPPipeline(co
 is judged by an attack on another one.
 """
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,24 +17,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atoplib.attacks import pgd
-from atoplib.decisions import correct, fixed_sample, is_random, reseed, sample_logits, wilson_interval
-from atoplib.files import read_json, write_json
-from atoplib.hashing import code_hash, environment, json_hash, model_hash, tensor_hash
+from atoplib.decisions import correct, fixed_sample
+from atoplib.evaluation.measure import evaluate
+from atoplib.evaluation.protocols import Protocol, Row
+from atoplib.evaluation.results import named_percents, percents
+from atoplib.hashing import json_hash
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report
 from atoplib.transforms import Transform
-
-FEWEST_EOT_SAMPLES = 2
-"""Of a gradient through an average over many masks: with one sample, nothing would say whether an image is
-always wrong."""
-
-
-COLUMNS = (
-    *("defence", "transform", "missing_rate", "noise_std", "num_masks", "average"),
-    *("images", "num_samples", "eot_samples", "clean", "clean_low", "clean_high"),
-    *("robust", "robust_low", "robust_high", "distance", "input_distance", "seconds"),
-)
 
 
 class Setting(NamedTuple):
@@ -52,11 +42,10 @@ class Setting(NamedTuple):
     def describe(self) -> dict[str, Any]:
         """As columns of a frame: ``transform``, ``missing_rate``, ``noise_std`` (as it is really added) and
         ``num_masks``."""
-        transform = self.transform
-        rate = {"none": 0.0, "rt3": 1 / transform.num_masks}.get(transform.name, transform.missing_rate)
-        noise_std = transform.noise_std if transform.name in ("rt2", "rt3") else 0.0
-        row = {"transform": transform.name, "missing_rate": rate, "noise_std": noise_std}
-        return row | {"num_masks": self.num_masks}
+        name, own = self.transform.name, self.transform
+        rate = {"none": 0.0, "rt3": 1 / own.num_masks}.get(name, own.missing_rate)
+        noise = own.noise_std if name in ("rt2", "rt3") else 0.0
+        return {"transform": name, "missing_rate": rate, "noise_std": noise, "num_masks": self.num_masks}
 
 
 def mask_grid(
@@ -71,14 +60,7 @@ def mask_grid(
         base: RT1 or RT2; its noise and grid hold for all.
         missing_rates, mask_counts: every combination of them, averaged over so many independent masks.
         partitions: numbers N of RT3's masks, each missing 1/N of the patches.
-
-    Raises:
-        ValueError: if ``base`` has no masks of its own, or for a value that ``Transform`` refuses.
     """
-    if base.name not in ("rt1", "rt2"):
-        raise ValueError(
-            f"masks can be averaged for rt1 and rt2, not for {base.name!r}; RT3's are the partitions"
-        )
     averaged = [
         Setting(replace(base, missing_rate=rate), copies) for rate in missing_rates for copies in mask_counts
     ]
@@ -116,49 +98,64 @@ def ablate(
         num_samples: samples of a decision where the setting is random.
         average: of several copies, ``images`` or ``logits``.
         max_batch: passes through the purifier that are in memory at once.
-        run_dir: where finished rows are kept; the same call goes on there. None keeps nothing.
+        run_dir: each setting's evaluation is kept in a folder of it; the same call goes on there.
         progress: called with steps of the attacks done and in all.
 
     Returns:
-        a row a defence and setting: ``defence``, ``transform``, ``missing_rate``, ``noise_std``,
-            ``num_masks``, ``average``,
-        ``images``, ``num_samples``, ``eot_samples``; ``clean`` and ``robust``, accuracy of one sample (the
-        mean over ``num_samples``) in percent with 95 % Wilson intervals over the images (``clean_low``, ...);
-        ``distance`` between the purified clean and adversarial images and ``input_distance`` before
-        purification, in 1/255; ``seconds``.
+        a row a setting and defence: ``defence``, ``transform``, ``missing_rate``, ``noise_std``,
+        ``num_masks``, ``average``, ``images``, ``num_samples``, ``passes`` of the attack on an image;
+        ``clean`` and ``robust``, accuracy of one sample (the mean over ``num_samples``) in percent with 95 %
+        Wilson intervals over the images (``clean_low``, ...); ``distance`` between the purified clean and
+        adversarial images, in 1/255; ``seconds``.
 
     Raises:
-        ValueError: as ``attacks.pgd``.
+        ValueError: as ``evaluate``.
     """
-    attack = {"eps": eps, "norm": norm, "steps": steps, "alpha": alpha, "seed": seed}
-    options = {"eot_samples": eot_samples, "early_stop": early_stop, "num_samples": num_samples}
-    options["max_batch"] = max_batch
-    shared = {**attack, **options, "images": tensor_hash(images), "labels": tensor_hash(labels)}
-    shared |= {"code": code_hash(__name__), "environment": environment(images.device)}
-    wanted = [(name, setting) for name in pipelines for setting in dict.fromkeys(settings)]
-    rows = []
-    for number, (name, setting) in enumerate(wanted):
+    rows, settings = [], list(dict.fromkeys(settings))
+    for number, setting in enumerate(settings):
 
-        def report(step: int, of: int, *_: Any, number: int = number) -> None:
+        def report(done: int, total: int, *_: Any, number: int = number) -> None:
             if progress is not None:
-                progress(steps * number + steps * step // of, steps * len(wanted), "steps")
+                progress(steps * number + steps * done // total, steps * len(settings), "steps")
 
-        networks = pipelines[name].purifier, pipelines[name].classifier
-        kwargs = {"copies": setting.copies, "average": average, "seed": seed}
-        model = AToPPipeline(setting.transform, *networks, **kwargs).eval()
-        facts = {"defence": name, **setting.describe(), "average": average}
-        key = json_hash({**shared, **facts, "setting": repr(setting), "model": model_hash(model)})
-        path = None if run_dir is None else run_dir / f"row-{key}.json"
-        row = None if path is None else read_json(path)
-        if row is None:
-            row = facts | _measure(
-                model, setting.num_masks, images, labels, attack, **options, callback=report
-            )
-            if path is not None:
-                write_json(path, row)
-        rows.append(row)
-        report(1, 1)
-    return pd.DataFrame(rows, columns=COLUMNS)
+        models = {
+            name: AToPPipeline(
+                setting.transform,
+                own.purifier,
+                own.classifier,
+                copies=setting.copies,
+                average=average,
+                seed=seed,
+            ).eval()
+            for name, own in pipelines.items()
+        }
+        samples, patience = equal_cost(setting.num_masks, eot_samples, early_stop)
+        pgd = {"steps": steps, "alpha": alpha, "eot_samples": samples, "early_stop": patience}
+        at_once = max(1, max_batch // setting.num_masks)
+        found = evaluate(
+            models,
+            images,
+            labels,
+            protocol=Protocol("ablation", "one attack", (Row("pgd", options=pgd),), votes=num_samples),
+            eps={norm: eps},
+            norm=norm,
+            seed=seed,
+            max_batch=at_once,
+            run_dir=run_dir and run_dir / json_hash([list(pipelines), repr(setting), average]),
+            keep_images=True,
+            progress=report,
+        )
+        frame = found.frame[found.frame["rule"] == "single"].set_index(["defence", "attack"])
+        for name, model in models.items():
+            robust, count = frame.loc[(name, "PGD")], len(labels)
+            row = {"defence": name, **setting.describe(), "average": average, "images": count}
+            row |= {"num_samples": robust["votes"], "passes": robust["passes"]}
+            for attack, what in (("clean", "clean"), ("PGD", "robust")):
+                row |= named_percents(what, frame.loc[(name, attack), "sample_mean"] / 100 * count, count)
+            adversarial = found.adversarial(name, "PGD").to(images.device)
+            row["distance"] = purified_distance(model, images, adversarial, seed=seed + 1, max_batch=at_once)
+            rows.append(row | {"seconds": frame.loc[name, "seconds"].sum()})
+    return pd.DataFrame(rows)
 
 
 def equal_cost(num_masks: int, eot_samples: int, early_stop: int) -> tuple[int, int]:
@@ -166,44 +163,11 @@ def equal_cost(num_masks: int, eot_samples: int, early_stop: int) -> tuple[int, 
     single mask.
 
     Such an average takes M passes a sample, and its gradient is already a mean over M. So it gets 1/M of the
-    samples, but at least ``FEWEST_EOT_SAMPLES``, and an image leaves only after as many misclassified samples
-    in a row as elsewhere.
+    samples, but at least two (one would not say whether an image is always wrong), and an image leaves only
+    after as many misclassified samples in a row as elsewhere.
     """
-    samples = max(min(FEWEST_EOT_SAMPLES, eot_samples), eot_samples // num_masks)
+    samples = max(min(2, eot_samples), eot_samples // num_masks)
     return samples, ceil(early_stop * eot_samples / samples)
-
-
-def _measure(
-    model: AToPPipeline,
-    num_masks: int,
-    images: Tensor,
-    labels: Tensor,
-    attack: dict[str, Any],
-    *,
-    eot_samples: int,
-    early_stop: int,
-    num_samples: int,
-    max_batch: int,
-    callback: Any = None,
-) -> dict[str, Any]:
-    started, seed = time.monotonic(), attack["seed"]
-    at_once = max(1, max_batch // num_masks)
-    random = is_random(model, images, max_batch=at_once)
-    eot_samples, early_stop = equal_cost(num_masks, eot_samples, early_stop) if random else (1, early_stop)
-    samples = num_samples if random else 1
-    reseed(model, seed)
-    cost = {"eot_samples": eot_samples, "early_stop": early_stop, "max_batch": at_once}
-    adversarial = pgd(model, images, labels, **attack, **cost, callback=callback)
-    row = {"images": len(labels), "num_samples": samples, "eot_samples": eot_samples}
-    for name, shown in (("clean", images), ("robust", adversarial)):
-        reseed(model, seed + 1)  # random numbers that the attack has not seen, the same for both
-        logits = sample_logits(model, shown, num_samples=samples, max_batch=at_once)
-        count = float((logits.argmax(dim=2) == labels).sum()) / samples
-        low, high = wilson_interval(count, len(labels))
-        row |= {name: 100 * count / len(labels), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
-    row["distance"] = purified_distance(model, images, adversarial, seed=seed + 1, max_batch=at_once)
-    row["input_distance"] = 255 * float((images - adversarial).abs().mean())
-    return {**row, "seconds": time.monotonic() - started}
 
 
 @torch.no_grad()
@@ -222,8 +186,8 @@ def purified_distance(
         survives.
     """
     total = 0.0
-    parts = zip(clean.split(max_batch), adversarial.split(max_batch), strict=True)
-    for number, (one, other) in enumerate(parts):
+    parts = clean.split(max_batch), adversarial.split(max_batch)
+    for number, (one, other) in enumerate(zip(*parts, strict=True)):
         with fixed_sample(pipeline, seed + number):
             total += float((pipeline.purify(one) - pipeline.purify(other)).abs().sum(dtype=torch.float64))
     return 255 * total / clean.numel()
@@ -247,10 +211,8 @@ def vote_curve(
     if not all(1 <= count <= len(logits) for count in counts):
         raise ValueError(f"a vote takes 1 to {len(logits)} samples here, got {list(counts)}")
     rows = []
-    for rule in rules:
-        for count in counts:
-            groups = logits[: len(logits) // count * count].unflatten(0, (-1, count))
-            right = sum(float(correct(group, labels, rule).sum()) for group in groups) / len(groups)
-            percents = [100 * share for share in (right / len(labels), *wilson_interval(right, len(labels)))]
-            rows.append([rule, count, *percents])
+    for rule, count in product(rules, counts):
+        groups = logits[: len(logits) // count * count].unflatten(0, (-1, count))
+        right = sum(float(correct(group, labels, rule).sum()) for group in groups) / len(groups)
+        rows.append([rule, count, *percents(right, len(labels))])
     return pd.DataFrame(rows, columns=["rule", "num_samples", "accuracy", "low", "high"])

@@ -1,14 +1,17 @@
 """Measure defences by a protocol: attack, decide, count; in pieces that survive an interruption."""
 
 import json
+import re
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -17,33 +20,22 @@ from atoplib.attacks import ATTACKS, PassCounter, bpda
 from atoplib.contract import prepare
 from atoplib.decisions import RULES, correct, fixed_sample, full_float32, is_random, reseed, sample_logits
 from atoplib.evaluation.protocols import COUNTS, Protocol, Row, check_protocol, for_classes, radii
-from atoplib.evaluation.results import CLEAN, FILES, WORST, Evaluation, Outcome, worst_case
+from atoplib.evaluation.results import CLEAN, FILES, Evaluation, with_worst_cases
 from atoplib.files import read_json, set_aside, write_atomically, write_json
 from atoplib.hashing import code_hash, environment, function_hash, json_hash, model_hash, tensor_hash
+from atoplib.parameters import check_counts
 from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report, format_seconds
 
 PIECE = 100  # images that are attacked at once, and finished or repeated as a whole
 SURROGATE = "the classifier"  # as a target of transfer attacks
-KNOWN_SAMPLE = 0  # the seed that an attacker knows
 FACTS = "evaluation.json"
-
-
-class _Setting(NamedTuple):
-    """What all pieces share: ``targets`` are the defences, and what transfer attacks use."""
-
-    plan: Protocol
-    targets: Mapping[str, nn.Module]
-    random: Mapping[str, bool]
-    seed: int
-    max_batch: int
-    dtype: torch.dtype
-    keep_images: bool
 
 
 class _Piece(NamedTuple):
     """One attack on one target for one batch of images, at every radius, then shown to some defences. ``row``
-    is None, and ``target`` "", for clean images; ``key`` a hash of all that decides what is found."""
+    is None, and ``target`` "", for clean images; the name of ``file`` holds a hash of all that decides what
+    is found."""
 
     row: Row | None
     eps: tuple[float, ...]
@@ -51,16 +43,15 @@ class _Piece(NamedTuple):
     shown_to: tuple[str, ...]
     batch: int
     images: slice
-    key: str = ""
+    file: str = ""
+
+    @property
+    def attack(self) -> str:
+        return self.row.heading if self.row else CLEAN
 
     @property
     def title(self) -> str:
-        return CLEAN if self.row is None else f"{self.target}, {self.row.heading}"
-
-    @property
-    def file(self) -> str:
-        words = "".join(c if c.isalnum() else " " for c in self.title.lower()).split()
-        return f"pieces/{'-'.join(words)}-batch{self.batch}-{self.key}.safetensors"
+        return f"{self.target}, {self.attack}" if self.row else CLEAN
 
 
 def evaluate(
@@ -74,6 +65,7 @@ def evaluate(
     seed: int = 0,
     run_dir: str | Path | None = None,
     classifier: nn.Module | None = None,
+    sisters: Mapping[str, nn.Module] | None = None,
     max_batch: int = 256,
     dtype: torch.dtype = torch.float32,
     keep_images: bool = False,
@@ -100,7 +92,9 @@ def evaluate(
         seed: of everything random.
         run_dir: where results and finished pieces are kept. The same call goes on there; what depends on
             something that changed is measured anew, and the old archived in ``superseded-N``.
-        classifier: what transfer attacks on all defences use, for example a sister model; None: as above.
+        classifier: what transfer attacks on all defences use; None: as above.
+        sisters: other trainings of some of the defences (another seed), by the defence's name; what is made
+            on them in rows of the threat model ``sister`` is shown to it. Without one there is no such row.
         max_batch: copies of images (images x samples) that are in memory at once.
         dtype: what attacks compute in (autocast); decisions are always float32.
         keep_images: return the adversarial images, and keep them in ``run_dir``.
@@ -114,19 +108,17 @@ def evaluate(
     Source: Carlini et al. 2019; Lee & Kim 2023 (PGD + EOT through the whole pipeline); Croce & Hein 2020.
     """
     defences = dict(defences) if isinstance(defences, Mapping) else {"defence": defences}
-    if not defences or max_batch < 1:
-        raise ValueError(f"a defence and max_batch >= 1 are needed, got {list(defences)} and {max_batch}")
+    check_counts(defences=len(defences), max_batch=max_batch)
     plan = check_protocol(protocol, norm, **overrides)
     # all of them before the first runs: no statistics move, no hour is lost
-    prepared = {name: prepare(model, images, labels) for name, model in defences.items()}
-    targets = {name: model for name, (model, _, _) in prepared.items()}
-    _, images, labels = next(iter(prepared.values()))
-    targets |= {n: prepare(m, images, labels)[0] for n, m in _surrogates(targets, classifier).items()}
+    targets = {}
+    for name, model in defences.items():
+        targets[name], images, labels = prepare(model, images, labels)
+    for name, model in _helpers(targets, classifier, sisters or {}).items():
+        targets[name], *_ = prepare(model, images, labels)
     random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
-    few = (sample_logits(model, images[:1], max_batch=max_batch).shape[2] for model in targets.values())
-    plan = for_classes(plan, min(few))
-    setting = _Setting(plan, targets, random, seed, max_batch, dtype, keep_images)
-    sizes = radii(images, eps, norm)
+    classes = min(sample_logits(model, images[:1]).shape[2] for model in targets.values())
+    plan, sizes = for_classes(plan, classes), radii(images, eps, norm)
     sizes = {row.norm: sizes[row.norm] for row in plan.rows if row.norm in sizes}
     facts = {
         "defences": {name: model_hash(model, images) for name, model in targets.items()},
@@ -139,129 +131,182 @@ def evaluate(
         "shared": {"seed": seed, "max_batch": max_batch, "dtype": str(dtype), "images kept": keep_images},
         "code": code_hash("atoplib.evaluation.measure"),
         "environment": environment(images.device),
+        "gradient_free": [row.heading for row in plan.rows if not ATTACKS[row.attack].gradient],
+        "known_sample": [row.heading for row in plan.rows if row.known_sample],
     }
-    facts = _plain(facts)
+    facts, folder = _plain(facts), run_dir and Path(run_dir)
     pieces = [
-        piece._replace(key=_key(piece, facts, images[piece.images], labels[piece.images]))
-        for piece in _pieces(setting, tuple(defences), sizes, len(images))
+        piece._replace(file=_file(piece, facts, images[piece.images], labels[piece.images]))
+        for piece in _pieces(plan, targets, random, tuple(defences), sizes, len(images))
     ]
-    folder = None if run_dir is None else Path(run_dir)
-    if folder is not None:
-        _open(folder, facts, {piece.file for piece in pieces}, notify)
-    efforts = [_effort(piece, setting) for piece in pieces]
-    found: list[tuple[_Piece, dict[str, Tensor]]] = []
+    if folder:
+        _open(folder, facts, {folder / piece.file for piece in pieces}, notify or (lambda sentence: None))
+    efforts = [_effort(piece, plan.num_votes) for piece in pieces]
+    options = {"seed": seed, "max_batch": max_batch, "dtype": dtype, "keep_images": keep_images}
+    found, kept = [], defaultdict(list)
     for number, piece in enumerate(pieces):
 
         def report(step: int, of: int, *_: Tensor, message: str = piece.title, number: int = number) -> None:
             if progress is not None:
-                done = sum(efforts[:number]) + efforts[number] * step // max(1, of)
-                progress(done, sum(efforts), "passes", message)
+                now = efforts[number] * step // max(1, of)
+                progress(sum(efforts[:number]) + now, sum(efforts), "passes", message)
 
-        tensors = None if folder is None else _load(folder / piece.file)
-        if tensors is None:
-            tensors = _measure(piece, images[piece.images], labels[piece.images], setting, report)
-            if folder is not None:
-                write_atomically(folder / piece.file, partial(safetensors.torch.save_file, tensors))
-        found.append((piece, tensors))
-        report(1, 1, message=_so_far(found))
-    facts["gradient_free"] = [row.heading for row in plan.rows if not ATTACKS[row.attack].gradient]
-    facts["known_sample"] = [row.heading for row in plan.rows if row.known_sample]
-    outcomes = [outcome for name in defences for outcome in _outcomes(name, found, setting)]
-    result = Evaluation(tuple(outcomes), labels.cpu().numpy(), facts)
-    if folder is not None:
-        result.write(folder)
-    return result
+        result = folder and _load(folder / piece.file)
+        if not result:
+            given = images[piece.images], labels[piece.images]
+            result = _measure(piece, *given, plan, targets, random, report, **options)
+            if folder:
+                write_atomically(folder / piece.file, partial(torch.save, result))
+        found += map(pd.DataFrame, result["rows"])
+        right = result["rows"][-len(piece.shown_to)]["single"]  # of the first defence, at the largest radius
+        for name, (eps, shown) in product(piece.shown_to, result["images"].items()):
+            kept[name, piece.attack, eps].append(shown)
+        report(1, 1, message=f"{piece.title}: {sum(right)} of {len(right)} correct")
+    evaluation = Evaluation(
+        with_worst_cases(pd.concat(found, ignore_index=True), facts["known_sample"]),
+        labels.cpu().numpy(),
+        facts,
+        {key: torch.cat(parts) for key, parts in kept.items()},
+    )
+    if folder:
+        evaluation.write(folder)
+    return evaluation
 
 
-def _surrogates(defences: Mapping[str, nn.Module], classifier: nn.Module | None) -> dict[str, nn.Module]:
-    """What transfer attacks use: one classifier for all, and without one given a pipeline's own other one."""
+def _helpers(
+    defences: Mapping[str, nn.Module], classifier: nn.Module | None, sisters: Mapping[str, nn.Module]
+) -> dict[str, nn.Module]:
+    """What attacks use in place of a defence: one classifier for all, and without one given a pipeline's own
+    other one; sisters."""
     own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
+    found = {f"sister of {name}": model for name, model in sisters.items() if name in defences}
     if classifier is not None:
-        return {SURROGATE: classifier}
+        return found | {SURROGATE: classifier}
     shared = defences.get("undefended", next(iter(own.values()), None))
-    if shared is None:
-        return {}
-    same = model_hash(shared)
-    others = {name: model for name, model in own.items() if model is not shared and model_hash(model) != same}
-    return {SURROGATE: shared} | {f"{SURROGATE} of {name}": model for name, model in others.items()}
+    if shared is not None:
+        found[SURROGATE], same = shared, model_hash(shared)
+        found |= {f"{SURROGATE} of {n}": model for n, model in own.items() if model_hash(model) != same}
+    return found
 
 
 def _pieces(
-    setting: _Setting, defences: tuple[str, ...], sizes: Mapping[str, tuple[float, ...]], count: int
-) -> Iterator[_Piece]:
+    plan: Protocol,
+    targets: Mapping[str, nn.Module],
+    random: Mapping[str, bool],
+    defences: tuple[str, ...],
+    sizes: Mapping[str, Any],
+    count: int,
+) -> list[_Piece]:
     """The pieces of work, in order. Of a mean over several copies BPDA has no image for the identity."""
-    targets = setting.targets
-    sharing = tuple(name for name in defences if f"{SURROGATE} of {name}" not in targets)
     purifying = [n for n in defences if isinstance(targets[n], AToPPipeline) and targets[n].copies == 1]
-    for row in (None, *setting.plan.rows):
-        if row is None:
-            work = [("", defences)]
-        elif row.threat_model == "transfer":
-            work = [(SURROGATE, sharing)] if SURROGATE in targets else []
-            work += [(f"{SURROGATE} of {name}", (name,)) for name in defences if name not in sharing]
-        else:
-            names = purifying if row.threat_model == "bpda" else defences
-            work = [(name, (name,)) for name in names if setting.random[name] or not row.random_only]
-        eps = (0.0,) if row is None else sizes.get(row.norm, ())
-        for target, shown_to in work if eps else ():
-            for batch, first in enumerate(range(0, count, PIECE) if shown_to else ()):
-                yield _Piece(row, eps, target, shown_to, batch, slice(first, min(first + PIECE, count)))
+    sharing = tuple(n for n in defences if f"{SURROGATE} of {n}" not in targets)
+    each = {name: (name,) for name in defences}
+    work = {
+        "": {"": defences},
+        "white-box": each,
+        "bpda": {name: (name,) for name in purifying},
+        "transfer": {SURROGATE: sharing} | {f"{SURROGATE} of {n}": shown for n, shown in each.items()},
+        "sister": {f"sister of {name}": shown for name, shown in each.items()},
+    }  # by threat model: targets, and whom the images are shown
+    found = []
+    for row in (None, *plan.rows):
+        eps = sizes.get(row.norm, ()) if row else (0.0,)
+        for target, shown_to in work[row.threat_model if row else ""].items():
+            there = target in targets and (random[target] or not row.random_only) if row else True
+            for first in range(0, count, PIECE) if eps and shown_to and there else ():
+                batch = first // PIECE, slice(first, min(first + PIECE, count))
+                found.append(_Piece(row, eps, target, shown_to, *batch))
+    return found
 
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it, tensors and functions by their hash."""
-    return json.loads(
-        json.dumps(value, default=lambda x: tensor_hash(x) if isinstance(x, Tensor) else function_hash(x))
-    )
+    return json.loads(json.dumps(value, default=function_hash))
 
 
-def _key(piece: _Piece, facts: Mapping[str, Any], images: Tensor, labels: Tensor) -> str:
-    row = piece.row and _plain(piece.row._asdict())
-    models = [facts["defences"].get(name) for name in (piece.target, *piece.shown_to)]
-    own = [row and (row, facts["attacks"][row["attack"]]), piece.eps, piece.shown_to, piece.batch, models]
-    shared = [facts[name] for name in ("shared", "code", "environment")]
-    votes = [facts["protocol"][name] for name in ("votes", "rule")]
-    return json_hash([own, shared, votes, tensor_hash(images), tensor_hash(labels)])
+def _file(piece: _Piece, facts: Mapping[str, Any], images: Tensor, labels: Tensor) -> str:
+    decides = [
+        piece.row and [_plain(piece.row._asdict()), facts["attacks"][piece.row.attack]],
+        [facts["defences"].get(name) for name in (piece.target, *piece.shown_to)],
+        [facts[name] for name in ("shared", "code", "environment")],
+        [facts["protocol"][name] for name in ("votes", "rule")],
+        [piece.eps, piece.shown_to, piece.batch, tensor_hash(images), tensor_hash(labels)],
+    ]
+    words = re.sub(r"[\W_]+", "-", piece.title.lower())
+    return f"pieces/{words}-batch{piece.batch}-{json_hash(decides)}.pt"
 
 
-def _effort(piece: _Piece, setting: _Setting) -> int:
+def _effort(piece: _Piece, votes: int) -> int:
     """About how many passes a piece takes: of its images in every step, sample and run, at every radius."""
-    count = piece.images.stop - piece.images.start
-    options = {} if piece.row is None else ATTACKS[piece.row.attack].options | dict(piece.row.options)
+    options = ATTACKS[piece.row.attack].options | dict(piece.row.options) if piece.row else {}
     steps, samples, runs, queries = (options.get(n) or 1 for n in COUNTS[:4])
-    decisions = setting.plan.num_votes * len(piece.shown_to)
-    return count * len(piece.eps) * (steps * samples * runs + queries + decisions)
+    an_image = steps * samples * runs + queries + votes * len(piece.shown_to)
+    return (piece.images.stop - piece.images.start) * len(piece.eps) * an_image
 
 
 def _measure(
-    piece: _Piece, images: Tensor, labels: Tensor, setting: _Setting, report: Callable[..., None]
-) -> dict[str, Tensor]:
-    """Attack and decide: of every radius the decisions by each rule, the mean over samples, and what it cost.
+    piece: _Piece,
+    images: Tensor,
+    labels: Tensor,
+    plan: Protocol,
+    targets: Mapping[str, nn.Module],
+    random: Mapping[str, bool],
+    report: Callable[..., None],
+    *,
+    seed: int,
+    max_batch: int,
+    dtype: torch.dtype,
+    keep_images: bool,
+) -> dict[str, Any]:
+    """Attack and decide: at every radius the columns of ``Evaluation.by_image`` for each defence, and the
+    images by radius if they are to be kept.
 
     Decisions use samples that the attack has not seen. ``worst_of_n`` rests on as many after every attack:
     more samples find more errors whatever the attack.
     """
-    row, most, tensors, smaller = piece.row, setting.plan.num_votes, {}, None
-    known = row is not None and row.known_sample
-    for number, eps in enumerate(piece.eps):
-        started = time.monotonic()
-        shown, passes = images, 0
-        if row is not None:
-            smaller, passes = _attack(piece, eps, images, labels, smaller, setting, report)
+    row, most, smaller, rows, kept = piece.row, plan.num_votes, None, [], {}
+    known, later = bool(row and row.known_sample), _seed("decision", seed, piece.batch)
+    for eps in piece.eps:
+        started, shown, passes = time.monotonic(), images, 0
+        if row:
+            smaller, passes = _attack(
+                piece,
+                eps,
+                images,
+                labels,
+                smaller,
+                plan,
+                targets[piece.target],
+                random[piece.target],
+                report,
+                seed=_seed("attack", seed, piece.batch),
+                max_batch=max_batch,
+                dtype=dtype,
+            )
             shown = smaller
         for name in piece.shown_to:
-            votes = (row and row.votes or most) if setting.random[name] and not known else 1
-            model, seed = setting.targets[name], _seed("decision", setting.seed, piece.batch)
-            with _random_numbers(model, seed, images.device, known):
-                logits = sample_logits(model, shown, num_samples=votes, max_batch=setting.max_batch)
-            decided = [correct(logits[: most if r == "worst_of_n" else None], labels, r) for r in RULES]
-            tensors[f"{number}/{name}/correct"] = torch.stack(decided)
-            tensors[f"{number}/{name}/mean"] = (logits.argmax(dim=2) == labels).float().mean(dim=0)
-            tensors[f"{number}/{name}/votes"] = torch.tensor(votes)
-        tensors[f"{number}/cost"] = torch.tensor([passes, time.monotonic() - started], dtype=torch.float64)
-        if setting.keep_images:
-            tensors[f"{number}/images"] = shown
-    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            votes = (row and row.votes or most) if random[name] and not known else 1
+            with _random_numbers(targets[name], later, images.device, known) as model:
+                logits = sample_logits(model, shown, num_samples=votes, max_batch=max_batch)
+            counted = {rule: logits[: most if rule == "worst_of_n" else None] for rule in RULES}
+            rows.append(
+                {
+                    "defence": name,
+                    "attack": piece.attack,
+                    "threat_model": row.threat_model if row else "",
+                    "norm": row.norm if row else "",
+                    "image": list(range(piece.images.start, piece.images.stop)),
+                    "eps": eps,
+                    "votes": votes,
+                    **{rule: correct(samples, labels, rule).tolist() for rule, samples in counted.items()},
+                    "sample_mean": (logits.argmax(dim=2) == labels).double().mean(dim=0).tolist(),
+                    "passes": passes / len(labels),
+                    "seconds": (time.monotonic() - started) / len(labels),
+                }
+            )
+        if keep_images:
+            kept[eps] = shown.cpu()
+    return {"rows": rows, "images": kept}
 
 
 def _attack(
@@ -270,28 +315,32 @@ def _attack(
     images: Tensor,
     labels: Tensor,
     smaller: Tensor | None,
-    setting: _Setting,
+    plan: Protocol,
+    model: nn.Module,
+    random: bool,
     report: Callable[..., None],
+    *,
+    seed: int,
+    max_batch: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, int]:
     """Adversarial images at one radius, and passes of images through the target. What ``smaller``, those at
     the radius before, break stays broken; the rest is attacked from there."""
-    row, attack, model = piece.row, ATTACKS[piece.row.attack], setting.targets[piece.target]
-    votes = setting.plan.num_votes if setting.random[piece.target] else 1
-    options = row.keywords(eps, random=setting.random[piece.target], rule=setting.plan.rule, votes=votes)
+    row, attack, device = piece.row, ATTACKS[piece.row.attack], images.device
+    votes = plan.num_votes if random else 1
+    options = row.keywords(eps, random=random, rule=plan.rule, votes=votes)
     counter = PassCounter(bpda(model) if row.threat_model == "bpda" else model)
-    seed, device = _seed("attack", setting.seed, piece.batch), images.device
-    exact = setting.dtype == torch.float32
     # float32 is meant as such, as in decisions: TF32 would make an attack believe in other errors
-    computing = full_float32(device) if exact else torch.autocast(device.type, dtype=setting.dtype)
+    computing = full_float32(device) if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
     result, rows = images, torch.arange(len(images), device=device)
     with _random_numbers(model, seed, device, row.known_sample), computing:
         if smaller is not None and not row.known_sample:
-            logits = sample_logits(counter, smaller, num_samples=votes, max_batch=setting.max_batch)
-            result, rows = smaller, correct(logits, labels, setting.plan.rule).nonzero().squeeze(1)
+            logits = sample_logits(counter, smaller, num_samples=votes, max_batch=max_batch)
+            result, rows = smaller, correct(logits, labels, plan.rule).nonzero().squeeze(1)
             if options.get("start", attack.options.get("start")) == "random":
                 options["start"] = smaller[rows]
         if len(rows):
-            options |= {"seed": seed, "max_batch": setting.max_batch, "callback": report}
+            options |= {"seed": seed, "max_batch": max_batch, "callback": report}
             found = attack.function(counter, images[rows], labels[rows], eps=eps, norm=row.norm, **options)
             result = result.index_copy(0, rows, found.to(result.dtype))
     return result.detach(), counter.gradient_passes + counter.forward_passes
@@ -304,89 +353,41 @@ def _seed(purpose: str, seed: int, batch: int) -> int:
 
 
 @contextmanager
-def _random_numbers(model: nn.Module, seed: int, device: torch.device, known_sample: bool) -> Iterator[None]:
+def _random_numbers(
+    model: nn.Module, seed: int, device: torch.device, known_sample: bool
+) -> Iterator[nn.Module]:
     """Within the block a model's random numbers start from ``seed``, and torch's global ones, for modules
     without own; with ``known_sample`` they are one sample, the same in attack and decision."""
     reseed(model, seed)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        with fixed_sample(model, KNOWN_SAMPLE) if known_sample else nullcontext():
-            yield
+        with fixed_sample(model, 0) if known_sample else nullcontext():
+            yield model
 
 
-def _so_far(found: Sequence[tuple[_Piece, Mapping[str, Tensor]]]) -> str:
-    """``AToP, PGD-40 + EOT-10 linf: 34 of 100 correct so far``: the last piece with those before it, largest
-    radius."""
-    last = found[-1][0]
-    key = f"{len(last.eps) - 1}/{last.shown_to[0]}/correct"
-    right = torch.cat([tensors[key][0] for piece, tensors in found if piece.title == last.title])
-    return f"{last.title}: {int(right.sum())} of {len(right)} correct so far"
-
-
-def _outcomes(
-    name: str, found: Sequence[tuple[_Piece, Mapping[str, Tensor]]], setting: _Setting
-) -> Iterator[Outcome]:
-    """One defence: clean, every attack at every radius, and the worst cases of each norm and of all."""
-    attacked: list[Outcome] = []
-    for row in (None, *setting.plan.rows):
-        own = [(piece, tensors) for piece, tensors in found if piece.row is row and name in piece.shown_to]
-        for number, eps in enumerate(own[0][0].eps if own else ()):
-            parts = [tensors for _, tensors in own]
-            decided, mean = (
-                torch.cat([part[f"{number}/{name}/{key}"] for part in parts], dim=-1).numpy()
-                for key in ("correct", "mean")
-            )
-            passes, seconds = sum(part[f"{number}/cost"] for part in parts).tolist()
-            what = (CLEAN, "", "") if row is None else (row.heading, row.threat_model, row.norm)
-            votes = int(parts[0][f"{number}/{name}/votes"])
-            kept = torch.cat([part[f"{number}/images"] for part in parts]) if setting.keep_images else None
-            outcome = Outcome(name, *what, eps, votes, decided, mean, passes / len(mean), seconds, kept)
-            yield outcome
-            if row is None:
-                clean = outcome
-            elif not row.known_sample:
-                attacked.append(outcome)
-    norms = list(dict.fromkeys(item.norm for item in attacked))
-    largest = {norm: max(item.eps for item in attacked if item.norm == norm) for norm in norms}
-    for norm, eps in dict.fromkeys((item.norm, item.eps) for item in attacked):
-        together = [item for item in attacked if (item.norm, item.eps) == (norm, eps)]
-        if len(together) > 1:
-            yield worst_case([clean, *together], f"{WORST} {norm}" if len(norms) > 1 else WORST)
-    if len(norms) > 1:
-        yield worst_case([clean, *(item for item in attacked if item.eps == largest[item.norm])])
-
-
-def _open(
-    run_dir: Path, facts: Mapping[str, Any], wanted: set[str], notify: Callable[[str], None] | None
-) -> None:
+def _open(run_dir: Path, facts: Mapping[str, Any], wanted: set[Path], notify: Callable[[str], Any]) -> None:
     """Say what changed since the last evaluation in this directory, and archive its results and the pieces
     that depend on it."""
-    before = read_json(run_dir / FACTS) or facts
-    changed = []
-    for name in (name for name in facts if before.get(name) != facts[name]):
-        old, new = before.get(name), facts[name]
-        nested = isinstance(old, dict) and isinstance(new, dict) and name != "protocol"
-        parts = [part for part in {**old, **new} if old.get(part) != new.get(part)] if nested else []
-        changed.append(f"{name} ({', '.join(parts)})" if parts else name)
+    both = read_json(run_dir / FACTS) or facts, facts
+    old, new = (pd.json_normalize(each, max_level=1).iloc[0].to_dict() for each in both)
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
-        pieces = [path.relative_to(run_dir).as_posix() for path in run_dir.glob("pieces/*.safetensors")]
-        old = [name for name in pieces if name not in wanted]
-        results = [name for name in (*FILES, FACTS) if (run_dir / name).exists()]
-        archive = set_aside(run_dir, [run_dir / name for name in (*old, *results)])
-        if notify is not None:
-            stay = f"{len(pieces) - len(old)} of {len(wanted)} pieces do not depend on it and stay"
-            what = f"Measured anew, because it changed: {'; '.join(changed)}"
-            notify(f"{what}. {stay}; the earlier results are in {archive}")
-    elif notify is not None and all(_load(run_dir / name) is not None for name in wanted):
-        age = time.time() - min((run_dir / name).stat().st_mtime for name in wanted)
-        as_it_was = "Loaded, not measured again: all that it depends on is as it was"
-        notify(f"{as_it_was}; measured {format_seconds(age)} ago.")
+        pieces = set(run_dir.glob("pieces/*.pt"))
+        results = [run_dir / name for name in (*FILES, FACTS) if (run_dir / name).exists()]
+        archive = set_aside(run_dir, [*(pieces - wanted), *results])
+        notify(
+            f"Measured anew, because it changed: {'; '.join(changed)}. {len(pieces & wanted)} of "
+            f"{len(wanted)} pieces do not depend on it and stay; the earlier results are in {archive}"
+        )
+    elif all(map(_load, wanted)):
+        age = format_seconds(time.time() - min(path.stat().st_mtime for path in wanted))
+        notify(f"Loaded, not measured again: all that it depends on is as it was; measured {age} ago.")
     write_json(run_dir / FACTS, dict(facts))
 
 
-def _load(path: Path) -> dict[str, Tensor] | None:
+def _load(path: Path) -> dict[str, Any] | None:
     """A finished piece, or None; a damaged file counts as not finished."""
     try:
-        return safetensors.torch.load_file(path)
-    except (OSError, safetensors.SafetensorError, ValueError):
+        return torch.load(path, weights_only=True)
+    except Exception:  # a damaged file may raise anything
         return None

@@ -1,23 +1,22 @@
 """Protocols as data: which attacks, how strong, on how many images, decided by how many samples. An attack is
 one row."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from sys import float_info
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from atoplib.attacks import ATTACKS
-from atoplib.attacks.registry import RADII
+from atoplib.attacks import ATTACKS, RADII
 from atoplib.decisions import ANY
+from atoplib.parameters import check_settings, one_of
 
-STANDARD_ORDER = ("cifar10", "cifar100", "cifar10_jpeg")  # as the literature numbers their test images
-ENOUGH_STEPS = 40  # of one run on a deterministic model: further starts bring more than further steps
 COUNTS = ("steps", "eot_samples", "restarts", "queries", "votes")
-THREAT_MODELS = ("white-box", "transfer", "bpda")
-"""What an attacker uses: all of the defence; another model, whose adversarial images the defence is then
-shown; all of it, with the identity as the backward pass of transform and purifier."""
+THREAT_MODELS = ("white-box", "transfer", "sister", "bpda")
+"""What an attacker uses: all of the defence; a classifier, whose adversarial images the defence is then
+shown; another training of the defence, likewise; all of it, with the identity as the backward pass of
+transform and purifier."""
 
 
 class Row(NamedTuple):
@@ -65,9 +64,11 @@ class Row(NamedTuple):
         if not random and "eot_samples" in known:
             samples, given["eot_samples"] = given.get("eot_samples", known["eot_samples"]), 1
             if self.equal_passes:
-                parts = max(1, given["steps"] // ENOUGH_STEPS)
+                parts = max(1, given["steps"] // 40)  # further starts bring more than further steps
                 given["steps"] //= parts
                 given["restarts"] = parts * samples * given.get("restarts", 1)
+                if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
+                    given.setdefault("loss", ("mean_softmax", "likely_targets"))
         return {name: value for name, value in given.items() if name in known}
 
 
@@ -82,8 +83,8 @@ class Protocol(NamedTuple):
             gradient, at least 10.
         rule: by which an attack itself takes an image for broken, with ``votes`` samples: once every sample
             is wrong. By a majority it would stop while a single sample is still correct four times in ten.
-        selection: which images: ``mixed`` (a fixed choice, all classes mixed), or ``lee-kim``
-            (``lee_kim_indices`` where the data set is CIFAR in its standard order).
+        selection: which images: ``mixed`` (a fixed choice, all classes mixed), or ``lee-kim`` (those that
+            Lee & Kim 2023 attack, where the data set is CIFAR in its standard order).
     """
 
     name: str
@@ -99,31 +100,6 @@ class Protocol(NamedTuple):
         """Samples of each decision."""
         return self.votes or max([10, *(row.options.get("eot_samples", 1) for row in self.rows)])
 
-    def changed(self, **options: Any) -> "Protocol":
-        """The protocol with other options (``steps``, ``eot_samples``, ``queries``, ``votes``, ...) under a
-        name that says so; only rows that have such an option are changed, and None leaves it.
-
-        Raises:
-            ValueError: for an option that no row has, or a number below 1.
-        """
-        options = {name: value for name, value in options.items() if value is not None}
-        known = {"votes"}.union(*(row.options for row in self.rows))
-        wrong = [n for n, value in options.items() if n not in known or n in COUNTS and value < 1]
-        if wrong:
-            given = ", ".join(f"{name}={options[name]}" for name in wrong)
-            allowed = f"{', '.join(sorted(known))}, numbers of at least 1 (None: its own)"
-            raise ValueError(f"protocol {self.name!r} takes the options {allowed}, not {given}")
-        rows = tuple(
-            row._replace(
-                options={name: options.get(name, value) for name, value in row.options.items()},
-                votes=None if "votes" in options else row.votes,
-            )
-            for row in self.rows
-        )
-        changes = ", ".join(f"{name} {value}" for name, value in options.items())
-        name = f"{self.name} ({changes})" if changes else self.name
-        return self._replace(name=name, rows=rows, votes=options.get("votes", self.votes))
-
 
 def single(
     attack: str, *, threat_model: str = "white-box", votes: int | None = None, **options: Any
@@ -131,67 +107,77 @@ def single(
     """A protocol of one attack; options that it does not have, and None, are left out."""
     known = ATTACKS[attack].options if attack in ATTACKS else ()
     options = {name: value for name, value in options.items() if name in known and value is not None}
-    facts = {"threat_model": threat_model, "options": options, "equal_passes": "restarts" in known}
     said = ", ".join(f"{name} {value}" for name, value in options.items())
+    row = Row(attack, threat_model, None, threat_model, options, equal_passes="restarts" in known)
     name = f"{attack} alone{said and f' ({said})'}"
-    return Protocol(name, "one attack", (Row(attack, threat_model, **facts),), num_images=200, votes=votes)
+    return Protocol(name, "one attack", (row,), num_images=200, votes=votes)
 
 
 def check_protocol(protocol: str | Protocol, norm: str = "linf", **overrides: Any) -> Protocol:
-    """The protocol of this name, or a protocol of one's own, with other options and checked; every row has a
-    norm.
+    """The protocol of this name, or a protocol of one's own, checked; every row has a norm.
+
+    Args:
+        norm: of the rows that name none.
+        overrides: ``steps``, ``eot_samples``, ``queries``, ``votes``, ... in place of those of rows that have
+            such an option; the protocol's name says so. None leaves it.
 
     Raises:
-        ValueError: for an unknown protocol, attack, norm, threat model, or option, or two rows of one
-            heading.
+        ValueError: for an unknown protocol, attack, norm, threat model, or option, a number below 1, or two
+            rows of one heading.
     """
     if isinstance(protocol, str):
-        _require_known("protocol", [protocol], PROTOCOLS)
+        check_settings(protocol=(protocol, one_of(*PROTOCOLS)))
         protocol = PROTOCOLS[protocol]
-    protocol = protocol.changed(**overrides)
-    rows = [row._replace(norm=row.norm or norm) for row in protocol.rows]
-    # the row of the norm asked for may be one that is there anyhow
-    rows = tuple(row for number, row in enumerate(rows) if row not in rows[:number])
-    for row in rows:
-        _require_known("attack", [row.attack], ATTACKS)
-        _require_known("threat_model", [row.threat_model], THREAT_MODELS)
-        _require_known(f"norm of {row.attack}", [row.norm], ATTACKS[row.attack].norms)
-        _require_known(f"option of {row.attack}", row.options, ATTACKS[row.attack].options)
+    options = {name: value for name, value in overrides.items() if value is not None}
+    known = {"votes"}.union(*(row.options for row in protocol.rows))
+    for name, value in options.items():
+        if name not in known or name in COUNTS and value < 1:
+            raise ValueError(
+                f"protocol {protocol.name!r} takes the options {', '.join(sorted(known))}, numbers of at "
+                f"least 1 (None: its own), not {name}={value}"
+            )
+    rows = []
+    for row in protocol.rows:
+        row = row._replace(
+            norm=row.norm or norm,
+            options={name: options.get(name, value) for name, value in row.options.items()},
+            votes=None if "votes" in options else row.votes,
+        )
+        check_settings(
+            attack=(row.attack, one_of(*ATTACKS)), threat_model=(row.threat_model, one_of(*THREAT_MODELS))
+        )
+        attack, whose = ATTACKS[row.attack], f"of {row.attack}"
+        names = {f"option {name} {whose}": (name, one_of(*attack.options)) for name in row.options}
+        check_settings(**{f"norm {whose}": (row.norm, one_of(*attack.norms))}, **names)
+        if row not in rows:  # the row of the norm asked for may be one that is there anyhow
+            rows.append(row)
     headings = [row.heading for row in rows]
     if len(set(headings)) < len(headings):
         raise ValueError(f"attacks of {protocol.name} have the same name: {', '.join(headings)}")
-    return protocol._replace(rows=rows)
+    changes = ", ".join(f"{name} {value}" for name, value in options.items())
+    name = protocol.name + (f" ({changes})" if changes else "")
+    return protocol._replace(name=name, rows=tuple(rows), votes=options.get("votes", protocol.votes))
 
 
 def for_classes(protocol: Protocol, classes: int) -> Protocol:
     """The protocol for models of so many classes. Of few, AutoAttack (needs 4) makes way for those of its
     parts that exist, and the DLR loss (needs 3) for the cross-entropy, under names that say so."""
 
-    def apgd(row: Row, loss: str, name: str) -> Row:
-        options = {key: row.options[key] for key in ("steps", "eot_samples") if key in row.options}
-        return row._replace(attack="apgd", name=name, options=options | {"loss": loss})
-
-    rows: list[Row] = []
-    said = f" ({classes} classes)"
+    rows, said = [], f" ({classes} classes)"
     for row in protocol.rows:
+        parts = [(row.attack, row.name, row.options)]
+        shared = {name: row.options[name] for name in ("steps", "eot_samples") if name in row.options}
         if row.attack == "autoattack" and classes < 4:
             losses = ("ce", "dlr") if classes == 3 else ("ce",)
-            name = row.name or "AutoAttack {norm}"
-            rows += [apgd(row, loss, f"{name}: APGD-{loss.upper()}{said}") for loss in losses]
-            if row.norm in ATTACKS["square"].norms:
-                options = {"queries": row.options.get("queries", 1000)}
-                rows.append(row._replace(attack="square", name=f"{name}: Square{said}", options=options))
-        else:
-            few = row.options.get("loss") == "dlr" and classes < 3
+            parts = [("apgd", f": APGD-{loss.upper()}", shared | {"loss": loss}) for loss in losses]
+            parts += [("square", ": Square", {"queries": row.options.get("queries", 1000)})]
+            parts = [(a, f"{row.name or 'AutoAttack {norm}'}{part}{said}", own) for a, part, own in parts]
+        elif row.options.get("loss") == "dlr" and classes < 3:
             name = (row.name or "APGD-DLR {norm}").replace("DLR", "CE")
-            rows.append(apgd(row, "ce", f"{name}{said}") if few else row)
+            parts = [("apgd", name + said, shared | {"loss": "ce"})]
+        parts = [part for part in parts if row.norm in ATTACKS[part[0]].norms]  # Square knows no l1
+        rows += [row._replace(attack=attack, name=name, options=own) for attack, name, own in parts]
     return protocol._replace(rows=tuple(rows))
-
-
-def _require_known(what: str, names: Iterable[str], allowed: Iterable[str]) -> None:
-    unknown = [repr(name) for name in names if name not in allowed]
-    if unknown:
-        raise ValueError(f"unknown {what} {', '.join(unknown)}; allowed: {', '.join(allowed)}")
 
 
 def radii(
@@ -206,10 +192,9 @@ def radii(
             not ascending.
     """
     kind = "mnist" if bool((images[:, :1] == images).all()) else "cifar10"
-    usual = {} if isinstance(eps, Sequence) else {name: of_kind[kind] for name, of_kind in RADII.items()}
-    given = {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
-    found = {}
-    for name, value in (usual | given).items():
+    found = {} if isinstance(eps, Sequence) else {name: of_kind[kind] for name, of_kind in RADII.items()}
+    found |= {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
+    for name, value in found.items():
         values = tuple(map(float, value if isinstance(value, Sequence) else (value,)))
         largest = 1 if name == "linf" else float_info.max
         if not values or list(values) != sorted(set(values)) or not 0 < values[0] <= values[-1] <= largest:
@@ -225,20 +210,13 @@ def images_of(protocol: Protocol, dataset: str, max_test: int | None = None) -> 
     """The test images that a protocol attacks, for ``data.load(max_test=...)``: how many, or their
     positions."""
     count = max_test or protocol.num_images
-    lee_kim = protocol.selection == "lee-kim" and dataset in STANDARD_ORDER and count <= 512
-    return lee_kim_indices()[:count] if lee_kim else count
-
-
-def lee_kim_indices(count: int = 10_000, chosen: int = 512) -> list[int]:
-    """The test images that Lee & Kim 2023 attack: numpy's ``RandomState(0).choice`` over the standard order
-    of CIFAR-10."""
-    return np.random.RandomState(0).choice(count, chosen, replace=False).tolist()
+    standard = dataset in ("cifar10", "cifar100", "cifar10_jpeg")  # in the order that the literature numbers
+    if protocol.selection == "lee-kim" and standard and count <= 512:
+        return np.random.RandomState(0).choice(10_000, 512, replace=False)[:count].tolist()
+    return count
 
 
 _STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
-_LEE_KIM_L2_STEP = 0.005 / 0.5  # likewise at l2 eps 0.5: 200 of them cross the ball twice; _STEP orbits in it
-_HILL_STEP = 2 / 8  # Hill et al. 2021: 2/255 at eps 8/255
-_HILL_VOTES = 150
 _PGD = "PGD-{steps} + EOT-{eot_samples} {norm}"
 
 
@@ -259,22 +237,35 @@ def _transfer(steps: int) -> Row:
 
 
 def _bpda(steps: int, samples: int, votes: int | None = None) -> Row:
+    """As Hill et al. 2021: steps of 2/255 at eps 8/255."""
     options = {"steps": steps, "eot_samples": samples, "early_stop": 5}
-    return Row("pgd", "BPDA + EOT {norm}", threat_model="bpda", step=_HILL_STEP, votes=votes, options=options)
+    return Row("pgd", "BPDA + EOT {norm}", threat_model="bpda", step=2 / 8, votes=votes, options=options)
 
 
 def _flow(steps: int, samples: int, restarts: int = 1) -> Row:
-    options = {"steps": steps, "eot_samples": samples, "restarts": restarts}
-    return Row("flow", "flow + EOT-{eot_samples}", "flow", options=options, equal_passes=True)
+    return Row(
+        "flow",
+        "flow + EOT-{eot_samples}",
+        "flow",
+        options={"steps": steps, "eot_samples": samples, "restarts": restarts},
+        equal_passes=True,
+    )
 
 
 def _randomness(steps: int) -> tuple[Row, ...]:
     """How much randomness hides: an attacker who knows the sample of t; and ever more EOT samples, up to
     20."""
-    known = {"steps": steps, "eot_samples": 1, "restarts": 1, "early_stop": 0}
-    name = "known sample of t, PGD-{steps} {norm}"
-    fewer = (_strongest(steps, samples, name=f"{_PGD}, saturation", random_only=True) for samples in (1, 5))
-    return Row("pgd_ensemble", name, options=known, random_only=True, known_sample=True), *fewer
+    return (
+        Row(
+            "pgd_ensemble",
+            "known sample of t, PGD-{steps} {norm}",
+            options={"steps": steps, "eot_samples": 1, "restarts": 1, "early_stop": 0},
+            random_only=True,
+            known_sample=True,
+        ),
+        _strongest(steps, 1, name=f"{_PGD}, saturation", random_only=True),
+        _strongest(steps, 5, name=f"{_PGD}, saturation", random_only=True),
+    )
 
 
 _UNSEEN = (
@@ -344,7 +335,8 @@ PROTOCOLS: dict[str, Protocol] = {
         Protocol(
             "lee-kim",
             "PGD-200 + EOT-20 in both norms as Lee & Kim 2023, and transfer, 512 images; minutes on a GPU",
-            (_transfer(200), _published(200), _published(200, "l2", step=_LEE_KIM_L2_STEP)),
+            # 0.005 at l2 eps 0.5: 200 of them cross the ball twice; _STEP orbits in it
+            (_transfer(200), _published(200), _published(200, "l2", step=0.005 / 0.5)),
             selection="lee-kim",
         ),
         Protocol(
@@ -360,6 +352,7 @@ PROTOCOLS: dict[str, Protocol] = {
                     options={"steps": 100, "eot_samples": 20, "queries": 1000},
                 ),
                 *_randomness(100),
+                _strongest(100, 20, name="transfer from a sister", threat_model="sister"),
             ),
         ),
         Protocol(
@@ -375,10 +368,11 @@ PROTOCOLS: dict[str, Protocol] = {
                     "AutoAttack {norm}",
                     options={"steps": 100, "eot_samples": 20, "queries": 5000},
                 ),
-                _bpda(50, 15, _HILL_VOTES),
+                _bpda(50, 15, votes=150),
                 _flow(100, 20),
                 Row("square", "Square {norm}", options={"queries": 5000}),
                 *_randomness(200),
+                _strongest(200, 20, name="transfer from a sister", threat_model="sister"),
                 *_UNSEEN,
             ),
             selection="lee-kim",

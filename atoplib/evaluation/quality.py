@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.decisions import full_float32, reseed, wilson_interval
+from atoplib.decisions import full_float32, reseed
+from atoplib.evaluation.results import named_percents
 from atoplib.pipeline import AToPPipeline
 
 
@@ -45,11 +46,10 @@ def purification_quality(
         parts = purified.split(max_batch)
         answers = {name: torch.cat([f(x).argmax(dim=1) for x in parts]) for name, f in classifiers.items()}
     picture = purified.clamp(0, 1)  # what a person sees; classifiers get what the pipeline hands to its own
-    psnr = peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=(1, 2, 3))
-    ssim = structural_similarity_index_measure(picture, clean, data_range=1.0)
-    found = {"psnr": float(psnr), "ssim": float(ssim)}
+    found = {
+        "psnr": float(peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=(1, 2, 3))),
+        "ssim": float(structural_similarity_index_measure(picture, clean, data_range=1.0)),
+    }
     for name, predicted in answers.items():
-        right = int((predicted == labels).sum())
-        low, high = wilson_interval(right, len(labels))
-        found |= {name: 100 * right / len(labels), f"{name}_low": 100 * low, f"{name}_high": 100 * high}
+        found |= named_percents(name, int((predicted == labels).sum()), len(labels))
     return found

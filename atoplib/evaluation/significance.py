@@ -2,29 +2,20 @@
 another?"""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import bdtr, bdtrc
 
-from atoplib.decisions import RULES
-from atoplib.evaluation.results import Evaluation, Outcome, worst_case
+from atoplib.evaluation.results import Evaluation
+from atoplib.parameters import check_settings, one_of
 
 SIGNIFICANCE = 0.05
 
 
-class McNemar(NamedTuple):
-    """Images that only the first or only the second is correct on, and how probable so uneven a split is by
-    chance."""
-
-    only_first: int
-    only_second: int
-    p_value: float
-
-
-def mcnemar(first: Any, second: Any, *, alternative: str = "two-sided") -> McNemar:
-    """The exact McNemar test: only images on which the two differ count.
+def mcnemar(first: Any, second: Any, *, alternative: str = "two-sided") -> tuple[int, int, float]:
+    """The exact McNemar test: how many images only the first and only the second is correct on, and how
+    probable so uneven a split is by chance (p); images on which the two do not differ do not count.
 
     Args:
         first, second: which images are correct, (images,) bool: two defences under one attack, or two attacks
@@ -32,24 +23,17 @@ def mcnemar(first: Any, second: Any, *, alternative: str = "two-sided") -> McNem
         alternative: ``two-sided``, or ``less``: the first is correct on fewer images.
 
     Raises:
-        ValueError: for other numbers of images, or another alternative.
+        ValueError: for other numbers of images.
 
     Source: McNemar 1947.
     """
+    from scipy.stats import binomtest  # slow to load
+
     one, other = np.asarray(first, dtype=bool), np.asarray(second, dtype=bool)
-    if one.shape != other.shape or one.ndim != 1:
-        raise ValueError(
-            f"a paired test needs the same images twice, got shapes {one.shape} and {other.shape}"
-        )
-    if alternative not in ("two-sided", "less"):
-        raise ValueError(f"unknown alternative {alternative!r}; allowed: two-sided, less")
     only_first, only_second = int((one & ~other).sum()), int((other & ~one).sum())
     differ = only_first + only_second
-    if alternative == "less":
-        p_value = float(bdtrc(only_second - 1, differ, 0.5)) if only_second else 1.0
-    else:
-        p_value = min(1.0, 2 * float(bdtr(min(only_first, only_second), differ, 0.5))) if differ else 1.0
-    return McNemar(only_first, only_second, p_value)
+    p_value = float(binomtest(only_first, differ, alternative=alternative).pvalue) if differ else 1.0
+    return only_first, only_second, p_value
 
 
 def compare_attacks(
@@ -65,34 +49,29 @@ def compare_attacks(
     """
     rows = []
     for name in (name for name in correct if name != baseline):
-        test = mcnemar(correct[name], correct[baseline], alternative="less")
-        row = {"attack": name, "remaining": int(sum(map(bool, correct[name]))), "images": len(correct[name])}
-        row |= {"only_it": test.only_second, "only_baseline": test.only_first, "p": test.p_value}
-        row |= {"significant": test.p_value < SIGNIFICANCE}
-        rows.append(row | ({"seconds": seconds.get(name)} if seconds else {}))
-    return pd.DataFrame(rows)
+        right = correct[name]
+        missed, found, p = mcnemar(right, correct[baseline], alternative="less")
+        rows.append([name, int(sum(map(bool, right))), len(right), found, missed, p, p < SIGNIFICANCE])
+    columns = ["attack", "remaining", "images", "only_it", "only_baseline", "p", "significant"]
+    frame = pd.DataFrame(rows, columns=columns)
+    return frame if seconds is None else frame.assign(seconds=frame["attack"].map(seconds))
 
 
 def compare_defences(evaluation: Evaluation, first: str, *, rule: str = "single") -> pd.DataFrame:
-    """``first`` against every other defence under every attack that both met: ``attack``, ``eps``, ``other``,
-    ``only_first`` and ``only_other`` (images that only the one is correct on), ``p`` (two-sided). Of twenty
-    tests, one falls below 0.05 by chance.
+    """``first`` against every other defence under every attack that both met, at its largest radius:
+    ``attack``, ``other``, ``only_first`` and ``only_other`` (images that only the one is correct on), ``p``
+    (two-sided). Of twenty tests, one falls below 0.05 by chance.
 
     Raises:
         ValueError: for a defence that was not evaluated.
     """
-    names = list(dict.fromkeys(item.defence for item in evaluation.outcomes))
-    if first not in names:
-        raise ValueError(f"defence {first!r} was not evaluated; allowed: {', '.join(names)}")
-    number = RULES.index(rule)
-    own = {(item.attack, str(item.eps)): item for item in evaluation.outcomes if item.defence == first}
-    rows = []
-    for item in evaluation.outcomes:
-        mine = own.get((item.attack, str(item.eps)))
-        if item.defence != first and mine is not None:
-            test = mcnemar(mine.correct[number], item.correct[number])
-            rows.append((item.attack, item.eps, item.defence, *test))
-    return pd.DataFrame(rows, columns=["attack", "eps", "other", "only_first", "only_other", "p"])
+    correct, rows = evaluation.correct, []
+    check_settings(first=(first, one_of(*dict.fromkeys(defence for defence, _ in correct))))
+    for defence, attack in correct:
+        if defence != first and (first, attack) in correct:
+            pair = correct[first, attack][rule], correct[defence, attack][rule]
+            rows.append((attack, defence, *mcnemar(*pair)))
+    return pd.DataFrame(rows, columns=["attack", "other", "only_first", "only_other", "p"])
 
 
 def masked_gradients(evaluation: Evaluation) -> list[str]:
@@ -104,22 +83,16 @@ def masked_gradients(evaluation: Evaluation) -> list[str]:
     Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019.
     """
     free, aside = (set(evaluation.facts.get(name, ())) for name in ("gradient_free", "known_sample"))
-    number = RULES.index("majority")
-
-    def weaker(item: Outcome) -> bool:
-        return item.threat_model != "white-box" or item.attack in free
-
+    met = evaluation.by_image[lambda rows: (rows["threat_model"] != "") & ~rows["attack"].isin(aside)]
+    weaker = (met["threat_model"] != "white-box") | met["attack"].isin(free)
+    strongest = met[~weaker].groupby(["defence", "norm", "eps", "image"])["majority"].min()
     sentences = []
-    met = [item for item in evaluation.outcomes if item.threat_model and item.attack not in aside]
-    for item in filter(weaker, met):
-        place = item.defence, item.norm, item.eps
-        same = [o for o in met if (o.defence, o.norm, o.eps) == place and not weaker(o)]
-        if same:
-            test = mcnemar(item.correct[number], worst_case(same).correct[number], alternative="less")
-            if test.p_value < SIGNIFICANCE:
+    for (defence, norm, eps, attack), part in met[weaker].groupby(["defence", "norm", "eps", "attack"]):
+        if (defence, norm, eps) in strongest:
+            missed, found, p = mcnemar(part["majority"], strongest[defence, norm, eps], alternative="less")
+            if p < SIGNIFICANCE:
                 sentences.append(
-                    f"{item.defence}: {item.attack} breaks {test.only_second} images that the white-box "
-                    f"attacks miss, which break {test.only_first} that it misses (p {test.p_value:.2g}): "
-                    "gradients may be masked"
+                    f"{defence}: {attack} breaks {found} images that the white-box attacks miss, which break "
+                    f"{missed} that it misses (p {p:.2g}): gradients may be masked"
                 )
     return sentences

@@ -1,6 +1,6 @@
 """The explorer: turn a knob, see the perturbation die. ``explore`` shows it in a notebook.
 
-``controls`` says what can be set, ``attack`` and ``compute`` what it shows, ``page`` how that looks;
+``controls`` says what can be set, ``attack`` and ``compute`` what it shows, ``page`` what is drawn of that;
 ``widget`` and ``explorer.js`` are the two ends of the wire, ``worker`` the thread.
 """
 
@@ -15,34 +15,22 @@ from IPython.display import display
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks import default_eps
-from atoplib.data import load_images
-from atoplib.decisions import sample_logits
-from atoplib.explorer import page
+from atoplib import attacks, data, decisions, pretrained
+from atoplib.explorer import controls, page
 from atoplib.explorer.attack import Scene, device_of
-from atoplib.explorer.controls import CONTROLS, check, converted
-from atoplib.explorer.widget import FOLDER, Explorer
+from atoplib.explorer.widget import Explorer
+from atoplib.parameters import one_of
 from atoplib.pipeline import AToPPipeline
-from atoplib.pretrained import load_pretrained
 from atoplib.transforms import Transform
 
-__all__ = ["Explorer", "explore"]
-
-KIT = {"undefended": "undefended", "AT": "at", "AP": "ap", "AToP": "atop"}
-FIRST = 0  # of the kit's test digits: one that AToP holds and AP loses
+KIT = ("undefended", "AT", "AP", "AToP")
 
 
 def explore(
     model_or_defences: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]] | None = None,
     images: Float[Tensor, "count channels height width"] | None = None,
     labels: Int[Tensor, " count"] | None = None,
-    *,
-    classes: tuple[str, ...] | list[str] | None = None,
-    eps: float | None = None,
-    norm: str = "linf",
-    notebook: Mapping[str, Any] | None = None,
-    folder: Path | str = "explored",
-    **start: Any,
+    **options: Any,
 ) -> None:
     """Show the explorer in a notebook: pick an image, an attack and a transform, and see what becomes of the
     decision.
@@ -54,42 +42,31 @@ def explore(
             functions that load one when it is first shown. An ``AToPPipeline`` gets the transform's controls;
             it is not changed itself. None: the kit's defences for MNIST, on its test digits.
         images, labels: in [0, 1], and their classes; labels None: what the first defence says.
-        classes: their names; None: numbers.
-        eps: radius at the start; None: the usual one of the norm for grey digits or for colour images.
-        notebook: parameters of the notebook that explores, handed on to ``04_attack`` in the YAML.
-        folder: where pictures are saved.
-        **start: further values of controls at the start: image, rows, attack, threat_model, steps, transform,
-            ...
+        **options: classes: their names; numbers for those that have none.
+            eps, norm: radius at the start; None: the usual one for grey digits or for colour images.
+            notebook: parameters of the notebook that explores, handed on to ``04_attack`` in the YAML.
+            folder: where pictures are saved.
+            image, rows, attack, threat_model, steps, transform, ...: further controls at the start.
 
     Raises:
-        ValueError: without a defence or an image, for names and values of ``start`` that are not allowed.
+        ValueError: without a defence or an image, for names and values of controls that are not allowed.
     """
-    explorer = make_explorer(
-        model_or_defences,
-        images,
-        labels,
-        classes=classes,
-        eps=eps,
-        norm=norm,
-        notebook=notebook,
-        folder=folder,
-        **start,
-    )
+    explorer = make_explorer(model_or_defences, images, labels, **options)
     explorer.refresh()
     try:
         explorer.worker.wait()
     except KeyboardInterrupt:
-        explorer.cancel()
+        explorer.handle({"do": "cancel"})
     display(explorer)  # last of all: as long as the cell runs, no control would be heard
     display(still(explorer), raw=True)
 
 
 def make_explorer(
-    model_or_defences: Any = None,
-    images: Tensor | None = None,
-    labels: Tensor | None = None,
+    model_or_defences: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]] | None = None,
+    images: Float[Tensor, "count channels height width"] | None = None,
+    labels: Int[Tensor, " count"] | None = None,
     *,
-    classes: tuple[str, ...] | list[str] | None = None,
+    classes: tuple[str, ...] | list[str] = (),
     eps: float | None = None,
     norm: str = "linf",
     notebook: Mapping[str, Any] | None = None,
@@ -99,58 +76,40 @@ def make_explorer(
     """The explorer, not shown and nothing computed yet. Arguments and errors as ``explore``."""
     defences = model_or_defences
     if defences is None:
-        defences = {name: load_pretrained("mnist", own) for name, own in KIT.items()}
+        defences = {name: pretrained.load_pretrained("mnist", name) for name in KIT}
         notebook = {"dataset": "mnist5k", **(notebook or {})}
-        if images is None:
-            images, labels = load_images("mnist5k", 200)
-            start = {"image": FIRST, **start}
+        images, labels = data.load_images("mnist5k", 200) if images is None else (images, labels)
     if not isinstance(defences, Mapping):
         defences = {"model": defences}
     if not defences or images is None or not len(images):
         raise ValueError(
-            "there is nothing to explore: give at least one defence, and images (count, channels, height, "
-            "width)"
+            "there is nothing to explore: give a defence, and images (count, channels, height, width)"
         )
     images = images.detach().float().cpu()
-    scene = Scene(dict(defences), images, torch.zeros(len(images), dtype=torch.int64), tuple(classes or ()))
+    scene = Scene(dict(defences), images, torch.zeros(len(images), dtype=torch.int64), list(classes))
     first = scene.defence(next(iter(defences)))
-    logits = sample_logits(first, (images if labels is None else images[:1]).to(device_of(first)))[0].cpu()
+    known = images[:1] if labels is not None else images
+    logits = decisions.sample_logits(first, known.to(device_of(first)))[0].cpu()
     scene.labels = (logits.argmax(dim=1) if labels is None else labels).long().cpu().clone()
-    scene.classes = scene.classes or tuple(str(number) for number in range(logits.shape[1]))
-    scene.dataset = "mnist" if (images == images[:, :1]).all() else "cifar10"
-    pipelines = [module for module in (first, *defences.values()) if isinstance(module, AToPPipeline)]
-    transform = pipelines[0].transform if pipelines else Transform()
-    values = {name: control.default for name, control in CONTROLS.items()}
-    values |= {
-        "rows": tuple(defences),
+    scene.classes += map(str, range(len(classes), logits.shape[1]))
+    pipelines = (module for module in (first, *defences.values()) if isinstance(module, AToPPipeline))
+    transform = next((pipeline.transform for pipeline in pipelines), Transform())
+    values = {name: control.default for name, control in controls.CONTROLS.items()} | {
+        "rows": list(defences),
         "norm": norm,
-        "eps": default_eps(norm, scene.dataset) if eps is None else float(eps),
+        "eps": attacks.default_eps(one_of(*controls.UNITS)(norm), scene.dataset) if eps is None else eps,
         "transform": transform.name,
-        "missing_rate": transform.missing_rate,
-        "noise_std": transform.noise_std,
-        "num_masks": transform.num_masks,
+        **{name: getattr(transform, name) for name in ("missing_rate", "noise_std", "num_masks")},
     }
-    if unknown := set(start) - set(values):
-        raise ValueError(
-            f"explore has no such value: {', '.join(sorted(unknown))}; there are {', '.join(values)}"
-        )
-    values |= {name: converted(name, value, values[name]) for name, value in start.items()}
-    check(values, scene)
-    return Explorer(scene, values, notebook=notebook or {}, folder=Path(folder))
+    values |= {name: controls.converted(name, value) for name, value in start.items()}
+    return Explorer(scene, controls.check(values, scene), notebook=notebook or {}, folder=Path(folder))
 
 
 def still(explorer: Explorer) -> dict[str, str]:
-    """What is on screen as HTML, hidden by the explorer where that is alive, and as PNG for readers without
-    HTML."""
-    view, shown = explorer.view, explorer.shown
-    style = f"<style>{(FOLDER / 'explorer.css').read_text()}</style>"
-    clean = f'<div class="atop-original">{shown.get("clean", "")}</div>'
-    parts = f"{clean}<div>{shown.get('grid', '')}{shown.get('path', '')}</div>"
-    content = shown.get("problem") or f'<div class="atop-main">{parts}</div>'
-    inner = f'{style}<div class="atop">{content}<p>{escape(explorer.status["text"])}</p></div>'
-    html = f'<div class="atop-still atop-still-{explorer.name}">{inner}</div>'
-    bundle = {"text/html": html}
-    if view is not None:
-        png = page.encoded([page.sheet(view, explorer._title(view))], "png")
+    """What is on screen as a picture, hidden by the explorer where that is alive."""
+    text, bundle = escape(explorer.shown.get("problem") or explorer.status["text"]), {}
+    if explorer.view is not None:
+        png = page.encoded([page.sheet(explorer.view)], "png")
         bundle["image/png"] = base64.b64encode(png).decode()
-    return bundle
+        text = f'<img alt="{text}" src="data:image/png;base64,{bundle["image/png"]}">'
+    return {"text/html": f'<div class="atop-still atop-still-{explorer.model_id}">{text}</div>', **bundle}

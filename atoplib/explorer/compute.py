@@ -1,81 +1,65 @@
 """From the values of the controls to everything that is on screen: every defence on the iterates of its
 attack."""
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
 
-from atoplib.decisions import full_float32, reseed, sample_logits
-from atoplib.explorer.attack import EACH, Path, Report, Scene, Values, attack_path, device_of, max_batch
+from atoplib import decisions
+from atoplib.explorer import attack
+from atoplib.explorer.attack import Report, Scene, Values, max_batch
 from atoplib.pipeline import AToPPipeline
-from atoplib.transforms import TransformSample, corrupt
+from atoplib.transforms import corrupt
 
 PARTIAL_SECONDS = 0.4  # so long without a picture, and the rows that are done are shown
-
-
-class Shown(NamedTuple):
-    """One step of an attack as a defence sees it: images, logits (votes, classes), and the class without the
-    purifier."""
-
-    adversarial: Tensor
-    transformed: Tensor | None
-    purified: Tensor | None
-    logits: Tensor
-    unpurified: int | None
+PREVIEW_STEPS = 2  # of an attack while a slider is being dragged
 
 
 class Row(NamedTuple):
-    """One defence and what it makes of its adversarial image; on the CPU, images in [0, 1].
+    """One defence and what it makes of iterates of an attack; on the CPU, images in [0, 1].
 
     Attributes:
-        attacked: whether the attack was made on this defence.
-        logits: of every iterate of the path, or (not ``complete``) of the one that is shown alone, under the
-            same samples.
-        sample: of t that is pictured; ``purified`` is under it, as many images as iterates in ``logits``.
-        unpurified: classes of these iterates by the classifier alone, None without a purifier.
-        random: whether the defence is.
+        last: the number of the attack's last step.
+        steps: those that are there, all or the one that is shown; ``images`` after them.
+        logits: each iterate under the same samples.
+        transformed, purified, unpurified: under the sample that is pictured (of RT3 its first mask), and
+            classes by the classifier alone; None without a purifier.
     """
 
     name: str
-    attacked: bool
-    path: Path
-    logits: Float[Tensor, "_votes _shown _classes"]
-    sample: TransformSample | None
-    purified: Float[Tensor, "_shown _channels _height _width"] | None
-    unpurified: Int[Tensor, " _shown"] | None
-    random: bool
+    last: int
+    steps: list[int]
+    images: Float[torch.Tensor, "_shown _channels _height _width"]
+    logits: Float[torch.Tensor, "_votes _shown _classes"]
+    transformed: Float[torch.Tensor, "_shown _channels _height _width"] | None = None
+    purified: Float[torch.Tensor, "_shown _channels _height _width"] | None = None
+    unpurified: Int[torch.Tensor, " _shown"] | None = None
 
-    @property
-    def complete(self) -> bool:
-        """Whether every iterate was classified."""
-        return self.logits.shape[1] == len(self.path.steps)
-
-    def at(self, values: Values) -> Shown:
-        """The step that is shown."""
-        place = shown_place(self.path, values)
-        image, number = self.path.images[place], place if self.complete else 0
-        if self.sample is None:
-            return Shown(image, None, None, self.logits[:, number], None)
-        transformed = (corrupt(image[None], self.sample)[:, :3] / 2 + 0.5).clamp(0, 1)
-        return Shown(
-            image, transformed, self.purified[number], self.logits[:, number], int(self.unpurified[number])
-        )
+    def place(self, values: Values) -> int:
+        """Which of the iterates is shown."""
+        return self.steps.index(shown_step(self.steps, values))
 
 
 class View(NamedTuple):
-    """What is on screen. ``rows`` holds None for a defence that is not done yet; ``preview``: the attack is
-    not the one that the values ask for, but an earlier or a shorter one."""
+    """What is on screen.
+
+    Attributes:
+        rows: None for a defence that is not done yet.
+        preview: the attack is a shorter one than the values ask for.
+        complete: every step of the attack can be shown without computing.
+    """
 
     values: Values
     label: int
-    classes: tuple[str, ...]
-    clean: Float[Tensor, "channels height width"]
-    rows: tuple[Row | None, ...]
+    classes: list[str]
+    clean: Float[torch.Tensor, "channels height width"]
+    rows: list[Row | None]
     preview: bool
+    complete: bool
     seconds: float
 
     @property
@@ -83,144 +67,92 @@ class View(NamedTuple):
         """Whether every row is there, and its attack is the one that was asked for."""
         return not self.preview and None not in self.rows
 
-    def of(self, rows: list[Row | None], started: float, *, preview: bool = False) -> "View":
-        """The view with these rows, and the seconds since ``started``."""
-        return self._replace(rows=tuple(rows), preview=preview, seconds=time.monotonic() - started)
+
+def shown_step(steps: Iterable[int], values: Values) -> int:
+    """The step that is shown: the last one up to the value ``shown_step``, the result where that is None."""
+    end = math.inf if values["shown_step"] is None else values["shown_step"]
+    return max(step for step in steps if step <= end)
 
 
-class Classified(NamedTuple):
-    """Some images under the same samples of t, and everything of the sample that is shown."""
+def make_row(scene: Scene, values: Values, name: str, report: Report, *, complete: bool = False) -> Row:
+    """A defence on the iterates of its attack: on all of them, or on the one that is shown.
 
-    logits: Tensor
-    purified: Tensor | None
-    sample: TransformSample | None
-
-
-@torch.no_grad()
-def classify(defence: nn.Module, images: Tensor, values: Values, votes: int, report: Report) -> Classified:
-    """Logits (votes, images, classes) of a defence, its samples those of ``sample_logits`` on the first image
-    alone."""
-    vote, shown = divmod(values["sample"], votes)
-    seed, parts = values["seed"] + 1 + vote, torch.arange(votes).split(max_batch(images))
-    if not isinstance(defence, AToPPipeline):
-        if votes == 1:
-            reseed(defence, seed)
-            return Classified(sample_logits(defence, images, max_batch=max_batch(images)), None, None)
-        logits = []
-        for number, image in enumerate(images):
-            report("decision", number, len(images))
-            reseed(defence, seed)
-            logits.append(sample_logits(defence, image[None], num_samples=votes, max_batch=max_batch(images)))
-        return Classified(torch.cat(logits, dim=1), None, None)
-    reseed(defence, seed)
-    samples = [defence.sample(images[:1].expand(len(part), -1, -1, -1)) for part in parts]
-    logits, purified = [], []
+    The logits are those of ``sample_logits`` on one image alone.
+    """
+    defence, path = scene.defence(name, values), attack.attack_path(scene, values, name, report)
+    steps = list(path) if complete else [shown_step(path, values)]
+    images = torch.cat([path[step] for step in steps]).to(attack.device_of(defence))
+    votes = values["votes"] if scene.is_random(name, values, images[:1]) else 1
+    turn, pictured = divmod(values["sample"], votes)
+    seed, size, logits = values["seed"] + 1 + turn, max_batch(images), []
     for number, image in enumerate(images):
-        report("decision", number, len(images))
-        own = []
-        for part, sample in zip(parts, samples, strict=True):
-            copies = image.expand(len(part), -1, -1, -1)
-            made = defence.purify(copies, sample)
-            own.append(defence.classifier(made) if defence.average == "images" else defence(copies, sample))
-            if shown in part:
-                place = shown - int(part[0])
-                purified.append(made[place : place + 1])
-                pictured = sample.rows(slice(place, place + 1))
-        logits.append(torch.cat(own).float())
-    return Classified(torch.stack(logits, dim=1), torch.cat(purified), pictured)
-
-
-@torch.no_grad()
-def make_row(
-    scene: Scene, values: Values, name: str, path: Path, attacked: bool, report: Report, *, complete: bool
-) -> Row:
-    """A defence on the iterates of an attack: on all of them, or on the one that is shown."""
-    defence = scene.defence(name, values)
-    images = path.images.to(device_of(defence))
-    random = scene.is_random(name, defence, images[:1])
-    looked_at = images if complete else images[[shown_place(path, values)]]
-    with full_float32(images.device):
-        seen = classify(defence, looked_at, values, values["votes"] if random else 1, report)
-        unpurified = None if seen.sample is None else defence.classifier(looked_at).argmax(dim=1).cpu()
-    sample, purified = seen.sample, seen.purified
-    if sample is not None:
-        sample = sample._replace(
-            **{key: part.cpu() for key, part in sample._asdict().items() if isinstance(part, Tensor)}
-        )
-        purified = purified.float().cpu()
-    path = Path(path.steps, path.images.cpu())
-    return Row(name, attacked, path, seen.logits.cpu(), sample, purified, unpurified, random)
-
-
-def shown_place(path: Path, values: Values) -> int:
-    """Which iterate is shown: the last one up to ``shown_step``, the result where that is None."""
-    end = path.steps[-1] if values["shown_step"] is None else values["shown_step"]
-    return max(number for number, step in enumerate(path.steps) if step <= end)
+        report("Decision", number, len(images))
+        decisions.reseed(defence, seed)
+        logits.append(decisions.sample_logits(defence, image[None], num_samples=votes, max_batch=size))
+    row = Row(name, max(path), steps, images.cpu(), torch.cat(logits, dim=1).cpu())
+    if not isinstance(defence, AToPPipeline):
+        return row
+    decisions.reseed(defence, seed)
+    for first in range(0, pictured + 1, size):  # the batches of sample_logits, up to the one with the sample
+        sample = defence.sample(images[:1].expand(min(size, votes - first), -1, -1, -1))
+    sample = sample.rows(slice(pictured - first, pictured - first + 1))
+    with torch.no_grad(), decisions.full_float32(images.device):
+        transformed = torch.cat([corrupt(image[None], sample)[:1, :3] for image in images]) / 2 + 0.5
+        purified = torch.cat([defence.purify(image[None], sample) for image in images])
+        unpurified = torch.cat([defence.classifier(image[None]).argmax(dim=1) for image in images])
+    return row._replace(transformed=transformed.cpu(), purified=purified.cpu(), unpurified=unpurified.cpu())
 
 
 def views(
     scene: Scene, values: Values, report: Report = lambda *_: None, *, preview: bool = False
 ) -> Iterator[View]:
-    """What the values show: with ``preview`` first what can be had at once, if the attack is not there yet;
-    then the rows, several times where they take long; last with the decision at every step.
+    """What the values show: the rows, several times where they take long; last with the decision at every
+    step. With ``preview`` a short attack alone, where the attack itself takes longer.
 
     Raises:
         ValueError: for values that do not fit; and whatever a loader or an attack raises.
     """
-    started, names = time.monotonic(), values["rows"]
-    source = {name: name if values["attacked"] == EACH else values["attacked"] for name in names}
-    view = View(
-        values,
-        int(scene.labels[values["image"]]),
-        scene.classes,
-        scene.images[values["image"]],
-        (),
-        False,
-        started,
-    )
-    if preview:
-        early = {
-            name: attack_path(scene, values, name, report, preview=True)
-            for name in dict.fromkeys(source.values())
-        }
-        if any(path is not None for path in early.values()):
-            rows = []
-            for name in names:
-                path = early[source[name]] or attack_path(scene, values, source[name], report)
-                rows.append(make_row(scene, values, name, path, source[name] == name, report, complete=False))
-            yield view.of(rows, started, preview=True)
+    started, names, number = time.monotonic(), values["rows"], values["image"]
+
+    def view(rows: list[Row | None], preview: bool = False, complete: bool = False) -> View:
+        return View(
+            values=values,
+            label=int(scene.labels[number]),
+            classes=scene.classes,
+            clean=scene.images[number],
+            rows=list(rows),
+            preview=preview,
+            complete=complete,
+            seconds=time.monotonic() - started,
+        )
+
+    attacking, short = attack.is_attacking(values), {**values, "steps": PREVIEW_STEPS}
+    missing = attacking and any(attack.attack_key(scene, values, name) not in scene.paths for name in names)
+    if preview and missing and values["steps"] > PREVIEW_STEPS:
+        yield view([make_row(scene, short, name, report) for name in names], preview=True)
+        return
     rows, shown = [None] * len(names), time.monotonic()
     for place, name in enumerate(names):
-        path = attack_path(scene, values, source[name], report)
-        rows[place] = make_row(scene, values, name, path, source[name] == name, report, complete=False)
-        if time.monotonic() - shown > PARTIAL_SECONDS and place + 1 < len(names):
-            yield view.of(rows, started)
+        rows[place] = make_row(scene, values, name, report)
+        if None in rows and time.monotonic() - shown > PARTIAL_SECONDS:
+            yield view(rows)
             shown = time.monotonic()
-    yield view.of(rows, started)
-    if any(not row.complete for row in rows):
-        rows = [
-            make_row(scene, values, row.name, row.path, row.attacked, report, complete=True) for row in rows
-        ]
-        yield view.of(rows, started)
+    yield view(rows, complete=not attacking)
+    if attacking:
+        rows = [make_row(scene, values, name, report, complete=True) for name in names]
+        yield view(rows, complete=True)
 
 
-@torch.no_grad()
 def next_misclassified(
     scene: Scene, values: Values, numbers: list[int], report: Report = lambda *_: None
 ) -> int | None:
     """The first of some images that one of the defences shown misclassifies, clean and in a single sample."""
-    modules = [scene.defence(name, values) for name in values["rows"]]
-    for module in modules:
-        reseed(module, values["seed"] + 1)
-    size = min(64, max_batch(scene.images))
-    for start in range(0, len(numbers), size):
-        report("searching", start, len(numbers))
-        part = torch.tensor(numbers[start : start + size])
-        images, labels = scene.images[part], scene.labels[part]
-        wrong = torch.zeros(len(part), dtype=torch.bool)
-        for module in modules:
-            logits = sample_logits(module, images.to(device_of(module)))[0]
-            wrong |= logits.argmax(dim=1).cpu() != labels.cpu()
-        if wrong.any():
-            return int(part[wrong.nonzero()[0, 0]])
+    for done, number in enumerate(numbers):
+        report("Search", done, len(numbers))
+        for name in values["rows"]:
+            defence = scene.defence(name, values)
+            decisions.reseed(defence, values["seed"] + 1)
+            image = scene.images[number : number + 1].to(attack.device_of(defence))
+            if decisions.sample_logits(defence, image)[0].argmax() != scene.labels[number]:
+                return number
     return None

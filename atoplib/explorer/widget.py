@@ -2,45 +2,29 @@
 back.
 
 The values (``Explorer.values``) are the truth. The page numbers its wishes; with every answer it gets the
-number of the
-last one that was heard, and takes over values only if it has not asked for others since: a finished picture
-never moves a slider back that somebody is moving.
+number of the last one that was heard, and takes over values only if it has not asked for others since: a
+finished picture never moves a slider back that somebody is moving.
 """
 
 import base64
 import io
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import anywidget
+import torch
 import traitlets
 from PIL import Image, ImageOps
 from torchvision.transforms.functional import pil_to_tensor
 
-from atoplib.decisions import sample_logits
-from atoplib.explorer import page
-from atoplib.explorer.attack import Curve, Scene, robust_curve
-from atoplib.explorer.compute import View, next_misclassified, views
-from atoplib.explorer.controls import (
-    CONTROLS,
-    PRESETS,
-    changed,
-    converted,
-    described,
-    from_yaml,
-    more_options,
-    to_yaml,
-)
+from atoplib import decisions, files, hashing
+from atoplib.explorer import attack, compute, controls, page
 from atoplib.explorer.worker import Ticket, Worker
-from atoplib.files import write_atomically
 
 PROGRESS_SECONDS = 0.1  # between two movements of the progress bar
-REST_SECONDS = 0.15  # a slider that is held still so long while dragged gets the whole attack
 FOLDER = Path(__file__).parent
 
 
@@ -56,298 +40,194 @@ class Explorer(anywidget.AnyWidget):
 
     _esm = FOLDER / "explorer.js"
     _css = FOLDER / "explorer.css"
-    layout_ = traitlets.Dict().tag(sync=True)  # what does not change: controls, presets, names
-    state = traitlets.Dict().tag(
-        sync=True
-    )  # the controls now, and the number of the last wish that was heard
-    shown = traitlets.Dict().tag(sync=True)  # HTML of the pictures and charts
-    status = traitlets.Dict().tag(sync=True)  # a sentence, progress, busy or not
+    state = traitlets.Dict().tag(sync=True)  # the controls now, and the last wish that was heard
+    shown = traitlets.Dict().tag(sync=True)  # pictures and charts, or a problem
+    status = traitlets.Dict({"text": "", "busy": False}).tag(sync=True)  # a sentence, progress, busy or not
 
     def __init__(
-        self, scene: Scene, values: dict[str, Any], *, notebook: Mapping[str, Any], folder: Path
+        self, scene: attack.Scene, values: dict[str, Any], *, notebook: Mapping[str, Any], folder: Path
     ) -> None:
         self.scene, self.values, self.start = scene, values, values
-        self.notebook, self.folder, self.name = dict(notebook), folder, uuid.uuid4().hex[:8]
-        self.view: View | None = None
-        self.curves: list[Curve] = []
+        self.notebook, self.folder = dict(notebook), folder
+        self.view: compute.View | None = None
+        self.curves: list[list] = []
         self.worker = Worker(self._show_problem, lambda: self._say(busy=False))
         self._heard, self._reported = 0, 0.0
-        self._titles = {name: attack.title for name, attack in scene.attacks.items()}
         super().__init__()
-        controls = [control._asdict() | {"default": None} for control in CONTROLS.values() if control.kind]
-        presets = [[name, title, text] for name, (title, text, _) in PRESETS.items()]
-        self.layout_ = {
-            "name": self.name,
-            "controls": controls,
-            "presets": presets,
-            "defences": list(scene.defences),
-        }
-        self.status = {"text": "", "busy": False, "done": 0, "total": 0}
         self._mirror()
-        self.on_msg(lambda _widget, content, buffers: self.handle(content, buffers))
+        self.on_msg(lambda _widget, wish, _buffers: self.handle(wish))
 
     # wishes
 
-    def handle(self, wish: Mapping[str, Any], buffers: list | None = None) -> None:
-        """Do what the page asks for: ``{"do": NAME, "number": N, ...}``; a sentence is shown for what cannot
-        be done."""
-        actions: dict[str, Callable[..., None]] = {
-            "set": lambda: self.set(wish["values"], preview=wish.get("dragging", False)),
-            "preset": lambda: self.preset(wish["name"]),
-            "option": lambda: self.set({"options": self._with_option(wish["name"], wish["value"])}),
-            "move": lambda: self.move(wish["by"], wish["class"]),
-            "search": lambda: self.refresh(search=wish["class"]),
-            "resample": lambda: self.set({"sample": self.values["sample"] + 1}),
+    def handle(self, wish: Mapping[str, Any]) -> None:
+        """Do what the page asks for: ``{"do": NAME, "number": N, ...arguments}``; a sentence is shown for
+        what cannot be done."""
+        actions = {
+            "set": self.set,
+            "move": lambda by, label: self.set({"image": self._others(label)[0 if by > 0 else -1]}),
+            "search": lambda label: self._start(lambda ticket: self._search(ticket, label)),
             "compute": self.refresh,
             "cancel": self.cancel,
-            "curve": lambda: self.refresh(curve=True),
-            "draw": lambda: self.draw(base64.b64decode(wish["png"].split(",")[-1])),
-            "label": lambda: self.relabel(wish["label"]),
-            "yaml": lambda: self.load(wish["text"]),
+            "curve": lambda: self._start(self._compute_curves),
+            "draw": self.draw,
+            "label": self.relabel,
+            "yaml": lambda text: self.set({"shown_step": None, **controls.from_yaml(text)}),
             "save": self.save,
-            "gif": self.animate,
         }
+        arguments = {name: value for name, value in wish.items() if name not in ("do", "number")}
         with self.worker.lock:
             self._heard = max(self._heard, wish.get("number", 0))
             try:
-                actions[wish["do"]]()
+                actions[wish["do"]](**arguments)
             except (ValueError, OSError) as error:
-                self._say(page.sentence_of(error))
+                self._say(text=page.sentence_of(error))
             self._mirror()
 
-    def set(self, changes: Mapping[str, Any], *, preview: bool = False) -> None:
-        """Change some values and compute; with ``preview`` (a slider is being dragged) first what can be had
-        at once.
+    def set(self, values: Mapping[str, Any], dragging: bool = False) -> None:
+        """Change some values and compute; while a slider is dragged first what can be had at once.
 
         Raises:
             ValueError: for a value that is not allowed; nothing is changed then.
         """
-        with self.worker.lock:
-            types = {name: self.values[name] for name in changes}
-            made = {name: converted(name, value, types[name]) for name, value in changes.items()}
-            self.values = changed(self.values, made, self.scene, self.start)
-            at_hand = self.view is not None and self.view.done and all(row.complete for row in self.view.rows)
-            if at_hand and self.view.values == {**self.values, "shown_step": self.view.values["shown_step"]}:
-                self.worker.cancel()
-                self._show(self.view._replace(values=self.values))
-            else:
-                self.refresh(preview=preview)
+        self.values = controls.changed(self.values, values, self.scene, self.start)
+        view, step = self.view, {"shown_step": self.values["shown_step"]}
+        if view is not None and view.complete and view.values | step == self.values:
+            self.worker.cancel()
+            self._show(view._replace(values=self.values))
+        else:
+            self.refresh(preview=dragging)
 
-    def refresh(self, *, preview: bool = False, curve: bool = False, search: int | None = None) -> None:
-        """Ask the worker for what the values show, in place of everything asked for before.
-
-        Args:
-            curve: accuracy over eps, too.
-            search: first go to the next image of this class (-1: of any) that a defence misclassifies.
-        """
-        with self.worker.lock:
-            if not curve:
-                self.curves = []
-            self._mirror()
-            self._say(self.status["text"], busy=True)
-            self.worker.submit(lambda ticket: self._work(ticket, preview, curve, search))
+    def refresh(self, *, preview: bool = False) -> None:
+        """Ask the worker for what the values show, in place of everything asked for before."""
+        self.curves = []
+        self._start(lambda ticket: self._compute(ticket, preview))
 
     def cancel(self) -> None:
         """Stop what is being computed."""
-        with self.worker.lock:
-            if self.worker.cancel():
-                current = self.view is not None and self.view.done and self.view.values == self.values
-                self._say(
-                    "Cancelled." if current else "Cancelled: the pictures are those of earlier values.",
-                    busy=False,
-                )
+        if self.worker.cancel():
+            self._say(text="Cancelled: dimmed pictures are those of earlier values.", busy=False)
 
-    def preset(self, name: str) -> None:
-        """The values of a preset, or of the start (``reset``); image and defences stay."""
-        keep = {key: self.values[key] for key in ("image", "rows")}
-        changes = {**self.start, **keep} if name == "reset" else {**self.start, **keep, **PRESETS[name][2]}
-        self.set({**changes, "shown_step": None})
-
-    def move(self, by: int, label: int) -> None:
-        """Go to the image before or after, among those of one class (-1: of any)."""
-        numbers = self._numbers(label)
-        now = self.values["image"]
-        after = [n for n in numbers if n > now] if by > 0 else [n for n in reversed(numbers) if n < now]
-        self.set({"image": (after or numbers[:: 1 if by > 0 else -1])[0]})
-
-    def draw(self, content: bytes) -> None:
-        """Take a picture file of one's own (or the drawing pad's), fitted to the size of the images; its
-        class is what the first defence says until another is chosen.
+    def draw(self, png: str) -> None:
+        """Take a picture of one's own (a data URL), fitted to the size of the images; its class is what the
+        first defence says until another is chosen.
 
         Raises:
             ValueError: where it is no picture.
         """
         try:
-            picture = Image.open(io.BytesIO(content)).convert("RGB")
+            picture = Image.open(io.BytesIO(base64.b64decode(png.split(",")[-1]))).convert("RGB")
         except OSError as error:
             raise ValueError("this file is no picture that can be read: give a PNG or JPEG") from error
         channels, height, width = self.scene.images.shape[1:]
         image = pil_to_tensor(ImageOps.fit(picture, (width, height))).float() / 255
-        image = image.mean(dim=0, keepdim=True).expand(channels, -1, -1) if self._grey else image[:channels]
+        if self.scene.grey:
+            image = image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
         defence = self.scene.defence(self.values["rows"][0], self.values)
-        label = int(sample_logits(defence, image[None])[0].argmax())
-        self.set({"image": self.scene.add(image, label)})
+        logits = decisions.sample_logits(defence, image[None].to(attack.device_of(defence)))[0].cpu()
+        self.scene.images = torch.cat([self.scene.images, image[None]])
+        self.scene.labels = torch.cat([self.scene.labels, logits.argmax(dim=1)])
+        self.set({"image": len(self.scene.labels) - 1})
 
     def relabel(self, label: int) -> None:
-        """Say which class one's own image is of.
-
-        Raises:
-            ValueError: for an image that was given with its label.
-        """
-        if self.values["image"] < self.scene.given:
-            raise ValueError("the class of this image is known; that of an image of your own can be chosen")
+        """Say which class one's own image is of."""
         self.scene.labels[self.values["image"]] = label
         self.refresh()
 
-    def load(self, text: str) -> None:
-        """Set the values from a YAML text.
+    def save(self, kinds: Iterable[str] = ("png", "pdf", "yaml")) -> None:
+        """Write what is on screen, or the attack step by step as an animation (``gif``); the status has links
+        to the files.
 
         Raises:
-            ValueError: if it cannot be.
-        """
-        self.set({"shown_step": None, **from_yaml(text, self.values)})
-
-    def save(self) -> None:
-        """Write what is on screen as PNG, PDF and YAML; the status has links to them.
-
-        Raises:
-            ValueError: before the first picture.
+            ValueError: before the picture is finished.
             OSError: if they cannot be written.
         """
-        view = self._current()
-        text, bitmap = to_yaml(view.values, self.notebook), page.sheet(view, self._title(view))
-        stem = f"{self._stem(view)}-{sha256(text.encode()).hexdigest()[:8]}"
-        files = {f"{stem}.{kind}": page.encoded([bitmap], kind) for kind in ("png", "pdf")}
-        self._write({**files, f"{stem}.yaml": text.encode()})
+        view, links = self.view, []
+        if view is None or not view.complete:
+            raise ValueError("there is no finished picture yet")
+        text = controls.to_yaml(view.values, self.notebook)
+        name = view.values["attack"].replace(":", "-")
+        for kind in kinds:
+            steps = self.shown["steps"] if kind == "gif" else [view.values["shown_step"]]
+            frames = [page.sheet(view._replace(values=view.values | {"shown_step": step})) for step in steps]
+            content = text.encode() if kind == "yaml" else page.encoded(frames, kind)
+            path = self.folder / f"image{view.values['image']}-{name}-{hashing.json_hash(text)[:8]}.{kind}"
+            files.write_atomically(path, lambda part, content=content: part.write_bytes(content))
+            link = f"data:;base64,{base64.b64encode(content).decode()}"
+            links.append({"name": path.name, "href": link})
+        self._say(text=f"Saved in {self.folder}:", links=links)
 
-    def animate(self) -> None:
-        """Write the attack step by step as an animated GIF; the status has a link to it. Errors as
-        ``save``."""
-        view = self._current()
-        steps = sorted({step for row in view.rows for step in row.path.steps})
-        frames = [view._replace(values={**view.values, "shown_step": step}) for step in steps]
-        content = page.encoded([page.sheet(frame, self._title(view)) for frame in frames], "gif")
-        self._write({f"{self._stem(view)}.gif": content})
-
-    def _stem(self, view: View) -> str:
-        return f"image{view.values['image']}-{view.values['attack'].replace(':', '-')}"
-
-    def _write(self, files: Mapping[str, bytes]) -> None:
-        links = []
-        for name, content in files.items():
-            write_atomically(self.folder / name, lambda part, content=content: part.write_bytes(content))
-            links.append({"name": name, "href": f"data:;base64,{base64.b64encode(content).decode()}"})
-        self._say(f"Saved in {self.folder}:", links=links)
+    def _others(self, label: int) -> list[int]:
+        """The other images of a class (-1: of any), from the one after this on and round to the one before;
+        this one where there is no other."""
+        now, count = self.values["image"], len(self.scene.labels)
+        order = ((now + by) % count for by in range(1, count))
+        return [number for number in order if label in (-1, self.scene.labels[number])] or [now]
 
     # the worker's thread
 
-    def _work(self, ticket: Ticket, preview: bool, curve: bool, search: int | None) -> None:
-        report = partial(self._report, ticket)
-        self._reported = monotonic()
-        if search is not None:
-            numbers, now = self._numbers(search), self.values["image"]
-            found = next_misclassified(
-                self.scene,
-                self.values,
-                [n for n in numbers if n > now] + [n for n in numbers if n < now],
-                report,
-            )
-            if found is None:
-                ticket.publish(lambda: self._say("No other image is misclassified without an attack."))
-                return
-            ticket.publish(lambda: self._go_to(found))
-        for view in views(self.scene, self.values, report, preview=preview):
-            ticket.publish(lambda view=view: self._show(view))
-            if view.preview:
-                ticket.pause(REST_SECONDS)
-        for name in self.values["rows"] if curve else ():
-            made = robust_curve(self.scene, self.values, name, report)
-            ticket.publish(lambda made=made: self._show_curve(made))
+    def _start(self, job: Callable[[Ticket], None]) -> None:
+        self._mirror()
+        self._say(busy=True)
+        self.worker.submit(job)
 
-    def _report(self, ticket: Ticket, what: str, done: int, total: int) -> None:
+    def _compute(self, ticket: Ticket, preview: bool) -> None:
+        for view in compute.views(self.scene, self.values, partial(self._report, ticket), preview=preview):
+            ticket.publish(partial(self._show, view))
+
+    def _search(self, ticket: Ticket, label: int) -> None:
+        others, report = self._others(label), partial(self._report, ticket)
+        found = compute.next_misclassified(self.scene, self.values, others, report)
+        if found is None:
+            ticket.publish(lambda: self._say(text="No other image is misclassified without an attack."))
+        else:
+            ticket.publish(lambda: self.set({"image": found}))
+
+    def _compute_curves(self, ticket: Ticket) -> None:
+        for name in self.values["rows"]:
+            curve = attack.robust_curve(self.scene, self.values, name, partial(self._report, ticket))
+            ticket.publish(partial(self._add_curve, [[name, *point] for point in curve]))
+
+    def _report(self, ticket: Ticket, what: str, done: int, total: int, *_: Any) -> None:
         ticket.check()
         if monotonic() - self._reported > PROGRESS_SECONDS:
             self._reported = monotonic()
-            amount = f"{done} of {total}" if total else "running"
-            line = f"{what[:1].upper()}{what[1:]}: {amount} \N{HORIZONTAL ELLIPSIS}"
-            ticket.publish(lambda: self._say(line, busy=True, done=done, total=total))
-
-    def _go_to(self, image: int) -> None:
-        self.values = changed(self.values, {"image": image}, self.scene, self.start)
-        self._mirror()
+            line = f"{what}: {done} of {total} \N{HORIZONTAL ELLIPSIS}" if total else what
+            ticket.publish(lambda: self._say(text=line, done=done, total=total))
 
     # the page
 
-    def _show(self, view: View) -> None:
+    def _show(self, view: compute.View) -> None:
         self.view = view
-        shown = {
-            "clean": page.clean(view),
-            "grid": page.grid(view),
-            "path": page.path_chart(view),
-            "problem": "",
-            "preview": not view.done,
-        }
-        if view.done:
-            shown["yaml"] = to_yaml(view.values, self.notebook)
-        self.shown = {**self.shown, **shown, "curve": "" if not self.curves else self.shown["curve"]}
+        text = controls.to_yaml(view.values, self.notebook) if view.done else ""
+        self.shown = page.content(view, self.curves) | {"yaml": text}
         self._mirror()
-        text = f"{page.attack_text(view, self._titles)}; {page.transform_text(view)}; {view.seconds:.2f} s"
-        self._say(f"Preview: {text}" if view.preview else text)
+        self._say(text=f"{'Preview: ' if view.preview else ''}{page.caption(view)}; {view.seconds:.2f} s")
 
-    def _show_curve(self, curve: Curve) -> None:
-        self.curves = [*(known for known in self.curves if known.name != curve.name), curve]
-        made = page.curve_chart(self.curves, self.values["norm"], self.values["eps"])
-        self.shown = {**self.shown, "curve": made}
+    def _add_curve(self, points: list[list]) -> None:
+        self.curves += points
+        self.shown = self.shown | {"curve": page.curve_chart(self.curves, self.values)}
+        self._say(text="Accuracy over \N{GREEK SMALL LETTER EPSILON}: choose a point to see it.")
 
     def _show_problem(self, error: Exception) -> None:
         self.view = None
-        self.shown = {**self.shown, "problem": page.problem(page.sentence_of(error))}
-        self._say("This cannot be shown.", busy=False)
+        self.shown = {"problem": page.sentence_of(error)}
+        self._say(text="This cannot be shown.")
 
-    def _say(self, text: str | None = None, *, busy: bool | None = None, **more: Any) -> None:
-        text = self.status["text"] if text is None else text
-        self.status = {
-            "text": text,
-            "busy": self.status["busy"] if busy is None else busy,
-            "done": 0,
-            "total": 0,
-            **more,
-        }
+    def _say(self, **facts: Any) -> None:
+        """Show a text, progress, links, or whether it is busy; a text stays until there is another."""
+        self.status = {**self.status, "done": 0, "total": 0, "links": [], **facts}
 
     def _mirror(self) -> None:
         """Tell the page what the controls are."""
-        rows = [row for row in (self.view.rows if self.view is not None else ()) if row is not None]
-        last = max((row.path.steps[-1] for row in rows), default=1)
         self.state = {
             "heard": self._heard,
             "stale": self.view is not None and self.view.values != self.values,
-            "controls": described(self.values, self.scene, last),
-            "options": more_options(self.values, self.scene),
-            "rows": list(self.values["rows"]),
+            "controls": controls.described(self.values, self.scene),
             "own": self.values["image"] >= self.scene.given,
             "label": int(self.scene.labels[self.values["image"]]),
-            "classes": list(self.scene.classes),
-            "steps": sorted({step for row in rows for step in row.path.steps}),
+            "classes": self.scene.classes,
+            "name": self.model_id,
+            "defences": list(self.scene.defences),
+            "start": self.start,
+            "presets": controls.PRESETS,
         }
-
-    @property
-    def _grey(self) -> bool:
-        images = self.scene.images[: self.scene.given]
-        return bool((images == images[:, :1]).all())
-
-    def _with_option(self, name: str, value: Any) -> dict[str, Any]:
-        default = self.scene.attacks[self.values["attack"]].options[name]
-        return {**self.values["options"], name: value if default is None else converted(name, value, default)}
-
-    def _numbers(self, label: int) -> list[int]:
-        if label < 0:
-            return list(range(len(self.scene.labels)))
-        return (self.scene.labels == label).nonzero()[:, 0].tolist() or [self.values["image"]]
-
-    def _current(self) -> View:
-        if self.view is None or not self.view.done:
-            raise ValueError("there is no finished picture yet")
-        return self.view
-
-    def _title(self, view: View) -> str:
-        return f"{page.attack_text(view, self._titles)}; {page.transform_text(view)}"

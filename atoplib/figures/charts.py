@@ -2,7 +2,7 @@
 certificates beside attacks."""
 
 from collections.abc import Mapping, Sequence
-from itertools import cycle, pairwise
+from itertools import cycle
 from math import ceil
 from typing import Any
 
@@ -31,7 +31,6 @@ from atoplib.figures.style import (
 )
 
 COLUMNS = ("defence", "attack", "accuracy", "low", "high")
-OUTLINE = [withStroke(linewidth=4, foreground="white")]  # the line of chance may pass behind a number
 QUANTITIES = {  # label of a panel's axis; other names stand as they are
     "loss": "loss",
     "reconstruction": "mean absolute difference",
@@ -56,27 +55,40 @@ def accuracy_bars(
         chance: accuracy of a guess in percent: a broken line across the bars.
 
     Raises:
-        ValueError: for an empty frame, a missing column, a doubled combination, or numbers that violate
-            0 <= low <= accuracy <= high <= 100.
+        ValueError: for an empty frame, a missing column, or a doubled combination.
     """
     frame = read_frame(frame, *COLUMNS, "threat", rule=rule)
-    _check_once(frame, ["defence", "threat"])
+    frame.set_index(["defence", "threat"], verify_integrity=True)  # each combination is there once
     defences, threats = (list(dict.fromkeys(frame[name])) for name in ("defence", "threat"))
-    a_row = max(1, min(len(threats), int(26 / (len(defences) + 1))))
-    a_row = ceil(len(threats) / ceil(len(threats) / a_row))  # rows alike
+    fitting = max(1, int(26 / (len(defences) + 1)))
+    a_row = ceil(len(threats) / ceil(len(threats) / fitting))  # rows alike
     rows = [threats[start : start + a_row] for start in range(0, len(threats), a_row)]
     figure = new_figure(max(5.0, 1.2 + 0.42 * a_row * (len(defences) + 1)), 3.2 * len(rows) + 0.4, title)
-    colours, width = colours_of(defences), 0.8 / len(defences)
+    width, outline = 0.8 / len(defences), [withStroke(linewidth=4, foreground="white")]
     for axes, shown in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True):
-        for defence, part in frame[frame["threat"].isin(shown)].groupby("defence", sort=False):
-            shift = width * (defences.index(defence) - (len(defences) - 1) / 2)
-            places = [shown.index(threat) + shift for threat in part["threat"]]
-            look = {"color": colours[defence], "label": plain(defence), "capsize": 3}
-            bars = axes.bar(places, part["accuracy"], width, yerr=error_bars(part), **look)
-            axes.bar_label(bars, fmt="%.1f", padding=1, fontsize=8, path_effects=OUTLINE)
+        for number, (defence, colour) in enumerate(colours_of(defences).items()):
+            part = frame[frame["threat"].isin(shown) & (frame["defence"] == defence)]
+            places = part["threat"].map(shown.index) + width * (number - (len(defences) - 1) / 2)
+            bars = axes.bar(
+                places,
+                part["accuracy"],
+                width,
+                yerr=error_bars(part),
+                color=colour,
+                label=plain(defence),
+                capsize=3,
+            )
+            # the line of chance may pass behind a number
+            axes.bar_label(bars, fmt="%.1f", padding=1, fontsize=8, path_effects=outline)
         if chance is not None:
-            look = {"color": "#595959", "linewidth": 1, "linestyle": "--", "zorder": 0.9}
-            axes.axhline(chance, label=f"chance, {chance:.3g} %", **look)
+            axes.axhline(
+                chance,
+                label=f"chance, {chance:.3g} %",
+                color="#595959",
+                linewidth=1,
+                linestyle="--",
+                zorder=0.9,
+            )
         style_axes(axes, "y")
         axes.set(ylabel=ACCURACY, ylim=(0, 112), yticks=range(0, 101, 20), xlim=(-0.5, a_row - 0.5))
         axes.set_xticks(range(len(shown)), _in_lines(shown), fontsize=9)
@@ -112,23 +124,38 @@ def attack_heatmap(
     """
     values = {"accuracy": "accuracy (%)"} if values is None else dict(values)
     frame = read_frame(frame, rows, columns, panel, *values, rule=rule)
-    _check_once(frame, [name for name in (rows, columns, panel) if name is not None])
     down, across, shown = _ordered(frame[rows]), _ordered(frame[columns]), _parts(frame, panel, values)
-    size = 2.0 + 0.85 * len(across), 1.2 + 0.5 * len(down)
-    figure, axes = panels(len(shown), *size, title, columns=len(values) if len(values) > 1 else 3)
+    figure, axes = panels(
+        len(shown),
+        2.0 + 0.85 * len(across),
+        1.2 + 0.5 * len(down),
+        title,
+        columns=len(values) if len(values) > 1 else 3,
+    )
     for one, (heading, part, value) in zip(axes, shown, strict=True):
-        part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index([rows, columns])
+        part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index(
+            [rows, columns], verify_integrity=True
+        )
         table, text = (part[name].unstack().reindex(index=down, columns=across) for name in (value, "text"))
-        look = {"cmap": SEQUENTIAL, "linewidths": 1, "annot_kws": {"fontsize": 8}}
+        largest = 100.0 if values[value].endswith("(%)") else float(frame[value].max()) or 1.0
         # where there are several quantities the headings name them
-        look |= {"cbar_kws": {"label": values[value] if len(values) == 1 else ""}, "vmin": 0}
-        look["vmax"] = 100.0 if values[value].endswith("(%)") else float(frame[value].max()) or 1.0
-        sns.heatmap(table.astype(float), annot=text.fillna("–"), fmt="", ax=one, **look)
-        one.set_facecolor("#ececec")  # of cells without a value
+        beside, above = ("", values[value]) if len(values) > 1 else (values[value], "")
+        sns.heatmap(
+            table.astype(float),
+            annot=text.fillna("–"),
+            fmt="",
+            ax=one,
+            cmap=SEQUENTIAL,
+            linewidths=1,
+            annot_kws={"fontsize": 8},
+            vmin=0,
+            vmax=largest,
+            cbar_kws={"label": beside},
+        )
         one.tick_params(length=0, labelsize=8)
-        headings = [str(heading), *([values[value]] if len(values) > 1 else [])]
-        one.set_title(plain(": ".join(filter(None, headings))), fontsize=10)
-        one.set(xlabel="" if columns == "threat" else plain(columns.replace("_", " ")), ylabel="")
+        one.set_title(plain(": ".join(filter(None, [str(heading), above]))), fontsize=10)
+        label = "" if columns == "threat" else plain(columns.replace("_", " "))
+        one.set(xlabel=label, ylabel="", facecolor="#ececec")  # of cells without a value
         one.set_yticklabels(map(plain, down), rotation=0)
         one.set_xticklabels(_in_lines(across), rotation=0)
     return figure
@@ -158,29 +185,36 @@ def parameter_lines(
         log: a logarithmic horizontal axis.
 
     Raises:
-        ValueError: for an empty frame, a missing column, or accuracies outside [0, 100].
+        ValueError: for an empty frame, or a missing column.
     """
     values = {"accuracy": ACCURACY} if values is None else dict(values)
-    ends = ("low", "high") if "accuracy" in values else ()
-    frame = read_frame(frame, parameter, series, panel, *values, *ends, rule=rule)
+    frame = read_frame(frame, parameter, series, panel, *values, rule=rule)
     names = list(dict.fromkeys(frame[series]))
     colours = colours_of(names) if series == "defence" else dict(zip(names, cycle(SERIES), strict=False))
     shown = _parts(frame, panel, values)
     figure, axes = panels(len(shown), 3.6, 3.1, title)
     for one, (heading, part, value) in zip(axes, shown, strict=True):
         for name, points in part.groupby(series, sort=False):
-            look = {"fmt": "o", "color": colours[name], "markersize": 4, "capsize": 2}
-            one.errorbar(points[parameter], points[value], error_bars(points, value), **look)
-            means = points.groupby(parameter, sort=pd.api.types.is_numeric_dtype(points[parameter]))
-            means = means[value].mean()
+            one.errorbar(
+                points[parameter],
+                points[value],
+                error_bars(points, value),
+                fmt="o",
+                color=colours[name],
+                markersize=4,
+                capsize=2,
+            )
+            sort = pd.api.types.is_numeric_dtype(points[parameter])
+            means = points.groupby(parameter, sort=sort)[value].mean()
             one.plot(means.index, means, color=colours[name], label=plain(name))
         style_axes(one)
-        one.set(xlabel=plain(label or parameter.replace("_", " ")), ylabel=values[value])
-        one.set_ylim(*((-3, 103) if "(%)" in values[value] else (0, None)))
+        limits = (-3, 103) if "(%)" in values[value] else (0, None)
+        one.set(xlabel=plain(label or parameter.replace("_", " ")), ylabel=values[value], ylim=limits)
         one.set_title(plain(heading), loc="left", fontsize=10)
         if log:
             one.set_xscale("log")
-            one.set_xticks(ticks := sorted(set(part[parameter])), [f"{tick:g}" for tick in ticks])
+            ticks = sorted(set(part[parameter]))
+            one.set_xticks(ticks, map("{:g}".format, ticks))
             one.minorticks_off()
     legend_below(figure)
     return figure
@@ -198,15 +232,14 @@ def accuracy_over_eps(frame: pd.DataFrame, title: str = "", *, rule: str | None 
         ValueError: as ``parameter_lines``, or where nothing but ``clean`` is in the frame.
     """
     frame = read_frame(frame, *COLUMNS, "norm", "eps", rule=rule)
-    clean, attacked = frame[frame["attack"] == "clean"], frame[frame["attack"] != "clean"]
+    attacked = frame[frame["attack"] != "clean"].assign(norm=lambda rows: rows["norm"].replace(NORMS))
     if not len(attacked):
         raise ValueError("the frame holds no attack but 'clean': evaluate with at least one eps")
     parts = []
     for (attack, norm), part in attacked.groupby(["attack", "norm"], sort=False):
-        start = clean[clean["defence"].isin(part["defence"])].assign(eps=0.0)
-        parts.append(pd.concat([start, part]).assign(curve=f"{attack}, {NORMS.get(norm, norm)}"))
-    label = "ε, images in [0, 1]"
-    return parameter_lines(pd.concat(parts), "eps", title, label=label, panel="curve")
+        clean = frame[(frame["attack"] == "clean") & frame["defence"].isin(part["defence"])].assign(eps=0.0)
+        parts.append(pd.concat([clean, part]).assign(curve=f"{attack}, {norm}"))
+    return parameter_lines(pd.concat(parts), "eps", title, label="ε, images in [0, 1]", panel="curve")
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
@@ -222,32 +255,28 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
         ValueError: if there is no epoch, or no number beside ``epoch``.
     """
     frame = pd.DataFrame(list(history))
-    curves = (
-        frame.select_dtypes("number")
-        .drop(columns=["epoch", "seconds"], errors="ignore")
-        .dropna(axis=1, how="all")
-    )
-    if not len(history) or not curves.shape[1]:
+    curves = frame.select_dtypes("number").dropna(axis=1, how="all")
+    curves = curves.drop(columns=["epoch", "seconds"], errors="ignore")
+    if not curves.shape[1]:
         raise ValueError(
             "history holds no number beside 'epoch': give entries such as {'epoch': 1, 'loss': 0.5}"
         )
-    epochs = frame["epoch"] if "epoch" in frame else pd.Series(range(1, len(frame) + 1))
+    epochs = frame.get("epoch", frame.index + 1)
     figure, axes = panels(curves.shape[1], 3.4, 2.6, title)
     margin = 0.05 * (epochs.max() - epochs.min()) or 0.5
+    limits = epochs.min() - margin, epochs.max() + margin  # the same wherever a quantity begins
     for one, name in zip(axes, curves, strict=True):
-        percent = "accuracy" in name
+        percent, words = "accuracy" in name, name.replace("_", " ")
         values = 100 * curves[name] if percent else curves[name]
         one.plot(epochs, values, color=SERIES[0], marker="o" if len(epochs) <= 40 else "", markersize=4)
         style_axes(one)
         one.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        one.set_xlim(epochs.min() - margin, epochs.max() + margin)  # the same wherever a quantity begins
-        words = name.replace("_", " ")
         unit = "accuracy (%)" if percent else QUANTITIES.get(name.removeprefix("test_"), words)
-        one.set(xlabel="epoch", ylabel=plain(unit))
-        last = values.dropna().iloc[-1]
-        text = f"{last:.1f} %" if percent else f"{last:.4g}".replace("-", MINUS)
+        one.set(xlabel="epoch", ylabel=plain(unit), xlim=limits)
         one.set_title(plain(words), loc="left", fontsize=10)
-        one.set_title(text, loc="right", fontsize=9)
+        last = values.dropna().iloc[-1]
+        number = f"{last:.1f} %" if percent else f"{last:.4g}"
+        one.set_title(number.replace("-", MINUS), loc="right", fontsize=9)
     return figure
 
 
@@ -265,15 +294,12 @@ def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: s
         attacked: the same with ``eps`` instead of ``radius``; at ``eps`` 0 the clean accuracy.
 
     Raises:
-        ValueError: for an empty frame, a missing column, a radius below 0, accuracies outside [0, 100], or a
-            certified interval above an attacked one, which no noise explains.
+        ValueError: for an empty frame, a missing column, or a certified interval above an attacked one, which
+            no noise explains.
     """
     ends = ("defence", "accuracy", "low", "high")
     proved = read_frame(certified, "radius", *ends).sort_values("radius")
     broken = read_frame(attacked, "eps", *ends).rename(columns={"eps": "radius"}).sort_values("radius")
-    radii = pd.concat([proved["radius"], broken["radius"]])
-    if not ((radii >= 0) & (radii < float("inf"))).all():
-        raise ValueError(f"radii must be at least 0 (an l2 norm), got {sorted(set(radii))}")
     pairs = proved.merge(broken, on="defence", suffixes=("", " attacked"))
     pairs = pairs[(pairs["radius attacked"] <= pairs["radius"]) & (pairs["high attacked"] < pairs["low"])]
     if len(pairs):
@@ -281,7 +307,7 @@ def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: s
             f"more is certified than an attack within the radius leaves: {pairs.iloc[0].to_dict()}; give one "
             f"model, images and rule for both"
         )
-    end = 1.04 * float(radii.max()) or 1.0
+    end = 1.04 * max(proved["radius"].max(), broken["radius"].max()) or 1.0
     figure, (axes,) = panels(1, 6.4, 4.2, title)
     for name, colour in colours_of(list(dict.fromkeys(proved["defence"]))).items():
         lower, upper = (part[part["defence"] == name] for part in (proved, broken))
@@ -293,20 +319,11 @@ def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: s
     return figure
 
 
-def _check_once(frame: pd.DataFrame, names: list[str]) -> None:
-    doubled = frame[frame.duplicated(names)]
-    if len(doubled):
-        raise ValueError(
-            f"the frame holds {doubled.iloc[0][names].to_dict()} twice: give each combination once (one "
-            f"rule, norm and eps)"
-        )
-
-
 def _parts(
     frame: pd.DataFrame, panel: str | None, values: Mapping[str, str]
 ) -> list[tuple[str, pd.DataFrame, str]]:
     """What each axes shows: the value of ``panel``, its rows, and the column whose numbers are drawn."""
-    groups = [("", frame)] if panel is None else frame.groupby(panel, sort=False)
+    groups = frame.groupby(panel, sort=False) if panel else [("", frame)]
     return [(heading, part, value) for heading, part in groups for value in values]
 
 
@@ -316,14 +333,13 @@ def _in_lines(names: Sequence) -> list[str]:
 
 def _ordered(values: pd.Series) -> list:
     """Each value once: numbers ascending, others in the order in which they come."""
-    unique = list(dict.fromkeys(values))
-    return sorted(unique) if pd.api.types.is_numeric_dtype(values) else unique
+    return list(pd.unique(values.sort_values() if pd.api.types.is_numeric_dtype(values) else values))
 
 
 def _cell_text(row: pd.Series, value: str) -> str:
     low, high = interval_of(value)
-    number = "–" if pd.isna(row[value]) else f"{row[value]:.1f}"
-    return f"{number}\n[{row[low]:.0f}, {row[high]:.0f}]" if low in row and not pd.isna(row[low]) else number
+    number = f"{row[value]:.1f}".replace("nan", "–")
+    return f"{number}\n[{row[low]:.0f}, {row[high]:.0f}]" if pd.notna(row.get(low)) else number
 
 
 def _bounds(axes: Axes, lower: pd.DataFrame, upper: pd.DataFrame, end: float, colour: str, name: str) -> None:
@@ -333,13 +349,20 @@ def _bounds(axes: Axes, lower: pd.DataFrame, upper: pd.DataFrame, end: float, co
     axes.step([0.0, *lower["radius"]], values, where="pre", color=colour, label=f"{name}, certified")
     known = sorted({0.0, end, *lower["radius"], *upper["radius"]})
     # an attack reaches farther, too, and a certificate holds nearer, too
-    least = [upper.loc[upper["radius"] <= radius, "accuracy"].min() for radius in known]
-    most = [lower.loc[lower["radius"] >= radius, "accuracy"].max() for radius in known]
-    least, most = pd.Series(least).fillna(100.0).tolist(), pd.Series(most).fillna(0.0).tolist()
+    least = [min([100.0, *upper["accuracy"][upper["radius"] <= radius]]) for radius in known]
+    most = [max([0.0, *lower["accuracy"][lower["radius"] >= radius]]) for radius in known]
     axes.step(known, least, where="post", color=colour, linestyle="--", label=f"{name}, strongest attack")
-    look = {"fmt": "o", "color": colour, "markersize": 5, "capsize": 3, "clip_on": False}
-    axes.errorbar(upper["radius"], upper["accuracy"], error_bars(upper), **look)
+    axes.errorbar(
+        upper["radius"],
+        upper["accuracy"],
+        error_bars(upper),
+        fmt="o",
+        color=colour,
+        markersize=5,
+        capsize=3,
+        clip_on=False,
+    )
     # between two known radii: what is certified at the right end, what an attack broke at the left end
-    ends = [radius for pair in pairwise(known) for radius in pair]
-    floor, ceiling = ([value for value in values for _ in range(2)] for values in (most[1:], least[:-1]))
-    axes.fill_between(ends, floor, ceiling, alpha=0.08, label=f"{name}, not known", **band)
+    axes.fill_between(
+        known, [*most[1:], 0.0], least, step="post", alpha=0.08, label=f"{name}, not known", **band
+    )

@@ -53,10 +53,8 @@ def purification_stages(
     """
     stages = {"clean": images, "adversarial": adversarial, "perturbation": _change(adversarial, images)}
     with fixed_sample(model, seed):
-        stages |= {
-            "p(clean)": model(images).softmax(dim=1),
-            "p(adversarial)": model(adversarial).softmax(dim=1),
-        }
+        stages["p(clean)"] = model(images).softmax(dim=1)
+        stages["p(adversarial)"] = model(adversarial).softmax(dim=1)
         if hasattr(model, "sample") and hasattr(model, "purify"):
             sample = model.sample(adversarial)
             copies = adversarial.repeat(sample.masks.shape[1] // len(images), 1, 1, 1)
@@ -94,20 +92,12 @@ def purification_grid(
         seed: of the sample that all pictures share.
 
     Raises:
-        ValueError: for images, labels or classes that do not fit each other or their ranges.
+        ValueError: for images of several shapes, or outside [0, 1].
     """
     defences = {"": defences} if isinstance(defences, nn.Module) else defences
-    if not isinstance(adversarial, Mapping):
-        adversarial = dict.fromkeys(defences, adversarial)
-    if not defences or not set(defences) <= set(adversarial):
-        raise ValueError(f"defences are {list(defences)}, but adversarial images for {list(adversarial)}")
+    adversarial = adversarial if isinstance(adversarial, Mapping) else dict.fromkeys(defences, adversarial)
     _check_images({"images": images, **adversarial})
     truths = [None] * len(images) if labels is None else labels.tolist()
-    names = classes or range(1 + max(truth or 0 for truth in truths))
-    if len(truths) != len(images) or any(t is not None and not 0 <= t < len(names) for t in truths):
-        raise ValueError(
-            f"labels must be one of 0..{len(names) - 1} for each of {len(images)} images: {truths}"
-        )
     columns, notes, rows = {name: [] for name in COLUMNS}, {}, []
     for defence, model in defences.items():
         stages = purification_stages(model, images, adversarial[defence], seed=seed)
@@ -116,9 +106,10 @@ def purification_grid(
         for number, truth in enumerate(truths):
             for name, column in (("clean", 0), ("adversarial", 4 if "purified" in stages else 1)):
                 notes[len(rows), column] = _answer(stages[f"p({name})"][number], truth, classes)
-            rows.append("\n".join(filter(None, [defence, "" if truth is None else str(names[truth])])))
+            true = "" if truth is None else str(classes[truth] if classes else truth)
+            rows.append(f"{defence}\n{true}".strip())
     shown = {COLUMNS[name]: each for name, each in columns.items() if any(p is not None for p in each)}
-    return _draw(shown, title, rows, notes, {} if eps is None else {2: 255 * eps})
+    return _draw(shown, title, rows, notes, scales={} if eps is None else {2: 255 * eps})
 
 
 def perturbation_maps(
@@ -146,9 +137,9 @@ def perturbation_maps(
     columns = {"clean": images}
     for name, batch in adversarial.items():
         columns |= {name: batch, f"{name} {MINUS} clean": _change(batch, images)}
-    largest = max((_scale(batch) for batch in columns.values() if batch.ndim == 3), default=1.0)
-    scales = dict.fromkeys(range(2, len(columns), 2), largest if eps is None else 255 * eps)
-    return _draw(columns, title, [""] * len(images), {}, scales)
+    scale = 255 * eps if eps else max(map(_scale, list(columns.values())[2::2]), default=1.0)
+    scales = dict.fromkeys(range(2, len(columns), 2), scale)
+    return _draw(columns, title, [""] * len(images), scales=scales)
 
 
 def image_grid(
@@ -165,49 +156,45 @@ def image_grid(
         names: at the left of the rows.
 
     Raises:
-        ValueError: without an entry, for an empty batch, shapes that differ, or values outside [0, 1].
+        ValueError: for an empty batch, shapes that differ, or values outside [0, 1].
     """
     _check_images(columns)
-    return _draw(columns, title, names or [""] * len(next(iter(columns.values()))), {}, {})
+    return _draw(columns, title, names or [""] * len(next(iter(columns.values()))))
 
 
 def _draw(
     columns: Mapping[str, Sequence[Tensor | None]],
     title: str,
     names: Sequence[str],
-    notes: Mapping[tuple[int, int], tuple[str, str]],
-    scales: Mapping[int, float],
+    notes: Mapping[tuple[int, int], tuple[str, str]] = {},
+    scales: Mapping[int, float] = {},
 ) -> Figure:
     """Images (3, H, W) in [0, 1] and signed maps (H, W) in 1/255 by heading; each column of maps has one
     scale, symmetric about 0, with a colour bar below it. ``notes`` are texts and their colours below pictures
     (row, column)."""
-    height = len(names) * (1.75 if notes else 1.5) + 0.9
-    figure = new_figure(max(3.0, 1.5 * len(columns) + 0.3), height, title)
+    height = 1.75 if notes else 1.5
+    figure = new_figure(max(3.0, 1.5 * len(columns) + 0.3), len(names) * height + 0.9, title)
     grid = figure.subplots(len(names), len(columns), squeeze=False)
     for column, (heading, pictures) in enumerate(columns.items()):
         signed = [picture for picture in pictures if picture is not None and picture.ndim == 2]
         largest = _scale(torch.stack(signed)) if signed else 1.0
         scale = scales.get(column, largest)
-        for row, picture in enumerate(pictures):
-            axes = grid[row, column]
-            axes.set(xticks=[], yticks=[])
+        look = {"cmap": DIVERGING, "vmin": -scale, "vmax": scale, "interpolation": "nearest"}
+        for row, (axes, picture) in enumerate(zip(grid[:, column], pictures, strict=True)):
+            axes.set(xticks=[], yticks=[], box_aspect=1 if picture is None else None)
             axes.spines[:].set(color="#8c8c8c", linewidth=0.6, visible=picture is not None)
-            if picture is None:
-                axes.set_box_aspect(1)
-                continue
-            pixels = picture.detach().float().cpu()
-            pixels = pixels if signed else pixels.clamp(0, 1).permute(1, 2, 0)
-            look = {"cmap": DIVERGING, "vmin": -scale, "vmax": scale, "interpolation": "nearest"}
-            drawn = axes.imshow(pixels.numpy(), **look)
-            text, colour = notes.get((row, column), ("", "black"))
-            axes.set_xlabel(plain(text), color=colour, fontsize=9)
+            if picture is not None:
+                pixels = picture.detach().float().cpu()
+                drawn = axes.imshow(pixels if signed else pixels.clamp(0, 1).permute(1, 2, 0), **look)
+                text, colour = notes.get((row, column), ("", "black"))
+                axes.set_xlabel(plain(text), color=colour, fontsize=9)
         grid[0, column].set_title(plain(heading), fontsize=9)
         if signed:
             beyond = "both" if largest > 1.001 * scale else "neither"  # some pixels lie beyond the scale
-            look = {"orientation": "horizontal", "extend": beyond, "ticks": [-scale, 0, scale]}
             place = grid[-1, column].inset_axes((0, -0.14, 1, 0.06))
-            bar = figure.colorbar(drawn, cax=place, **look)
-            bar.ax.set_xticklabels([f"{MINUS}{scale:.3g}", "0", f"{scale:.3g}"], fontsize=8)
+            bar = figure.colorbar(drawn, cax=place, orientation="horizontal", extend=beyond)
+            ticks = {-scale: f"{MINUS}{scale:.3g}", 0: "0", scale: f"{scale:.3g}"}
+            bar.set_ticks(list(ticks), labels=ticks.values(), fontsize=8)
             bar.set_label("mean over channels, 1/255", fontsize=8)
     for row, name in enumerate(names):
         grid[row, 0].set_ylabel(plain(name), fontsize=10)
@@ -217,8 +204,7 @@ def _draw(
 def _answer(probabilities: Tensor, truth: int | None, classes: Sequence[str] | None) -> tuple[str, str]:
     """Predicted class and its probability, and a mark and colour that tell whether it is the true one."""
     predicted = int(probabilities.argmax())
-    name = predicted if classes is None else classes[predicted]
-    text = f"{name}, {100 * float(probabilities.max()):.0f} %"
+    text = f"{classes[predicted] if classes else predicted}, {100 * float(probabilities.max()):.0f} %"
     if truth is None:
         return text, "black"
     return (f"{RIGHT} {text}", RIGHT_COLOUR) if predicted == truth else (f"{WRONG} {text}", WRONG_COLOUR)
@@ -235,15 +221,11 @@ def _scale(maps: Tensor) -> float:
 
 
 def _check_images(batches: Mapping[str, Tensor]) -> None:
-    if not batches:
-        raise ValueError("there is nothing to show: give images by their heading, such as {'input': images}")
     form = next(iter(batches.values())).shape
     for name, images in batches.items():
-        if images.shape != form or images.ndim != 4 or images.shape[1] != 3 or not images.numel():
+        fits = images.shape == form and images.ndim == 4 and images.numel()
+        if not (fits and images.min() >= -1e-4 and images.max() <= 1 + 1e-4):  # so that NaN fails, too
             raise ValueError(
-                f"{name} must be (batch, 3, height, width) like the first images, at least one, got "
-                f"{tuple(images.shape)}"
+                f"{name} must be (batch, 3, height, width) in [0, 1] like the first images, at least one, "
+                f"got {tuple(images.shape)}" + (f", {images.min():g} to {images.max():g}" if fits else "")
             )
-        low, high = float(images.min()), float(images.max())
-        if not (low >= -1e-4 and high <= 1 + 1e-4):  # so that NaN fails, too
-            raise ValueError(f"{name} must lie in [0, 1], got {low:g} to {high:g}")

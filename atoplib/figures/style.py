@@ -8,10 +8,10 @@ import re
 import textwrap
 from collections.abc import Sequence
 from itertools import cycle
-from os import PathLike
 from pathlib import Path
 
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -19,14 +19,12 @@ from atoplib.evaluation import eps_text
 from atoplib.evaluation.results import NORMS
 from atoplib.files import write_atomically
 
-DPI = 160
 RIGHT, WRONG, MINUS = "\N{CHECK MARK}", "\N{BALLOT X}", "\N{MINUS SIGN}"
 DIVERGING = "RdBu_r"  # white at 0, blue below, red above: apart for colour-blind eyes, too
 SEQUENTIAL = "cividis"  # which eyes of every kind see as one ramp of lightness
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
 RIGHT_COLOUR, WRONG_COLOUR = "#2a86c8", "#d95f02"  # correct, misclassified
 DEFENCE_COLOURS = {"undefended": "#666666", "AT": "#d55e00", "AP": "#56b4e9", "AToP": "#0072b2"}
-GUEST_COLOURS = ("#e69f00", "#009e73", "#cc79a7")  # of other defences
 ACCURACY = "accuracy (%), 95 % interval"
 
 
@@ -34,22 +32,20 @@ def colours_of(defences: Sequence[str]) -> dict[str, str]:
     """A colour for each defence: the kit's have the same one in every figure, others take what is left in
     their order."""
     unused = (colour for name, colour in DEFENCE_COLOURS.items() if name not in defences)
-    left = cycle([*GUEST_COLOURS, *unused])
+    left = cycle(["#e69f00", "#009e73", "#cc79a7", *unused])
     return {name: DEFENCE_COLOURS.get(name) or next(left) for name in defences}
 
 
 def plain(text: object) -> str:
     """A text for matplotlib, in which a dollar sign is a dollar sign, and norms stand as they are written."""
-    words = (NORMS.get(word, word) for word in re.split(r"(\W)", str(text)))
-    return "".join(words).replace("$", r"\$")
+    return re.sub(r"\w+", lambda word: NORMS.get(word[0], word[0]), str(text)).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float, title: str = "") -> Figure:
     """An empty white figure of ``width`` x ``height`` inches (a title adds to it) that lays itself out."""
     lines = textwrap.wrap(title, max(20, int(10 * width)))
-    figure = Figure((width, height + 0.25 * len(lines)), dpi=DPI, facecolor="white", layout="constrained")
-    if lines:
-        figure.suptitle(plain("\n".join(lines)), fontsize=12)
+    figure = Figure((width, height + 0.25 * len(lines)), dpi=160, facecolor="white", layout="constrained")
+    figure.suptitle(plain("\n".join(lines)), fontsize=12)
     return figure
 
 
@@ -57,8 +53,7 @@ def panels(
     count: int, width: float, height: float, title: str, columns: int = 3
 ) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes in rows of at most ``columns``, each ``width`` x ``height`` inches."""
-    columns = min(columns, count)
-    rows = -(-count // columns)
+    columns, rows = min(columns, count), -(-count // min(columns, count))
     figure = new_figure(max(4.5, columns * width), rows * height, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for empty in axes[count:]:
@@ -67,21 +62,25 @@ def panels(
 
 
 def style_axes(axes: Axes, grid: str = "both") -> None:
-    """Two spines, and faint lines behind what is shown; accuracies run from 0 to 100."""
-    axes.spines[["top", "right"]].set_visible(False)
+    """Two spines, and faint lines behind what is shown."""
+    sns.despine(ax=axes)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color="#e0e0e0", linewidth=0.7)
 
 
 def legend_below(figure: Figure) -> None:
     """One legend for all axes of a figure, below them."""
-    entries = {}
-    for axes in figure.axes:
-        handles, labels = axes.get_legend_handles_labels()
-        entries |= dict(zip(labels, handles, strict=True))
+    every = [axes.get_legend_handles_labels() for axes in figure.axes]
+    entries = {label: handle for one in every for handle, label in zip(*one, strict=True)}
     fitting = max(1, int(13 * figure.get_figwidth() / (6 + max(map(len, entries), default=0))))
-    look = {"loc": "outside lower center", "ncols": min(fitting, 5), "frameon": False, "fontsize": 9}
-    figure.legend(entries.values(), entries, **look)
+    figure.legend(
+        entries.values(),
+        entries,
+        loc="outside lower center",
+        ncols=min(fitting, 5),
+        frameon=False,
+        fontsize=9,
+    )
 
 
 def read_frame(frame: pd.DataFrame, *columns: str | None, rule: str | None = None) -> pd.DataFrame:
@@ -92,8 +91,7 @@ def read_frame(frame: pd.DataFrame, *columns: str | None, rule: str | None = Non
             has several of them.
 
     Raises:
-        ValueError: for a column that is missing, no row (of the rule), or accuracies in percent that violate
-            0 <= low <= accuracy <= high <= 100.
+        ValueError: for a column that is missing, or no row (of the rule).
     """
     needed = ["attack" if name == "threat" else name for name in columns if name is not None]
     missing = [name for name in needed if name not in frame]
@@ -103,25 +101,14 @@ def read_frame(frame: pd.DataFrame, *columns: str | None, rule: str | None = Non
         frame = frame[frame["rule"] == (frame["rule"].iloc[0] if rule is None else rule)]
     if not len(frame):
         raise ValueError(f"the frame has no row (rule {rule or 'any'!r}): give at least one")
-    if {"accuracy", "low", "high"} <= set(needed):
-        low, middle, high = (frame[name].astype(float) for name in ("low", "accuracy", "high"))
-        wrong = frame[~((low > -1e-4) & (low < middle + 1e-4) & (middle < high + 1e-4) & (high < 100 + 1e-4))]
-        if len(wrong):
-            raise ValueError(
-                f"0 <= low <= accuracy <= high <= 100 (percent) must hold, got {wrong.iloc[0].to_dict()}"
-            )
     frame = frame.reset_index(drop=True)
-    return frame.assign(threat=_threats(frame)) if "threat" in columns else frame
-
-
-def _threats(frame: pd.DataFrame) -> list[str]:
-    if not {"norm", "eps"} <= set(frame):
-        return list(map(str, frame["attack"]))
-    several = frame.groupby("attack")[["norm", "eps"]].transform("nunique").max(axis=1) > 1
-    return [
-        f"{row.attack}, {eps_text(float(row.eps), row.norm)}" if many else str(row.attack)
-        for row, many in zip(frame.itertuples(), several & frame["eps"].notna(), strict=True)
-    ]
+    if "threat" in columns:
+        frame["threat"] = frame["attack"].astype(str)
+        if {"norm", "eps"} <= set(frame):
+            several = frame.groupby("attack")[["norm", "eps"]].transform("nunique").max(axis=1) > 1
+            for place, row in frame[several & frame["eps"].notna()].iterrows():
+                frame.loc[place, "threat"] += f", {eps_text(row['eps'], row['norm'])}"
+    return frame
 
 
 def error_bars(frame: pd.DataFrame, value: str = "accuracy") -> list[pd.Series] | None:
@@ -137,7 +124,7 @@ def interval_of(value: str) -> tuple[str, str]:
     return ("low", "high") if value == "accuracy" else (f"{value}_low", f"{value}_high")
 
 
-def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write a figure as PNG or PDF, by the path's suffix, atomically: an earlier file survives a failure.
 
     The file holds no date and no version, so that equal figures give equal files. Returns the path; its
@@ -147,12 +134,10 @@ def save_figure(figure: Figure, path: str | PathLike[str]) -> Path:
         ValueError: for another suffix.
         OSError: if it cannot be written; the message says what to do.
     """
-    path = Path(path)
-    left_out = {".png": ("Software",), ".pdf": ("CreationDate", "Creator", "Producer")}.get(
-        path.suffix.lower()
-    )
-    if left_out is None:
+    path, left_out = Path(path), {"png": ("Software",), "pdf": ("CreationDate", "Creator", "Producer")}
+    kind = path.suffix[1:].lower()
+    if kind not in left_out:
         raise ValueError(f"cannot write a figure as {path.suffix!r} ({path}): it must end in .png or .pdf")
-    options = {"format": path.suffix[1:].lower(), "metadata": dict.fromkeys(left_out), "facecolor": "white"}
-    write_atomically(path, lambda part: figure.savefig(part, **options))
+    metadata = dict.fromkeys(left_out[kind])
+    write_atomically(path, lambda part: figure.savefig(part, format=kind, metadata=metadata))
     return path

@@ -1,42 +1,144 @@
 """The masking checklist: attacks on one model and its images, all under the same random numbers."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import cache, partial
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from math import inf, sqrt
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks.bpda import IdentityBackward
+from atoplib.attacks import IdentityBackward, norms, pgd, square
 from atoplib.attacks.eot import eot_gradient
-from atoplib.attacks.norms import Ball, check_eps
-from atoplib.attacks.square import square
 from atoplib.contract import prepare
-from atoplib.decisions import Model, full_float32, is_random
-from atoplib.masking.checks import (
-    Check,
-    check_agreement,
-    check_effort,
-    check_gradients,
-    check_modes,
-    check_samples,
-    check_unbounded,
-    check_weaker_attack,
-    outcome_of,
-    p_text,
-    paired_p_value,
-)
-from atoplib.masking.probe import Attackable, Probe, smooth_margin
+from atoplib.decisions import Model, fixed_sample, full_float32, is_random, reseed, sample_logits
+from atoplib.masking import checks
+from atoplib.masking.checks import Check
+from atoplib.parameters import at_least, check_counts, check_settings, one_of
 from atoplib.progress import Report
 
+SPREAD = 3.0  # of an ordinary network's logits: cross-entropy neither saturates nor is linear
 FEWEST_IMAGES = 8  # eight images to none are the fewest on which a comparison can fail
-MOMENTUM = 0.75  # of the falling steps that the main attack's schedule is compared with
-SHORT_SCHEDULE = 2000  # of Square's shares: large squares for the few queries that a check can afford
 UNBOUNDED = (64 / 255, 0.95)  # changes of every value by which an attack should break everything
-NOISE_SAMPLES = 10  # random perturbations an image
-DIRECTIONS = 8  # random directions an image in which gradient and loss are compared
-NOT_FIXED = "not compared, as the model's random numbers cannot be fixed: give it reseed(seed)"
+WEAKER = "one step", "larger steps", "margin loss", "noise", "black box", "transfer", "straight-through"
+"""Attacks that must not win against the main one."""
+
+
+def smooth_margin(
+    logits: Float[Tensor, "batch classes"], labels: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """log-sum-exp of the other logits minus the label's: as smooth as cross-entropy, but it never
+    saturates."""
+    logits, own = logits.float(), labels.unsqueeze(1)
+    return logits.scatter(1, own, -inf).logsumexp(dim=1) - logits.gather(1, own).squeeze(1)
+
+
+class Attackable(nn.Module):
+    """A model as an attack needs it, however it hides: logits of a given spread (their scale decides nothing,
+    so it shall change no check), that depend on the images; with ``repaired``, a gradient that is zero where
+    the model gives none that is finite: an attack then stays where it is."""
+
+    def __init__(self, model: Model, spread: float, repaired: bool = True) -> None:
+        super().__init__()
+        self.model, self.factor, self.repaired = model, SPREAD / spread, repaired
+        self.training = False
+
+    def forward(self, images: Tensor) -> Tensor:
+        images = images.view_as(images)
+        if self.repaired and images.requires_grad:
+            images.register_hook(lambda gradient: gradient.nan_to_num(0.0, 0.0, 0.0))
+        return self.model(images).float() * self.factor + 0 * images.flatten(1).sum(dim=1, keepdim=True)
+
+
+class Probe:
+    """One model and its images, with what every attack on them shares.
+
+    Args:
+        attack: options of pgd.
+        num_samples: of a decision.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        attack: dict[str, Any],
+        num_samples: int,
+        random: bool,
+        seed: int,
+        max_batch: int,
+    ) -> None:
+        self.model, self.images, self.labels, self.attack = model, images, labels, attack
+        self.num_samples, self.random, self.seed, self.max_batch = num_samples, random, seed, max_batch
+        self.eps, self.norm, own = attack["eps"], attack["norm"], attack["eot_samples"]
+        # the norm of a change of every value by 1
+        self.widest = 1.0 if self.norm == "linf" else sqrt(images[0].numel())
+        self.eot_efforts = () if not random else sorted({1, own, 2 * own} if own > 1 else {1, 8})
+        first, again = (self.answers(model, images) for _ in range(2))
+        self.spread, self.can_be_fixed = spread_of(first), torch.equal(first, again)
+
+    def start_random_numbers(self, seed: int) -> None:
+        """Every random number that a model may use, from ``seed``."""
+        torch.manual_seed(seed)
+        reseed(self.model, seed)
+
+    @contextmanager
+    def same_sample(self) -> Iterator[None]:
+        """The same random numbers in each such block."""
+        self.start_random_numbers(self.seed)
+        with fixed_sample(self.model, self.seed):
+            yield
+
+    @torch.no_grad()
+    def answers(self, model: Model, images: Tensor) -> Tensor:
+        """Logits (batch, classes) of one sample that all such calls share."""
+        with self.same_sample(), full_float32(images.device):
+            return torch.cat([model(part).float() for part in images.split(self.max_batch)])
+
+    def run(
+        self,
+        *,
+        function: Callable[..., Tensor] = pgd,
+        target: Model | None = None,
+        seed: int | None = None,
+        **changes: Any,
+    ) -> Tensor:
+        """Adversarial images by the main attack with ``changes``, or by another ``function``, on ``target``
+        (the model itself if None)."""
+        attackable, seed = Attackable(self.model, self.spread), self.seed if seed is None else seed
+        if target is not None:
+            attackable = Attackable(target, spread_of(self.answers(target, self.images)))
+        self.start_random_numbers(seed)
+        own = self.attack if function is pgd else {k: self.attack[k] for k in ("eps", "norm", "eot_samples")}
+        options = {**own, "seed": seed, "max_batch": self.max_batch, **changes}
+        ball = norms.Ball(self.images, options["eps"], self.norm)
+        return ball.check(function(attackable, self.images, self.labels, **options))
+
+    def logits(self, images: Tensor, seed: int) -> Tensor:
+        self.start_random_numbers(seed)
+        return sample_logits(self.model, images, num_samples=self.num_samples, max_batch=self.max_batch)
+
+    def wrong(self, images: Tensor) -> Tensor:
+        """Misclassified samples an image; the same random numbers for every attack."""
+        return (self.logits(images, self.seed + 1).argmax(dim=2) != self.labels).sum(dim=0)
+
+    def hardest(self, candidates: Iterable[Tensor]) -> Tensor:
+        """Of several perturbations, each image's most harmful, by random numbers that no decision uses."""
+        candidates, gained = list(candidates), []
+        for images in candidates:
+            logits = self.logits(images, self.seed + 2) * (SPREAD / self.spread)
+            gained.append(sum(smooth_margin(sample, self.labels) for sample in logits))
+        every = torch.arange(len(self.labels), device=self.labels.device)
+        return torch.stack(candidates)[torch.stack(gained).argmax(dim=0), every]
+
+
+def spread_of(logits: Float[Tensor, "batch classes"]) -> float:
+    """The standard deviation of an image's logits over the classes, in the mean over the images; 1 where it
+    is zero."""
+    return float(logits.float().std(dim=1).mean()) or 1.0
 
 
 def masking_checklist(
@@ -77,7 +179,7 @@ def masking_checklist(
             such attack.
         seed: of everything random.
         max_batch: copies of images that are in memory at once.
-        progress: called with checks done and in all.
+        progress: called with attacks done and in all.
 
     Returns:
         the checks in a fixed order: those of gradients and samples first, then the attacks that must not win.
@@ -88,58 +190,130 @@ def masking_checklist(
     Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5; Hill et al. 2021
         (straight-through purifier).
     """
-    check_eps(eps, norm)
-    if norm == "l1":
-        raise ValueError(
-            "the checklist knows linf and l2, not l1: random noise and small steps mean little there"
-        )
-    if min(steps // 2, eot_samples, num_samples) < 1:
-        numbers = f"{steps}, {eot_samples} and {num_samples}"
-        raise ValueError(f"steps must be at least 2, eot_samples and num_samples at least 1, got {numbers}")
+    norms.check_eps(eps, norm)  # l1: random noise and small steps mean little there
+    check_settings(norm=(norm, one_of("linf", "l2")), steps=(steps, at_least(2)))
+    check_settings(images=(len(images), at_least(FEWEST_IMAGES)))  # that a comparison needs
+    check_counts(eot_samples=eot_samples, num_samples=num_samples)
     classifier = getattr(defence, "classifier", None) if classifier is None else classifier
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         model, images, labels = prepare(defence, images, labels)
-        if len(images) < FEWEST_IMAGES:
-            raise ValueError(f"a comparison needs at least {FEWEST_IMAGES} images, got {len(images)}")
         if classifier is not None:
             classifier, *_ = prepare(classifier, images, labels)
         random = is_random(model, images, max_batch=max_batch)
-        attack = {"eps": eps, "norm": norm, "steps": steps, "alpha": alpha}
-        attack["eot_samples"] = eot_samples if random else 1
-        probe = Probe(model, images, labels, attack, num_samples if random else 1, random, seed, max_batch)
-        checks, planned = [], _plan(probe, queries, classifier)
-        for check in planned:
-            checks.append(check())
+        samples = eot_samples if random else 1
+        probe = Probe(
+            model,
+            images,
+            labels,
+            attack={"eps": eps, "norm": norm, "steps": steps, "alpha": alpha, "eot_samples": samples},
+            num_samples=num_samples if random else 1,
+            random=random,
+            seed=seed,
+            max_batch=max_batch,
+        )
+        plan, attacked = _plan(probe, queries, classifier), {}
+        for name, changes in plan.items():
+            attacked[name] = probe.run(**changes)
             if progress is not None:
-                progress(len(checks), len(planned), "checks", {})
-    return checks
+                progress(len(attacked), len(plan), "attacks", {})
+        attacked["noise"] = probe.hardest(_noise(probe))
+        return list(_judge(probe, attacked))
+
+
+def _plan(probe: Probe, queries: int, classifier: Model | None) -> dict[str, dict[str, Any]]:
+    """The attacks by name, and how they differ from the main one. Those without a real bound start from the
+    image itself: a random start in so large a ball would destroy the image without any gradient."""
+    steps, seed, margin = probe.attack["steps"], probe.seed, {"loss": smooth_margin}
+    falling = {"alpha": probe.eps, "momentum": 0.75, "cycles": 1}
+    attacks: dict[str, dict[str, Any]] = {
+        "main": {},
+        "restart": {"seed": seed + 1000},
+        "falling steps": {"seed": seed + 2000, "steps": 2 * steps, **margin, **falling},
+        "targets": {"seed": seed + 3000, "loss": "likely_targets", "restarts": 3, **falling},
+        "half the steps": {"steps": steps // 2},
+        "twice the steps": {"steps": 2 * steps},
+        "one step": {"steps": 1, "alpha": None, "start": "clean"},
+        "larger steps": {"alpha": probe.eps},
+        "margin loss": margin,
+    }
+    attacks |= {f"EOT {samples}": {"eot_samples": samples} for samples in probe.eot_efforts}
+    for size in UNBOUNDED:
+        if size * probe.widest >= 2 * probe.eps or size == max(UNBOUNDED):
+            attacks[f"unbounded {size}"] = {"eps": size * probe.widest, "alpha": None, "start": "clean"}
+    if queries:
+        # large squares for the few queries that a check can afford
+        attacks["black box"] = {"function": square, "queries": queries, "first_share": 0.3, "schedule": 2000}
+    if classifier is not None:
+        attacks["transfer"] = {"target": classifier, "eot_samples": 1}
+    if hasattr(probe.model, "purify") and hasattr(probe.model, "classifier"):
+        attacks["straight-through"] = {"target": IdentityBackward(probe.model.purify, probe.model.classifier)}
+    return attacks
+
+
+def _judge(probe: Probe, attacked: dict[str, Tensor]) -> Iterator[Check]:
+    """The checks, from what the attacks found."""
+    steps, samples, main = probe.attack["steps"], probe.num_samples, attacked["main"]
+    wrong = {name: probe.wrong(images) for name, images in attacked.items()}
+    yield _measure_gradients(probe)
+    if probe.can_be_fixed:
+        yield _measure_modes(probe, main)
+        yield _measure_agreement(probe, probe.images, "finite differences")
+        yield _measure_agreement(probe, main, "finite differences, attacked")
+    else:
+        for name in ("same answers", "finite differences", "finite differences, attacked"):
+            yield Check(
+                name,
+                "suspicious",
+                "not compared, as the model's random numbers cannot be fixed: give it reseed(seed)",
+            )
+    if probe.random:
+        yield _measure_samples(probe)
+    for size in UNBOUNDED:
+        if f"unbounded {size}" in attacked:
+            logits = probe.logits(attacked[f"unbounded {size}"], probe.seed + 1)[0]
+            yield checks.check_unbounded(logits.argmax(dim=1) == probe.labels, logits.shape[1], size)
+    by_steps = {
+        steps // 2: wrong["half the steps"],
+        steps: wrong["main"],
+        2 * steps: wrong["twice the steps"],
+    }
+    stronger = ("restart", "larger steps", "margin loss", "falling steps", "targets")
+    others = {name: wrong[name] for name in stronger}
+    yield checks.check_effort("steps", "steps", by_steps, samples, others=others)
+    if probe.random:
+        yield _check_eot(probe, wrong)
+    both = probe.wrong(probe.hardest([main, attacked["restart"]]))
+    yield checks.check_effort("restarts", "starts", {1: wrong["main"], 2: both}, samples)
+    for name in WEAKER:
+        if name in wrong:
+            yield checks.check_weaker_attack(name, wrong[name], wrong["main"], wrong["restart"], samples)
 
 
 def _noise(probe: Probe) -> Iterator[Tensor]:
     """Random perturbations at the edge of the ball: signs (linf), a direction (l2); clipped to [0, 1]."""
     images, generator = probe.images, torch.Generator(probe.images.device).manual_seed(probe.seed)
-    ball = Ball(images, probe.eps, probe.norm)
-    for _ in range(NOISE_SAMPLES):
+    ball = norms.Ball(images, probe.eps, probe.norm)
+    for _ in range(10):
         noise = torch.randn(images.shape, generator=generator, device=images.device)
         length = noise.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
         yield ball.project(images + probe.eps * (noise.sign() if probe.norm == "linf" else noise / length))
 
 
 def _measure_gradients(probe: Probe) -> Check:
-    model = Attackable(probe.model, probe.spread, repaired=False)
+    model, samples = Attackable(probe.model, probe.spread, repaired=False), probe.attack["eot_samples"]
     probe.start_random_numbers(probe.seed)
-    options = {"eot_samples": probe.attack["eot_samples"], "max_batch": probe.max_batch}
-    return check_gradients(eot_gradient(model, probe.images, probe.labels, **options).gradient)
+    found = eot_gradient(model, probe.images, probe.labels, eot_samples=samples, max_batch=probe.max_batch)
+    return checks.check_gradients(found.gradient)
 
 
-def _measure_modes(probe: Probe, attacked: Tensor, name: str) -> Check:
+def _measure_modes(probe: Probe, attacked: Tensor) -> Check:
     """Logits as an attack meets them against those of a decision, of images and attacked images, under one
     sample."""
     shown = torch.cat([probe.images, attacked])
     with torch.enable_grad(), probe.same_sample(), full_float32(shown.device):
         parts = (part.detach().requires_grad_() for part in shown.split(probe.max_batch))
         with_gradient = torch.cat([probe.model(part).detach().float() for part in parts])
-    return check_modes(with_gradient, probe.answers(probe.model, shown), probe.spread, name)
+    return checks.check_modes(with_gradient, probe.answers(probe.model, shown), probe.spread)
 
 
 def _measure_agreement(probe: Probe, images: Tensor, name: str) -> Check:
@@ -156,111 +330,33 @@ def _measure_agreement(probe: Probe, images: Tensor, name: str) -> Check:
     # not at the image itself: where neighbours are equal, as on a black background, max pooling has a kink
     origin = (images + 4 * step * jitter).clamp(step, 1 - step)  # both sides of it are images
     model = Attackable(probe.model, probe.spread)
-
-    def value(points: Tensor) -> Tensor:
-        return smooth_margin(probe.answers(model, points), probe.labels)
-
     with probe.same_sample():
         found = eot_gradient(model, origin, probe.labels, loss=smooth_margin, max_batch=probe.max_batch)
-    predicted, measured = [], []
-    for _ in range(DIRECTIONS):
+    predicted, measured, labels = [], [], probe.labels
+    for _ in range(8):
         direction = torch.randint(2, origin.shape, generator=generator, device=origin.device) * 2.0 - 1
         predicted.append((found.gradient * direction).flatten(1).sum(dim=1))
-        measured.append((value(origin + step * direction) - value(origin - step * direction)) / (2 * step))
-    return check_agreement(torch.stack(predicted), torch.stack(measured), name)
+        above, below = (probe.answers(model, origin + side * step * direction) for side in (1, -1))
+        measured.append((smooth_margin(above, labels) - smooth_margin(below, labels)) / (2 * step))
+    return checks.check_agreement(torch.stack(predicted), torch.stack(measured), name)
 
 
 def _measure_samples(probe: Probe, calls: int = 12, copies: int = 12, images: int = 4) -> Check:
-    model = Attackable(probe.model, probe.spread)
     probe.start_random_numbers(probe.seed)
     shown, labels = probe.images[:images].repeat(copies, 1, 1, 1), probe.labels[:images].repeat(copies)
     with torch.no_grad():
+        model = Attackable(probe.model, probe.spread)
         values = torch.stack([smooth_margin(model(shown), labels) for _ in range(calls)])
-    return check_samples(values.unflatten(1, (copies, images)))
+    return checks.check_samples(values.unflatten(1, (copies, images)))
 
 
-def _measure_unbounded(probe: Probe, eps: float) -> Check:
-    """From the image itself: a random start in so large a ball would destroy the image without any
-    gradient."""
-    adversarial = probe.run(eps=eps * probe.widest, alpha=None, start="clean")
-    logits = probe.logits(adversarial, probe.seed + 1)[0]
-    return check_unbounded(logits.argmax(dim=1) == probe.labels, logits.shape[1], eps)
-
-
-def _measure_eot(probe: Probe, wrong: Tensor) -> Check:
+def _check_eot(probe: Probe, wrong: dict[str, Tensor]) -> Check:
     """More samples a gradient must not weaken the attack; an attack with a single sample must not gain by
     more."""
-    own = probe.attack["eot_samples"]
-    efforts = sorted({1, own, 2 * own} if own > 1 else {1, 8})
-    counts = {n: wrong if n == own else probe.wrong(probe.run(eot_samples=n)) for n in efforts}
-    check = check_effort("EOT", "samples a gradient", counts, probe.num_samples)
-    p_value = paired_p_value(counts[efforts[-1]], counts[1])
-    check = replace(check, detail=f"{check.detail}; more than one sample matters: {p_text(p_value)}")
-    if own == 1 and check.outcome == "passed":  # an attack that averages nothing measures no random model
-        return replace(check, outcome=outcome_of(p_value))
-    return check
-
-
-def _plan(probe: Probe, queries: int, classifier: Model | None) -> list[Callable[[], Check]]:
-    """The checks that can be made of this model, each still to be run; they share the attacks."""
-    steps, margin = probe.attack["steps"], {"loss": smooth_margin}
-    falling = {"steps": 2 * steps, "alpha": probe.eps, "momentum": MOMENTUM, "cycles": 1}
-    attacks = {
-        "one step": partial(probe.run, steps=1, alpha=None, start="clean"),
-        "larger steps": partial(probe.run, alpha=probe.eps),
-        "margin loss": partial(probe.run, **margin),
-        "noise": lambda: probe.hardest(_noise(probe)),
-    }
-    if queries:
-        options = {"queries": queries, "first_share": 0.3, "schedule": SHORT_SCHEDULE}
-        attacks["black box"] = partial(probe.run, function=square, **options)
-    if classifier is not None:
-        attacks["transfer"] = partial(probe.run, target=classifier, eot_samples=1)
-    if hasattr(probe.model, "purify") and hasattr(probe.model, "classifier"):
-        target = IdentityBackward(probe.model.purify, probe.model.classifier)
-        attacks["straight-through"] = partial(probe.run, target=target)
-    weaker = list(attacks)
-    attacks["main"] = probe.run
-    attacks["restart"] = partial(probe.run, seed=probe.seed + 1000)
-    attacks["falling steps"] = partial(probe.run, seed=probe.seed + 2000, **margin, **falling)
-
-    @cache
-    def adversarial(name: str) -> Tensor:
-        return attacks[name]()
-
-    @cache
-    def wrong(name: str) -> Tensor:
-        return probe.wrong(adversarial(name))
-
-    def compare(name: str) -> Check:
-        return check_weaker_attack(name, wrong(name), wrong("main"), wrong("restart"), probe.num_samples)
-
-    def more_steps() -> Check:
-        efforts = (steps // 2, steps, 2 * steps)
-        counts = {n: wrong("main") if n == steps else probe.wrong(probe.run(steps=n)) for n in efforts}
-        others = {name: wrong(name) for name in ("restart", "larger steps", "margin loss", "falling steps")}
-        return check_effort("steps", "steps", counts, probe.num_samples, others=others)
-
-    def more_starts() -> Check:
-        both = probe.hardest([adversarial("main"), adversarial("restart")])
-        return check_effort("restarts", "starts", {1: wrong("main"), 2: probe.wrong(both)}, probe.num_samples)
-
-    under_one_sample = {
-        "same answers": lambda name: _measure_modes(probe, adversarial("main"), name),
-        "finite differences": lambda name: _measure_agreement(probe, probe.images, name),
-        "finite differences, attacked": lambda name: _measure_agreement(probe, adversarial("main"), name),
-    }
-    sizes = [size for size in UNBOUNDED if size * probe.widest >= 2 * probe.eps or size == max(UNBOUNDED)]
-    return [
-        partial(_measure_gradients, probe),
-        *(
-            partial(check, name) if probe.can_be_fixed else partial(Check, name, "suspicious", NOT_FIXED)
-            for name, check in under_one_sample.items()
-        ),
-        *([partial(_measure_samples, probe)] if probe.random else []),
-        *(partial(_measure_unbounded, probe, size) for size in sizes),
-        more_steps,
-        *([lambda: _measure_eot(probe, wrong("main"))] if probe.random else []),
-        more_starts,
-        *(partial(compare, name) for name in weaker),
-    ]
+    counts = {samples: wrong[f"EOT {samples}"] for samples in probe.eot_efforts}
+    check = checks.check_effort("EOT", "samples a gradient", counts, probe.num_samples)
+    p_value = checks.paired_p_value(counts[max(counts)], counts[1])
+    # an attack that averages nothing measures no random model
+    alone = probe.attack["eot_samples"] == 1 and check.outcome == "passed"
+    outcome = checks.outcome_of(p_value) if alone else check.outcome
+    return Check("EOT", outcome, f"{check.detail}; more than one sample matters: {checks.p_text(p_value)}")

@@ -7,7 +7,7 @@ tenth of it, because a checklist makes about ten comparisons.
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
-from math import atanh, isfinite, pi, sqrt, tanh
+from math import atanh, pi, sqrt, tanh
 
 import pandas as pd
 import torch
@@ -19,10 +19,6 @@ from atoplib.decisions import wilson_interval
 from atoplib.evaluation import markdown_table
 
 SIGNIFICANCE = 0.05
-AGREEMENT = {"failed": 0.9, "suspicious": 0.97}  # of gradient and loss: correlations that are too small
-VANISHED = {"failed": 0.1, "suspicious": 0.0}  # shares of images without a usable gradient that are too large
-SAME = 1e-3  # of the logits' spread: two computations of one function may differ by so much
-CONVERGED = 0.01  # share of images that other attacks may break beside one that is called converged
 
 
 @dataclass(frozen=True)
@@ -40,20 +36,20 @@ def warning(checks: Sequence[Check] | Mapping[str, Sequence[Check]]) -> str:
     """What is written over a number, or over a table of several defences, that must not be believed; empty if
     no check failed."""
     if isinstance(checks, Mapping):
-        masked = [name for name, each in checks.items() if warning(each)]
-        return f"NOT TRUSTWORTHY, gradients may be masked in: {', '.join(masked)}." if masked else ""
+        masked = ", ".join(name for name, each in checks.items() if warning(each))
+        return masked and f"NOT TRUSTWORTHY, gradients may be masked in: {masked}."
     failed = ", ".join(check.name for check in checks if check.outcome == "failed")
-    text = f"Not trustworthy: failed {failed}. A robust accuracy means nothing until this is explained."
-    return text if failed else ""
+    return failed and (
+        f"Not trustworthy: failed {failed}. A robust accuracy means nothing until this is explained."
+    )
 
 
 def format_checks(checks: Sequence[Check]) -> str:
     """The checklist as a Markdown table, with what it means for the number below it."""
-    table = markdown_table(pd.DataFrame(map(asdict, checks)), index=False)
     unsure = ", ".join(check.name for check in checks if check.outcome == "suspicious")
-    trust = f"Trustworthy with a question: look into {unsure}." if unsure else ""
-    meaning = f"**{warning(checks)}**" if warning(checks) else trust
-    return f"{table}\n\n{meaning or 'Trustworthy as far as these checks see.'}"
+    trust = f"with a question: look into {unsure}" if unsure else "as far as these checks see"
+    meaning = f"**{warning(checks)}**" if warning(checks) else f"Trustworthy {trust}."
+    return f"{markdown_table(pd.DataFrame(map(asdict, checks)), index=False)}\n\n{meaning}"
 
 
 def paired_p_value(attack: Int[Tensor, " batch"], baseline: Int[Tensor, " batch"]) -> float:
@@ -69,11 +65,19 @@ def paired_p_value(attack: Int[Tensor, " batch"], baseline: Int[Tensor, " batch"
     """
     differences = (attack - baseline).double().cpu()
     total = int(differences.abs().sum())
-    size = 2 * total + 1  # sums from -total to total
-    waves = 2 * pi * torch.arange(size, dtype=torch.float64) / size
+    waves = torch.linspace(0, 2 * pi, 2 * total + 2, dtype=torch.float64)[:-1]  # of sums from -total to total
     spectrum = torch.cos(waves.unsqueeze(1) * differences).prod(dim=1).to(torch.complex128)
     probabilities = torch.fft.fftshift(torch.fft.ifft(spectrum).real)  # of the sums -total to total
     return float(probabilities[total + int(differences.sum()) :].sum().clamp(0, 1))
+
+
+def p_text(p_value: float) -> str:
+    """A p-value as it is printed."""
+    return f"p = {p_value:.2g}" if p_value >= 1e-4 else "p < 0.0001"
+
+
+def _errors(wrong: Tensor, num_samples: int) -> str:
+    return f"{float(wrong.sum()) / num_samples:.1f}".removesuffix(".0")
 
 
 def outcome_of(p_value: float) -> str:
@@ -81,38 +85,41 @@ def outcome_of(p_value: float) -> str:
     return "failed" if p_value < SIGNIFICANCE / 10 else "suspicious" if p_value < SIGNIFICANCE else "passed"
 
 
-def _outcome_of_share(count: int, images: int) -> str:
-    low, _ = wilson_interval(count, images)
-    return next((name for name in ("failed", "suspicious") if low > VANISHED[name]), "passed")
+def _outcome_of_share(wrong: Bool[Tensor, " batch"]) -> str:
+    low, _ = wilson_interval(int(wrong.sum()), len(wrong))
+    return "failed" if low > 0.1 else "suspicious" if low > 0 else "passed"
 
 
 def check_gradients(gradients: Float[Tensor, "batch channels height width"]) -> Check:
     """Input gradients must be finite and not zero: of hardly any image (at most a tenth; any at all is
     suspicious)."""
-    flat = gradients.flatten(1)
-    broken, zero = ~torch.isfinite(flat).all(dim=1), (flat == 0).all(dim=1)
-    counts = f"zero for {int(zero.sum())} and not finite for {int(broken.sum())} of {len(flat)} images"
-    outcome = _outcome_of_share(int((broken | zero).sum()), len(flat))
-    return Check("gradients", outcome, f"the input gradient is {counts}")
+    broken = ~gradients.isfinite().flatten(1).all(dim=1)
+    zero = (gradients == 0).flatten(1).all(dim=1)
+    return Check(
+        "gradients",
+        _outcome_of_share(broken | zero),
+        f"the input gradient is zero for {int(zero.sum())} and not finite for {int(broken.sum())} of "
+        f"{len(zero)} images",
+    )
 
 
 def check_modes(
-    with_gradient: Float[Tensor, "batch classes"],
-    without: Float[Tensor, "batch classes"],
-    spread: float,
-    name: str = "same answers",
+    with_gradient: Float[Tensor, "batch classes"], without: Float[Tensor, "batch classes"], spread: float
 ) -> Check:
     """Logits must be the same whether or not a gradient is asked for: an attack sees the one, a decision
     rests on the other.
 
     Args:
-        spread: of the logits over the classes; a difference beyond ``SAME`` of it counts. Failed and
-            suspicious as in ``check_gradients``.
+        spread: of the logits over the classes; a difference beyond a thousandth of it counts, as two
+            computations of one function may differ by less. Failed and suspicious as in ``check_gradients``.
     """
-    off = ~((with_gradient - without).abs().amax(dim=1) <= SAME * spread)  # so that NaN counts, too
-    count = int(off.sum())
-    text = f"where a gradient is asked for, the same sample gives {count} of {len(off)} images other logits"
-    return Check(name, _outcome_of_share(count, len(off)), text)
+    off = ~((with_gradient - without).abs().amax(dim=1) <= 1e-3 * spread)  # so that NaN counts, too
+    return Check(
+        "same answers",
+        _outcome_of_share(off),
+        f"where a gradient is asked for, the same sample gives {int(off.sum())} of {len(off)} images other "
+        f"logits",
+    )
 
 
 def check_agreement(
@@ -128,15 +135,16 @@ def check_agreement(
     leaves 0.71. The 95 % bound counts images only, since the directions of one image share its gradient.
     Failed where the correlation is surely below 0.9, suspicious where it is surely below 0.97.
     """
-    x, y = predicted.flatten().double(), measured.flatten().double()
-    x, y = x - x.mean(), y - y.mean()
-    size = float(x.norm() * y.norm())
-    correlation = float(x @ y) / size if size > 0 and isfinite(size) else 0.0
-    within = max(-1 + 1e-12, min(1 - 1e-12, correlation))
-    high = tanh(atanh(within) + 1.645 / sqrt(max(1, predicted.shape[1] - 3)))
-    outcome = next((name for name in ("failed", "suspicious") if high < AGREEMENT[name]), "passed")
-    text = f"a correlation of {correlation:.2f} (at most {high:.2f})"
-    return Check(name, outcome, f"small steps change the margin as the gradient says with {text}")
+    pairs = torch.stack([predicted.flatten(), measured.flatten()]).double()
+    correlation = float(torch.corrcoef(pairs)[0, 1].nan_to_num(0.0).clamp(1e-12 - 1, 1 - 1e-12))
+    high = tanh(atanh(correlation) + 1.645 / sqrt(max(1, predicted.shape[1] - 3)))
+    outcome = "failed" if high < 0.9 else "suspicious" if high < 0.97 else "passed"
+    return Check(
+        name,
+        outcome,
+        f"small steps change the margin as the gradient says with a correlation of {correlation:.2f} (at "
+        f"most {high:.2f})",
+    )
 
 
 def check_samples(values: Float[Tensor, "calls copies batch"]) -> Check:
@@ -145,18 +153,16 @@ def check_samples(values: Float[Tensor, "calls copies batch"]) -> Check:
     ``values`` of an image in one call must not be more alike than those of different calls (Kruskal & Wallis
     1952, corrected for ties and summed over the images). An image whose values are all equal says nothing.
     """
-    from scipy.stats import rankdata  # slow to load
+    from scipy.stats import kruskal  # slow to load
 
-    calls, copies, _ = values.shape
-    number = calls * copies
-    ranks = torch.from_numpy(rankdata(values.flatten(0, 1).double().cpu(), axis=0)) - (number + 1) / 2
-    variance = ranks.square().sum(dim=0) / (number - 1)
-    distance = copies * ranks.unflatten(0, (calls, copies)).mean(dim=1).square().sum(dim=0)
-    telling = variance > 0
-    freedom = max(1, int(telling.sum())) * (calls - 1)
-    p_value = float(chdtrc(freedom, float((distance / variance)[telling].sum())))
-    text = f"copies of an image in one batch need independent samples for EOT ({p_text(p_value)})"
-    return Check("samples", outcome_of(p_value), text)
+    values = values[..., (values != values[0, 0]).flatten(0, 1).any(dim=0)].double().cpu().numpy()
+    freedom = max(1, values.shape[2]) * (len(values) - 1)
+    p_value = float(chdtrc(freedom, kruskal(*values, axis=0).statistic.sum()))
+    return Check(
+        "samples",
+        outcome_of(p_value),
+        f"copies of an image in one batch need independent samples for EOT ({p_text(p_value)})",
+    )
 
 
 def check_unbounded(correct: Bool[Tensor, " batch"], classes: int, eps: float) -> Check:
@@ -164,10 +170,11 @@ def check_unbounded(correct: Bool[Tensor, " batch"], classes: int, eps: float) -
     test)."""
     count, images = int(correct.sum()), len(correct)
     p_value = float(bdtrc(count - 1, images, 1 / classes)) if count else 1.0
-    text = (
-        f"{count} of {images} images are still correct; chance is {images / classes:.1f} ({p_text(p_value)})"
+    return Check(
+        f"unbounded, eps {eps:.2f}",
+        outcome_of(p_value),
+        f"{count} of {images} images are still correct; chance is {images / classes:.1f} ({p_text(p_value)})",
     )
-    return Check(f"unbounded, eps {eps:.2f}", outcome_of(p_value), text)
 
 
 def check_weaker_attack(
@@ -187,12 +194,13 @@ def check_weaker_attack(
     broken, again = ((missed & (2 * other > num_samples)).long() for other in (weaker, restart))
     comparisons = paired_p_value(weaker, attack), paired_p_value(broken, again)
     p_value = min(1.0, len(comparisons) * min(comparisons))
-    text = (
+    return Check(
+        name,
+        outcome_of(p_value),
         f"it finds {_errors(weaker, num_samples)} errors, the white-box attack {_errors(attack, num_samples)}"
         f"; of the {int(missed.sum())} images which that misses it breaks {int(broken.sum())}, "
-        f"a restart {int(again.sum())} ({p_text(p_value)})"
+        f"a restart {int(again.sum())} ({p_text(p_value)})",
     )
-    return Check(name, outcome_of(p_value), text)
 
 
 def check_effort(
@@ -209,12 +217,12 @@ def check_effort(
         wrong: misclassified samples an image, of ``num_samples``, by the effort, in ascending order.
         others: the same under attacks that differ in something else (schedule, loss, start). One schedule
             alone never shows that an attack has converged: that is said only where these break no more than
-                ``CONVERGED`` of the images beside
+                one in a hundred of the images beside
             those that the last effort breaks.
     """
     efforts, last = list(wrong), wrong[max(wrong)]
-    pairs = list(pairwise(efforts))
-    weaker = min(1.0, len(pairs) * min(paired_p_value(wrong[less], wrong[more]) for less, more in pairs))
+    gains = [paired_p_value(less, more) for less, more in pairwise(wrong.values())]
+    weaker = min(1.0, len(gains) * min(gains))
     missed = 2 * last <= num_samples
     broken = {other: missed & (2 * counts > num_samples) for other, counts in (others or {}).items()}
     union = int(sum(broken.values(), torch.zeros_like(missed)).sum())
@@ -223,20 +231,11 @@ def check_effort(
         state = f"more make the attack weaker ({p_text(weaker)})"
     elif paired_p_value(last, wrong[efforts[-2]]) < SIGNIFICANCE:
         state = "more still help, so a robust accuracy at this effort is too high"
-    elif union > CONVERGED * len(missed):
+    elif union > 0.01 * len(missed):
         counts = ", ".join(f"{other} {int(each.sum())}" for other, each in broken.items())
-        state += f", but others break images that it misses ({union} of {int(missed.sum())}: {counts}), so a "
-        state += "robust accuracy is too high"
+        missing = f"others break images that it misses ({union} of {int(missed.sum())}: {counts})"
+        state = f"{state}, but {missing}, so a robust accuracy is too high"
     elif others:
         state = f"converged, beside {', '.join(others)}, too"
-    found = ", ".join(f"{effort}: {_errors(wrong[effort], num_samples)}" for effort in efforts)
+    found = ", ".join(f"{effort}: {_errors(counts, num_samples)}" for effort, counts in wrong.items())
     return Check(name, outcome_of(weaker), f"errors by {unit}: {found}; {state}")
-
-
-def p_text(p_value: float) -> str:
-    """A p-value as it is printed."""
-    return f"p = {p_value:.2g}" if p_value >= 1e-4 else "p < 0.0001"
-
-
-def _errors(wrong: Tensor, num_samples: int) -> str:
-    return f"{float(wrong.sum()) / num_samples:.1f}".removesuffix(".0")

@@ -11,12 +11,11 @@ from typing import Any
 
 from torch import nn
 
+from atoplib.purifiers.autoencoders import DenoisingAutoencoder, ResidualPurifier
 from atoplib.purifiers.deepfill import DeepFillV2, PatchDiscriminator
-from atoplib.purifiers.denoising import DenoisingAutoencoder
 from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
-from atoplib.purifiers.frozen import FrozenGatedUNet, frozen_unet
+from atoplib.purifiers.frozen import FrozenGatedUNet, freeze_purifier
 from atoplib.purifiers.gated import GatedUNet
-from atoplib.purifiers.residual import ResidualPurifier
 
 __all__ = [
     "PURIFIERS",
@@ -29,7 +28,7 @@ __all__ = [
     "PatchDiscriminator",
     "ResidualPurifier",
     "build",
-    "frozen_unet",
+    "freeze_purifier",
     "load_diffusers",
 ]
 

@@ -41,7 +41,17 @@ class DeepFillV2(nn.Module):
             raise ValueError(
                 f"width must be a positive multiple of 4 (48 in the public weights), got {width}"
             )
-        self.stage1 = _coarse_stage(width)
+        w, dilations = width, enumerate((*DILATIONS, 1, 1), start=1)
+        coarse = {
+            "conv1": GatedConv2d(5, w // 2, 5),
+            "down_block1": _down_block(w // 2, w, w),
+            "down_block2": _down_block(w, 2 * w, 2 * w),
+            **{f"conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=dilation) for i, dilation in dilations},
+            "up_block1": _up_block(2 * w, w, w),
+            "up_block2": _up_block(w, w // 2, w // 4),
+            "conv_to_rgb": TanhConv2d(w // 4, 3),
+        }
+        self.stage1 = nn.Sequential(OrderedDict(coarse))
         self.stage2 = FineStage(width)
 
     def forward(
@@ -54,21 +64,7 @@ class DeepFillV2(nn.Module):
         return coarse, fine
 
 
-def _coarse_stage(width: int) -> nn.Sequential:
-    w, dilations = width, enumerate((*DILATIONS, 1, 1), start=1)
-    layers = {
-        "conv1": GatedConv2d(5, w // 2, 5),
-        "down_block1": _down_block(w // 2, w, w),
-        "down_block2": _down_block(w, 2 * w, 2 * w),
-        **{f"conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=dilation) for i, dilation in dilations},
-        "up_block1": _up_block(2 * w, w, w),
-        "up_block2": _up_block(w, w // 2, w // 4),
-        "conv_to_rgb": TanhConv2d(w // 4, 3),
-    }
-    return nn.Sequential(OrderedDict(layers))
-
-
-class FineStage(nn.Module):
+class FineStage(nn.ModuleDict):
     """Second stage: a dilated branch and a contextual-attention branch on the same image, joined and decoded.
 
     Input: the image with its holes filled by the coarse stage (batch, 3, height, width) in [-1, 1], and the
@@ -76,16 +72,12 @@ class FineStage(nn.Module):
     """
 
     def __init__(self, width: int):
-        super().__init__()
         w, dilations = width, enumerate(DILATIONS, start=1)
         layers = {
             "conv_conv1": GatedConv2d(3, w // 2, 5),
             "conv_down_block1": _down_block(w // 2, w // 2, w),
             "conv_down_block2": _down_block(w, w, 2 * w),
-            **{
-                f"conv_conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=dilation)
-                for i, dilation in dilations
-            },
+            **{f"conv_conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=rate) for i, rate in dilations},
             "ca_conv1": GatedConv2d(3, w // 2, 5),
             "ca_down_block1": _down_block(w // 2, w // 2, w),
             "ca_down_block2": _down_block(w, 2 * w, 2 * w),
@@ -99,36 +91,39 @@ class FineStage(nn.Module):
             "up_block2": _up_block(w, w // 2, w // 4),
             "conv_to_rgb": TanhConv2d(w // 4, 3),
         }
-        for name, layer in layers.items():
-            self.add_module(name, layer)
+        super().__init__(layers)
 
     def forward(
         self, image: Float[Tensor, "batch 3 height width"], mask: Float[Tensor, "batch 1 height width"]
     ) -> Float[Tensor, "batch 3 height width"]:
-        dilated = self.conv_down_block2(self.conv_down_block1(self.conv_conv1(image)))
+        dilated = self["conv_down_block2"](self["conv_down_block1"](self["conv_conv1"](image)))
         for index in range(1, len(DILATIONS) + 1):
-            dilated = self.get_submodule(f"conv_conv_bn{index}")(dilated)
-
-        attended = self.ca_conv_bn1(self.ca_down_block2(self.ca_down_block1(self.ca_conv1(image))))
-        attended = self.contextual_attention(attended, mask)
-        attended = self.ca_conv_bn5(self.ca_conv_bn4(attended))
-
-        joined = self.conv_bn7(self.conv_bn6(torch.cat((dilated, attended), dim=1)))
-        return self.conv_to_rgb(self.up_block2(self.up_block1(joined)))
+            dilated = self[f"conv_conv_bn{index}"](dilated)
+        attended = self["ca_down_block2"](self["ca_down_block1"](self["ca_conv1"](image)))
+        attended = self["contextual_attention"](self["ca_conv_bn1"](attended), mask)
+        attended = self["ca_conv_bn5"](self["ca_conv_bn4"](attended))
+        joined = self["conv_bn7"](self["conv_bn6"](torch.cat((dilated, attended), dim=1)))
+        return self["conv_to_rgb"](self["up_block2"](self["up_block1"](joined)))
 
 
 def _down_block(in_channels: int, middle_channels: int, out_channels: int) -> nn.Sequential:
     """Gated 3x3 of stride 2 to ``middle_channels``, then gated 3x3 to ``out_channels``."""
-    downsample = GatedConv2d(in_channels, middle_channels, 3, stride=2)
-    conv2 = GatedConv2d(middle_channels, out_channels, 3)
-    return nn.Sequential(OrderedDict(conv1_downsample=downsample, conv2=conv2))
+    return nn.Sequential(
+        OrderedDict(
+            conv1_downsample=GatedConv2d(in_channels, middle_channels, 3, stride=2),
+            conv2=GatedConv2d(middle_channels, out_channels, 3),
+        )
+    )
 
 
 def _up_block(in_channels: int, middle_channels: int, out_channels: int) -> nn.Sequential:
     """Gated upsampling by 2 to ``middle_channels``, then gated 3x3 to ``out_channels``."""
-    upsample = GatedUpConv2d(in_channels, middle_channels)
-    conv2 = GatedConv2d(middle_channels, out_channels, 3)
-    return nn.Sequential(OrderedDict(conv1_upsample=upsample, conv2=conv2))
+    return nn.Sequential(
+        OrderedDict(
+            conv1_upsample=GatedUpConv2d(in_channels, middle_channels),
+            conv2=GatedConv2d(middle_channels, out_channels, 3),
+        )
+    )
 
 
 class TanhConv2d(nn.Module):
@@ -163,7 +158,10 @@ class ContextualAttention(nn.Module):
         # bfloat16's eight bits, times the softmax scale, would pick the patches at random.
         with torch.autocast(features.device.type, enabled=False):
             scores = _fuse_scores(_match_scores(_at_least_float32(features)), h // 2, w // 2)
-            valid = _valid_patches(mask).to(scores.dtype)
+            # A patch is valid where the mask, at 1/8 of the size, is zero over its whole 3x3 window. The pool
+            # pads with minus infinity: cells outside the image count as not masked.
+            masked = F.max_pool2d(mask[:, :, ::8, ::8], 3, stride=1, padding=1)
+            valid = (masked == 0).flatten(2).mT.to(scores.dtype)  # batch, L, 1
             weights = torch.softmax(SOFTMAX_SCALE * scores * valid, dim=1) * valid
         patches = F.unfold(features, kernel_size=4, stride=2, padding=1)  # batch, 16 * channels, L
         pasted = patches @ weights.to(patches.dtype)
@@ -202,17 +200,11 @@ def _swap_raster_order(
     return grids.permute(0, 2, 1, 4, 3).reshape(scores.shape)
 
 
-def _valid_patches(mask: Float[Tensor, "batch 1 height width"]) -> Tensor:
-    """(batch, L, 1) of bool: the mask, at 1/8 of the size, is zero over the patch's whole 3x3 window."""
-    # max_pool2d pads with minus infinity: cells outside the image count as not masked.
-    return (F.max_pool2d(mask[:, :, ::8, ::8], 3, stride=1, padding=1) == 0).flatten(2).mT
-
-
 def _at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Sequential):
     """The critic of the inpainting GAN (SN-PatchGAN: Yu et al. 2019, section 3.2): scores every patch of an
     image, one value for each position and channel of the last feature map.
 
@@ -223,16 +215,8 @@ class PatchDiscriminator(nn.Module):
     """
 
     def __init__(self, width: int = 64):
-        super().__init__()
         widths = [4, width, 2 * width, *[4 * width] * 4]
-        self.convs = nn.ModuleList(
-            spectral_norm(nn.Conv2d(c_in, c_out, 5, stride=2, padding=2)) for c_in, c_out in pairwise(widths)
+        convs = [nn.Conv2d(c_in, c_out, 5, stride=2, padding=2) for c_in, c_out in pairwise(widths)]
+        super().__init__(
+            *(nn.Sequential(spectral_norm(conv), nn.LeakyReLU(0.2)) for conv in convs), nn.Flatten()
         )
-
-    def forward(
-        self, images_and_mask: Float[Tensor, "batch 4 height width"]
-    ) -> Float[Tensor, "batch scores"]:
-        x = images_and_mask
-        for conv in self.convs:
-            x = F.leaky_relu(conv(x), 0.2)
-        return x.flatten(1)

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from atoplib.parameters import above, at_least, between, check_settings, one_of
 from atoplib.purifiers.gated import check_size
 
 SMALL_UNET: Mapping[str, Any] = {
@@ -58,13 +59,9 @@ def _make_unet(config: Mapping[str, Any]) -> nn.Module:
             f"unet needs block_out_channels, a list of 1..{MAX_BLOCKS} numbers, and layers_per_block in "
             f"1..{MAX_BLOCKS}; got {widths!r} and {layers!r}"
         )
-    blocks = {
-        "down_block_types": ("DownBlock2D",) * len(widths),
-        "up_block_types": ("UpBlock2D",) * len(widths),
-    }
+    blocks = {f"{way}_block_types": (f"{way.capitalize()}Block2D",) * len(widths) for way in ("down", "up")}
     tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
-    unet_class, _ = _import_diffusers()
-    return unet_class(**{**blocks, **tuples})
+    return _import_diffusers()[0](**{**blocks, **tuples})
 
 
 def signal_levels(config: Mapping[str, Any]) -> Float[Tensor, " levels"]:
@@ -80,20 +77,16 @@ def signal_levels(config: Mapping[str, Any]) -> Float[Tensor, " levels"]:
     Source: Ho et al. 2020, section 2, equation 4.
     """
     chosen = {name: config[name] for name in SCHEDULE if name in config}
-    if not 1 <= chosen.get("num_train_timesteps", 1000) <= MAX_LEVELS:
-        raise ValueError(
-            f"num_train_timesteps must lie in 1..{MAX_LEVELS}, got {chosen['num_train_timesteps']}"
-        )
-    _, scheduler_class = _import_diffusers()
+    check_settings(num_train_timesteps=(chosen.get("num_train_timesteps", 1000), between(1, MAX_LEVELS)))
     with torch.device("cpu"):  # a module that is built on the meta device needs its settings, too
-        betas = scheduler_class(**chosen).betas.double()
+        betas = _import_diffusers()[1](**chosen).betas.double()
     return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - betas).cumprod(0)])
 
 
 def noised(
     images: Float[Tensor, "batch channels height width"],
     noise: Float[Tensor, "batch channels height width"],
-    level: Float[Tensor, "*batch"] | float,
+    level: Float[Tensor, "batch 1 1 1"] | float,
 ) -> Float[Tensor, "batch channels height width"]:
     """sqrt(level) * x + sqrt(1 - level) * n, images on [-1, 1], ``noise`` standard normal.
 
@@ -102,10 +95,7 @@ def noised(
 
     Source: Ho et al. 2020, equation 4; Nie et al. 2022, equation 4.
     """
-    if isinstance(level, float):  # as a tensor it would be copied to the device
-        return sqrt(level) * images + sqrt(1 - level) * noise
-    level = level.to(images.dtype).view(-1, 1, 1, 1)
-    return level.sqrt() * images + (1 - level).sqrt() * noise
+    return level**0.5 * images + (1 - level) ** 0.5 * noise
 
 
 def reverse_step(
@@ -176,28 +166,25 @@ class DiffusionPurifier(nn.Module):
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        if channels not in (1, 3) or fold < 1 or not 0 < t_star <= 1 or not 0 <= eta <= 1:
-            raise ValueError(
-                "channels must be 1 or 3, fold at least 1, t_star in (0, 1] and eta in [0, 1], got "
-                f"channels={channels}, fold={fold}, t_star={t_star}, eta={eta}"
-            )
+        check_settings(
+            channels=(channels, one_of(1, 3)), fold=(fold, at_least(1)), t_star=(t_star, above(0, 1)),
+            eta=(eta, between(0, 1)),
+        )  # fmt: skip
         planes = {"in_channels": channels * fold**2, "out_channels": channels * fold**2}
         levels = signal_levels(schedule or {})
         farthest = round(t_star * (len(levels) - 1))
-        if not 1 <= steps <= farthest:
-            raise ValueError(
-                f"steps must lie in 1..{farthest}, the noise levels up to t_star={t_star} of "
-                f"{len(levels) - 1}; got {steps}"
-            )
+        check_settings(steps=(steps, between(1, farthest)))  # as many as there are noise levels up to t_star
         self.unet = _make_unet({**SMALL_UNET, **(unet or {}), **planes})
         self.register_buffer("levels", levels.float(), persistent=False)
         self.times = [round(farthest * (steps - step) / steps) for step in range(steps + 1)]
         self.path = levels[self.times].tolist()
         self.channels, self.fold, self.steps, self.eta = channels, fold, steps, eta
         self.checkpointing = checkpointing
-        settings = json.loads(json.dumps({"unet": unet or {}, "schedule": schedule or {}}))
-        numbers = {"channels": channels, "fold": fold, "t_star": t_star, "steps": steps, "eta": eta}
-        self.options = {**settings, **numbers, "checkpointing": checkpointing}
+        options = {
+            "unet": unet or {}, "schedule": schedule or {}, "channels": channels, "fold": fold,
+            "t_star": t_star, "steps": steps, "eta": eta, "checkpointing": checkpointing,
+        }  # fmt: skip
+        self.options = json.loads(json.dumps(options))
 
     @property
     def noise_planes(self) -> int:
@@ -235,10 +222,8 @@ class DiffusionPurifier(nn.Module):
             raise ValueError(
                 f"this purifier needs {self.noise_planes} planes of noise an image, got {noise.shape[1]}"
             )
-        self._check_size(inputs)
-        images = self._to_channels(inputs[:, :3])
         first, *others = noise.split(self.channels, dim=1)
-        state = noised(images, first, self.path[0])
+        state = noised(self._prepared(inputs[:, :3]), first, self.path[0])
         for step in range(self.steps):
             arguments = state, step, others[step] if step < len(others) else None
             if self.checkpointing and torch.is_grad_enabled():
@@ -262,19 +247,16 @@ class DiffusionPurifier(nn.Module):
 
         Raises ValueError as ``forward`` does. Source: Ho et al. 2020, equation 14 (L_simple).
         """
-        self._check_size(images)
         noise = noise[:, : self.channels]
         steps = (times * (len(self.levels) - 1)).long() + 1
-        noisy = noised(self._to_channels(images), noise, self.levels[steps])
+        noisy = noised(self._prepared(images), noise, self.levels[steps].view(-1, 1, 1, 1))
         return (self.predict(noisy, steps) - noise).square().mean()
 
-    def _to_channels(self, images: Tensor) -> Tensor:
-        """Images as the U-Net takes them: in colour, or the mean of the colours."""
-        return images if self.channels == 3 else images.mean(dim=1, keepdim=True)
-
-    def _check_size(self, images: Tensor) -> None:
-        """Raise ValueError unless the U-Net can fold and halve images of this size."""
+    def _prepared(self, images: Tensor) -> Tensor:
+        """Images as the U-Net takes them, in colour or the mean of the colours; ValueError for a size that it
+        cannot fold and halve."""
         check_size(images, self.fold * 2 ** (len(self.unet.config["block_out_channels"]) - 1))
+        return images if self.channels == 3 else images.mean(dim=1, keepdim=True)
 
 
 def load_diffusers(

@@ -1,6 +1,7 @@
 """A trained GatedUNet in the form that attacks call thousands of times: nothing of it is trained, nothing
 computed twice."""
 
+from contextlib import suppress
 from copy import deepcopy
 from typing import Any
 
@@ -19,9 +20,8 @@ class FrozenGatedUNet(nn.Module):
     """What a ``GatedUNet`` computes, and its gradients to the visible pixels, up to rounding; in less time.
 
     Its weights are copies without gradients. Squares of pixels are folded in the order in which channels-last
-    images lie in memory, which takes a third of the time of ``pixel_unshuffle``; what the first convolution
-    makes of the plane of ones is computed once, and neither that plane nor the mask gets a gradient, for no
-    attack moves them. Gradients of gradients are refused.
+    images lie in memory, which takes a third of the time of ``pixel_unshuffle``; neither the plane of ones
+    nor the mask gets a gradient, for no attack moves them. Gradients of gradients are refused.
 
     Args:
         unet: it is left as it is.
@@ -31,52 +31,46 @@ class FrozenGatedUNet(nn.Module):
         super().__init__()
         self.unet = deepcopy(unet).to(memory_format=torch.channels_last)
         first, last, fold = unet.encode1.conv, unet.to_rgb, unet.fold
-        colours, ones, mask = first.weight.detach().split([3 * fold**2, fold**2, fold**2], dim=1)
-        self.from_colours = _convolution(colours[:, _pixel_order(fold)], None)
-        self.from_mask = _convolution(mask, None)
-        self.from_ones = _convolution(ones.sum(dim=1, keepdim=True), first.bias)
-        self.to_rgb = _convolution(last.weight[_pixel_order(fold)], last.bias[_pixel_order(fold)])
+        order, colours = _pixel_order(fold, 3), 3 * fold**2
+        self.from_colours = _convolution(first.weight[:, :colours][:, order], None)
+        self.from_others = _convolution(first.weight[:, colours:][:, _pixel_order(fold, 2)], first.bias)
+        self.to_rgb = _convolution(last.weight[order], last.bias[order])
         self.requires_grad_(False).eval()
 
     def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
         """As ``GatedUNet``: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1]; errors as
         there."""
-        return self.rebuild(inputs[:, :3], inputs[:, 4:].detach())
-
-    def rebuild(
-        self, visible: Float[Tensor, "batch 3 height width"], mask: Float[Tensor, "batch 1 height width"]
-    ) -> Float[Tensor, "batch 3 height width"]:
-        """``forward`` of the planes that differ from call to call: masked RGB in [-1, 1], the mask (1 =
-        missing)."""
-        unet, fold, (height, width) = self.unet, self.unet.fold, visible.shape[2:]
-        check_size(visible, 4 * fold)
+        unet, fold, visible = self.unet, self.unet.fold, inputs[:, :3]
+        check_size(inputs, 4 * fold)
         if unet.front is not None:
-            visible = visible + unet.front(visible)
+            visible = _SoftClip.apply(visible + unet.front(visible))
         with torch.no_grad():
-            ones = torch.ones(1, 1, height // fold, width // fold, dtype=visible.dtype, device=visible.device)
-            constant = self.from_mask(folded(mask, fold)) + self.from_ones(ones)
+            constant = self.from_others(folded(inputs[:, 3:], fold))
         features, gate = (self.from_colours(folded(visible, fold)) + constant).chunk(2, dim=1)
         level1 = unet.decode(unet.encode1.activation(features) * torch.sigmoid(gate))
         return _SoftClip.apply(unet.corrected(visible, unfolded(self.to_rgb(level1), fold)))
 
 
-def frozen_unet(unet: GatedUNet) -> FrozenGatedUNet | None:
-    """A ``GatedUNet`` in eval mode as a ``FrozenGatedUNet``, where that is proved to be the same function: no
-    hooks and no parametrisations, and the same images from probe images (``contract.same_answers``); None
-    elsewhere."""
-    if copy_of(unet) is unet or any(is_changed(part) for part in unet.modules()):
-        return None
-    try:
-        frozen = FrozenGatedUNet(unet)
-    except (AttributeError, RuntimeError):  # a part of it was replaced
-        return None
-    probe = probe_images(4, 5, 8 * unet.fold, 8 * unet.fold)
-    probe[:, 3], probe[:, 4] = 1, probe[:, 4].round()  # the plane of ones, and a mask
-    return frozen if same_answers(unet, frozen, [probe]) else None
+def freeze_purifier(purifier: nn.Module) -> nn.Module:
+    """A copy in eval mode: a ``GatedUNet`` as a ``FrozenGatedUNet``, where that is proved to be the same
+    function (no hooks and no parametrisations, and the same images from probe images:
+    ``contract.same_answers``)."""
+    copied = copy_of(purifier)
+    if (
+        type(purifier) is GatedUNet
+        and copied is not purifier
+        and not any(map(is_changed, purifier.modules()))
+    ):
+        probe = probe_images(4, 5, 8 * purifier.fold, 8 * purifier.fold)
+        probe[:, 3], probe[:, 4] = 1, probe[:, 4].round()  # the plane of ones, and a mask
+        with suppress(AttributeError, RuntimeError):  # a part of it was replaced
+            frozen = FrozenGatedUNet(purifier)
+            return frozen if same_answers(purifier, frozen, [probe]) else copied
+    return copied
 
 
 class _SoftClip(torch.autograd.Function):
-    """0.9 * hardtanh(x) + 0.1 * x: the identity within [-1, 1], slope 0.1 outside."""
+    """``gated.soft_clip``, in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -110,9 +104,9 @@ def unfolded(
     return squares.reshape(batch, rows * fold, columns * fold, -1).permute(0, 3, 1, 2)
 
 
-def _pixel_order(fold: int) -> Tensor:
-    """Where ``pixel_unshuffle`` puts the channels (row, column, colour) of a folded square."""
-    return torch.arange(3 * fold**2).view(3, fold**2).T.flatten()
+def _pixel_order(fold: int, planes: int) -> Tensor:
+    """Where ``pixel_unshuffle`` puts the channels (row, column, plane) of a folded square."""
+    return torch.arange(planes * fold**2).view(planes, fold**2).T.flatten()
 
 
 def _convolution(weight: Tensor, bias: Tensor | None) -> nn.Conv2d:

@@ -1,14 +1,16 @@
-"""Square: random search with squares, through logits alone."""
+"""Attacks through logits alone: Square, a random search with squares; SPSA, a gradient estimated from pairs
+of values."""
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from atoplib.attacks.eot import StepCallback
-from atoplib.attacks.norms import Ball, check_counts, check_eps, check_settings
-from atoplib.attacks.queries import Search
+from atoplib.attacks.norms import FINITE, Ball
+from atoplib.attacks.queries import Search, at_rows, mean_margin, new_seed
 from atoplib.decisions import Model, supports_fixed_sample
-from atoplib.parameters import above, at_least, one_of
+from atoplib.parameters import above, at_least, check_counts, check_settings, one_of
 
 FIRST_SHARE = 0.8  # of the pixels, that the first squares cover; as in AutoAttack
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
@@ -70,19 +72,20 @@ def square(
     Source: Andriushchenko et al. 2020, algorithms 1 to 3.
     """
     schedule = queries if schedule is None else schedule
-    check_settings(norm=(norm, one_of("linf", "l2")), first_share=(first_share, above(0, 1)))
-    check_settings(ask_again=(ask_again, at_least(0)))
+    check_settings(
+        norm=(norm, one_of("linf", "l2")), ask_again=(ask_again, at_least(0)),
+        first_share=(first_share, above(0, 1)),
+    )  # fmt: skip
     check_counts(queries=queries, schedule=schedule)
-    check_eps(eps, norm)
     search = Search(
         model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
         max_batch=max_batch,
     )  # fmt: skip
-    images, generator = search.images, search.generator
+    ball, generator = Ball(search.images, eps, norm), search.generator
     fixed = search.random and supports_fixed_sample(search.model)
     first, propose = (_stripes, _squares) if norm == "linf" else (_tiles, _pairs)
     for query in range(1, queries + 1):
-        points, origin = search.adversarial[search.active], images[search.active]
+        points, origin, sample = search.adversarial[search.active], search.images[search.active], None
         if search.random and not fixed and ask_again and query % ask_again == 0:
             search.margins[search.active] = search.margin(points)
         if query == 1:
@@ -93,7 +96,7 @@ def square(
             candidates = propose(
                 points, origin, eps, share_of_pixels(query, schedule, first_share), generator
             )
-        sample = search.new_seed() if fixed and query > 2 else None
+            sample = new_seed(search.model, generator, origin.device) if fixed else None
         found = search.margin(candidates, sample)
         if sample is not None:
             search.margins[search.active] = search.margin(points, sample)
@@ -102,8 +105,7 @@ def square(
             callback(query, queries, search.adversarial.clone(), search.margins.clone())
         if len(search.active) == 0:
             break
-    Ball(images, eps, norm).check(search.adversarial)
-    return search.adversarial
+    return ball.check(search.adversarial)
 
 
 def share_of_pixels(query: int, schedule: int, first_share: float = FIRST_SHARE) -> float:
@@ -155,17 +157,14 @@ def _hill(height: int, width: int, device: torch.device) -> Float[Tensor, "heigh
     3.4)."""
     rings = max(height, width) // 2 + 1
     heights = (1 / torch.arange(rings, 0, -1, device=device) ** 2.0).cumsum(dim=0).flip(0)
-    rows = (torch.arange(height, device=device) - height // 2).abs()
-    columns = (torch.arange(width, device=device) - width // 2).abs()
-    distance = torch.maximum(rows[:, None], columns[None, :])
-    values = heights[distance]
+    rows, columns = ((torch.arange(side, device=device) - side // 2).abs() for side in (height, width))
+    values = heights[torch.maximum(rows[:, None], columns)]
     return values / values.norm()
 
 
 def _hill_and_valley(side: int, device: torch.device) -> Float[Tensor, "side side"]:
     """A hill over the upper half of a square and a valley over the lower one, of l2 norm 1."""
-    upper = _hill(side // 2, side, device)
-    pattern = torch.cat([upper, -_hill(side - side // 2, side, device)])
+    pattern = torch.cat([_hill(side // 2, side, device), -_hill(side - side // 2, side, device)])
     return pattern / pattern.norm()
 
 
@@ -181,16 +180,12 @@ def _tiles(images: Tensor, eps: float, generator: torch.Generator | None) -> Ten
     side = max(2, min(height, width) // 5)
     down, across = height // side, width // side
     pattern = _hill_and_valley(side, images.device)
-    turned = torch.randint(
-        2, (batch, 1, down, across, 1, 1), generator=generator, device=images.device
-    ).bool()
-    tiles = torch.where(turned, pattern.T, pattern) * _signs(
-        (batch, channels, down, across, 1, 1), generator, images.device
-    )
-    tiles = tiles.transpose(3, 4).reshape(batch, channels, down * side, across * side)
-    top, left = (height - down * side) // 2, (width - across * side) // 2
-    perturbation = torch.zeros_like(images)
-    perturbation[:, :, top : top + down * side, left : left + across * side] = tiles
+    turned = _signs((batch, 1, down, across, 1, 1), generator, images.device) > 0
+    signs = _signs((batch, channels, down, across, 1, 1), generator, images.device)
+    tiles = (torch.where(turned, pattern.T, pattern) * signs).transpose(3, 4)
+    tiles = tiles.reshape(batch, channels, down * side, across * side)
+    below, beside = height - down * side, width - across * side
+    perturbation = F.pad(tiles, (beside // 2, beside - beside // 2, below // 2, below - below // 2))
     return (images + _to_sphere(perturbation, eps)).clamp(0, 1)
 
 
@@ -202,20 +197,127 @@ def _pairs(
     side = _side(images, share, smallest=min(3, *images.shape[2:]))
     rows, columns, inside = _windows(images, side, generator)
     *_, emptied = _windows(images, side, generator)
-    old = points - images
-
-    def energy(part: Tensor, dim: tuple[int, ...]) -> Tensor:
-        return part.square().sum(dim=dim, keepdim=True)
-
-    pattern = _hill_and_valley(side, images.device)
-    turned = torch.randint(2, (batch, 1, 1), generator=generator, device=images.device).bool()
+    old, pattern = points - images, _hill_and_valley(side, images.device)
+    turned = _signs((batch, 1, 1), generator, images.device) > 0
     rows, columns = rows.clamp(0, side - 1), columns.clamp(0, side - 1)
     new = torch.where(turned, pattern[columns, rows], pattern[rows, columns])[:, None]
-    kept = old * inside
     new = new * _signs((batch, channels, 1, 1), generator, images.device)
-    new = (new + kept / energy(kept, (2, 3)).sqrt().clamp_min(1e-12)) * inside
-    free = (eps**2 - energy(old, (1, 2, 3))).clamp_min(0)
-    moved = energy(old * (inside | emptied), (1, 2, 3))
-    new = new / energy(new, (2, 3)).sqrt().clamp_min(1e-12) * ((free + moved) / channels).sqrt()
+    new = (new + F.normalize((old * inside).flatten(2), dim=2).view_as(old)) * inside
+    free = (eps**2 - old.square().sum(dim=(1, 2, 3), keepdim=True)).clamp_min(0)
+    moved = (old * (inside | emptied)).square().sum(dim=(1, 2, 3), keepdim=True)
+    new = F.normalize(new.flatten(2), dim=2).view_as(old) * ((free + moved) / channels).sqrt()
     perturbation = torch.where(inside, new, torch.where(emptied, 0.0, old))
     return (images + _to_sphere(perturbation, eps)).clamp(0, 1)
+
+
+def spsa(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float,
+    norm: str = "linf",
+    steps: int = 100,
+    samples: int = 128,
+    delta: float = 0.01,
+    learning_rate: float = 0.01,
+    eot_samples: int = 1,
+    rule: str = "any",
+    votes: int = 10,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """Adversarial images by Adam on an estimated gradient of the margin; an image leaves once it is broken.
+
+    Args:
+        model: in eval mode, images in [0, 1] -> logits; may be random. No gradient is asked for.
+        images: in [0, 1].
+        labels: true classes.
+        eps: radius in units of the image.
+        norm: ``linf``, ``l2`` or ``l1``.
+        steps: iterations of Adam, at least 1.
+        samples: values that each gradient is estimated from, in antithetic pairs: at least 2.
+        delta: distance of the probes along each pixel, in units of the image.
+        learning_rate: of Adam, in the same units.
+        eot_samples: samples of the model that each value is averaged over, at least 1.
+        rule, votes: by which an image counts as broken and leaves; asked only where the mean margin says so.
+        targets: class that each image is driven to; None: any other.
+        seed: of the probes; None: torch's global generator.
+        max_batch: copies of images (images x probes x samples) in memory at once.
+        callback: (step, steps, adversarial, mean margin of each image's probes) after every step.
+
+    Returns:
+        adversarial images in [0, 1], within eps of ``images``.
+
+    Raises:
+        ValueError: as ``contract.prepare``; for settings out of range.
+
+    Source: Uesato et al. 2018, section 3, algorithm 1 (Spall 1992).
+    """
+    check_settings(
+        steps=(steps, at_least(1)), samples=(samples, at_least(2)), delta=(delta, above(0, FINITE)),
+        learning_rate=(learning_rate, above(0, FINITE)),
+    )  # fmt: skip
+    search = Search(
+        model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
+        max_batch=max_batch,
+    )  # fmt: skip
+    ball, adversarial = Ball(search.images, eps, norm), search.adversarial
+    first, second = torch.zeros_like(adversarial), torch.zeros_like(adversarial)
+    search.margins.zero_()
+    for step in range(1, steps + 1):
+        search.let_go(search.margin(adversarial[search.active]) > 0)
+        rows = search.active
+        if len(rows) == 0:
+            break
+        gradient, search.margins[rows] = estimate_gradient(
+            search.model, adversarial[rows], search.labels[rows], targets=at_rows(search.targets, rows),
+            samples=samples, delta=delta, generator=search.generator, **search.values,
+        )  # fmt: skip
+        first[rows] = 0.9 * first[rows] + 0.1 * gradient
+        second[rows] = 0.999 * second[rows] + 0.001 * gradient.square()
+        # tiny, not 1e-8 as usual: the step must not depend on the scale of the logits
+        ascent = (first[rows] / (1 - 0.9**step)) / ((second[rows] / (1 - 0.999**step)).sqrt() + 1e-30)
+        adversarial[rows] = ball.rows(rows).project(adversarial[rows] + learning_rate * ascent)
+        if callback is not None:
+            callback(step, steps, adversarial.clone(), search.margins.clone())
+    return ball.check(adversarial)
+
+
+def estimate_gradient(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    samples: int,
+    delta: float,
+    eot_samples: int = 1,
+    targets: Int[Tensor, " batch"] | None = None,
+    generator: torch.Generator | None = None,
+    max_batch: int = 256,
+) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
+    """The gradient of each image's margin from ``samples`` values, and their mean.
+
+    Each pair lies on either side of the image along a direction of random signs v: (m(x + delta v) - m(x -
+    delta v)) / (2 delta) * v, averaged over the pairs. Probes are clipped to [0, 1], where the model is
+    defined. Both of a pair meet the same sample of the model where it can be fixed: else the noise would
+    drown the difference.
+    """
+    pairs, gradient = samples // 2, torch.zeros_like(images)
+    total = torch.zeros(len(images), device=images.device)
+    for part in (torch.arange(pairs * len(images), device=images.device) % len(images)).split(max_batch):
+        signs = _signs((len(part), *images.shape[1:]), generator, images.device)
+        options = {
+            "eot_samples": eot_samples, "max_batch": max_batch, "targets": at_rows(targets, part),
+            "seed": new_seed(model, generator, images.device),
+        }  # fmt: skip
+        upper, lower = (
+            mean_margin(model, (images[part] + step * signs).clamp(0, 1), labels[part], **options)
+            for step in (delta, -delta)
+        )
+        slope = ((upper - lower) / (2 * delta)).to(gradient.dtype)
+        gradient.index_add_(0, part, slope.view(-1, 1, 1, 1) * signs.to(gradient.dtype))
+        total.index_add_(0, part, (upper + lower) / 2)
+    return gradient / pairs, total / pairs

@@ -1,14 +1,18 @@
-"""ResidualPurifier: a normalised residual encoder and decoder that redraws the image, for colour
-photographs."""
+"""Two purifiers without gates: the normalised residual encoder and decoder that redraws colour photographs,
+and the plain denoising autoencoder, to hold the others against."""
+
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atoplib.parameters import at_least, between, check_settings
 from atoplib.purifiers.gated import check_size
 
 GROUP_SIZE = 16  # channels that share mean and variance
+MOST_LEVELS = 8  # 2**8 px: deeper than any image here
 
 
 class ResidualBlock(nn.Module):
@@ -50,12 +54,9 @@ class ResidualPurifier(nn.Module):
 
     def __init__(self, width: int = 64, blocks: int = 4, fold: int = 2, context: bool = True) -> None:
         super().__init__()
-        uneven = width > GROUP_SIZE and width % GROUP_SIZE
-        if width < 1 or uneven or not 0 <= blocks <= 100 or fold < 1:
-            raise ValueError(
-                f"width must lie in 1..{GROUP_SIZE} or be a multiple of {GROUP_SIZE}, blocks in 0..100 and "
-                f"fold at least 1; got width={width}, blocks={blocks}, fold={fold}"
-            )
+        check_settings(width=(width, at_least(1)), blocks=(blocks, between(0, 100)), fold=(fold, at_least(1)))
+        if width > GROUP_SIZE and width % GROUP_SIZE:
+            raise ValueError(f"width must be below or a multiple of {GROUP_SIZE}, got {width}")
         self.fold = fold
         self.stem = nn.Conv2d(5 * fold**2, width, 3, padding=1)
         self.encode = ResidualBlock(width)
@@ -89,3 +90,49 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     for weight in layer.parameters():
         nn.init.zeros_(weight)
     return layer
+
+
+class DenoisingAutoencoder(nn.Module):
+    """A convolutional autoencoder that learns to undo noise: encoder, bottleneck, decoder, and no way around
+    them.
+
+    Every level halves the image and doubles the channels; the decoder mirrors it with nearest upsampling.
+    Unlike a U-Net it has no long skips and adds nothing to its input, so all of the output went through the
+    bottleneck, which has width * 2**(levels - 1) channels at 1/2**levels of the edges.
+
+    It goes with any transform; noise alone, as in the source, is ``rt2`` with missing_rate 0. The output is
+    the identity within [-1, 1] and has slope 0.1 outside, as GatedUNet's.
+
+    Args:
+        width: channels after the first halving.
+        levels: how often the image is halved.
+
+    Raises:
+        ValueError: for a width below 1 or levels outside 1..8.
+
+    Source: Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders"; in
+    front of a classifier: Gu & Rigazio 2014, Meng & Chen 2017 (MagNet).
+    """
+
+    def __init__(self, width: int = 24, levels: int = 2) -> None:
+        super().__init__()
+        check_settings(width=(width, at_least(1)), levels=(levels, between(1, MOST_LEVELS)))
+        self.levels, widths = levels, [width * 2**level for level in range(levels)]
+        down = [_convolved(before, after, stride=2) for before, after in pairwise([5, *widths])]
+        up = [_convolved(before, after) for before, after in pairwise([*widths[::-1], width])]
+        self.encoder, self.bottleneck = nn.Sequential(*down), _convolved(widths[-1], widths[-1])
+        self.decoder = nn.Sequential(*(nn.Sequential(nn.Upsample(scale_factor=2.0), layer) for layer in up))
+        self.to_rgb = nn.Conv2d(width, 3, 3, padding=1)
+
+    def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
+        """Rebuild an image: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1].
+
+        Raises ValueError unless height and width are divisible by 2**levels.
+        """
+        check_size(inputs, 2**self.levels)
+        output = self.to_rgb(self.decoder(self.bottleneck(self.encoder(inputs))))
+        return 0.9 * F.hardtanh(output) + 0.1 * output
+
+
+def _convolved(before: int, after: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1), nn.ELU())

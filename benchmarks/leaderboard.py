@@ -1,0 +1,78 @@
+"""docs/leaderboard.md: every defence under every threat, its interval and its costs, from runs of notebook 6.
+
+make demo RECIPE=leaderboard
+.venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from atoplib.evaluation import markdown_table
+from benchmarks.report import number
+
+ABOUT = """# Leaderboard
+
+Every defence that comes with the kit under every threat of the protocol `compare`
+([protocols.md](protocols.md)): % of the images, single samples, with the 95 % interval (Wilson). Each
+defence is attacked through everything that it has; every number is an upper bound, of one training seed.
+*Mean*: over the white-box attacks, the order of the lines. *Worst case*: correct under all of them.
+
+Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`.
+**A line of your own** is one command, for any network that maps images in [0, 1] to logits:
+
+    make demo RECIPE=leaderboard ARGS="-p others '{mine: weights.pth}' -p classifier package.module:function"
+
+`-p mean`, `-p std` and `-p classifier_options` belong to it; with a purifier of notebook 2 or 3 it is
+`-p others '{mine: {purifier: RUN, classifier: RUN}}'`.
+"""
+
+
+def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
+    """A line a defence, a column an attack, cells ``accuracy [low, high]``; the best mean comes first."""
+    frame = frame[frame["rule"] == "single"]
+    columns = list(dict.fromkeys(frame["attack"]))
+    ends = frame[["accuracy", "low", "high"]].map("{:.1f}".format)
+    frame = frame.assign(cell=ends["accuracy"] + " [" + ends["low"] + ", " + ends["high"] + "]")
+    white_box = frame[frame["threat_model"] == "white-box"]
+    mean = white_box.groupby("defence")["accuracy"].mean().sort_values(ascending=False, kind="stable")
+    table = frame.pivot(index="defence", columns="attack", values="cell").loc[mean.index, columns]
+    table.insert(0, "mean", mean.map("{:.1f}".format))
+    return table
+
+
+def costs(rows: list[dict[str, Any]]) -> pd.DataFrame:
+    """A line a defence: TFLOP of its training, MFLOP and milliseconds of a decision."""
+    table = pd.DataFrame(rows).set_index("defence").drop(columns="votes")
+    return table.map(lambda value: "–" if pd.isna(value) else number(value))
+
+
+def section(run: Path) -> str:
+    """One run of notebook 6 as a section of the page."""
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    frame = pd.read_csv(run / "frame.csv")
+    parts = [
+        f"## {results['caption'].partition(':')[0]}",
+        results["caption"].replace("folder:", "") + ".",
+        markdown_table(accuracies(frame)),
+        markdown_table(costs(results["costs"])),
+    ]
+    return "\n\n".join(parts)
+
+
+def main() -> None:
+    """Print the page."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=Path, default=Path("runs/leaderboard"), help="the experiment's folder")
+    folder = parser.parse_args().runs
+    runs = sorted(path.parent for path in folder.glob("06_compare*/results.json"))
+    if not runs:
+        parser.error(f"{folder} holds no finished run of notebook 6; make demo RECIPE=leaderboard makes them")
+    print("\n\n".join([ABOUT.strip(), *map(section, runs)]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""What a batch leaves: an index, results to hand on, tables of pandas, and room on the disk."""
+
+import os
+import re
+
+import nbformat
+import pytest
+from filelock import FileLock
+from nbformat import v4
+
+from atoplib.batch import clean, pages, tables
+from atoplib.batch.recipe import Job, make_plan
+from atoplib.files import write_json, write_text
+from tests.small_notebooks import write_notebooks
+
+FIRST = "01_train_classifier"
+CHAIN = "notebooks: {01_train_classifier: , 02_pretrain_purifier: , 03_finetune_atop: , 04_attack: }"
+
+
+@pytest.fixture
+def complete(tmp_path):
+    """Makes the directories that the runs of a recipe leave."""
+
+    def made(text: str) -> list[Job]:
+        folder = write_notebooks(tmp_path / "notebooks")
+        write_text(folder / "recipe.yaml", text)
+        jobs = make_plan(folder / "recipe.yaml", folder, {"workspace": str(tmp_path / "workspace")})
+        for number, job in enumerate(jobs, start=1):
+            manifest = {
+                "stage": job.stage,
+                "status": "complete",
+                "ended": f"2030-01-0{number}T12:00:00",
+                "number": number,
+                "seconds": 3,
+                "hardware": "a device",
+                "inputs": {need.name: {"file": f"{need.name}/purifier.safetensors"} for need in job.needs},
+                "where": str(job.run_dir),
+            }
+            accuracy = {} if job.stage == "04_attack" else {"test_accuracy": 0.5}
+            write_json(job.run_dir / "manifest.json", manifest)
+            write_json(job.run_dir / "parameters.json", dict(job.parameters))
+            write_json(
+                job.run_dir / "metrics.json", {"costs": {"AToP": 3}, "history": [{"loss": 1}]} | accuracy
+            )
+            for name in ("classifier.safetensors", "figures/plot.png", "pictures/digits.png", "table.md"):
+                write_text(job.run_dir / name, "x" * 1000)
+            outputs = [
+                v4.new_output("display_data", {"image/png": "cGljdHVyZQ=="}),
+                v4.new_output("stream", text=str(job.run_dir)),
+            ]
+            cells = [v4.new_code_cell(outputs=outputs, metadata={"tags": t}) for t in ([], ["pictures"])]
+            nbformat.write(v4.new_notebook(cells=cells), job.executed)
+        return jobs
+
+    return made
+
+
+def test_the_index_lists_complete_runs_with_what_tells_them_apart_a_number_and_links(complete):
+    jobs = complete(f"notebooks: {{{FIRST}: }}\ngrid: {{seed: [0, 1, 2]}}")
+    write_json(jobs[2].run_dir / "manifest.json", {"stage": FIRST, "status": "failed", "ended": "now"})
+    index = pages.write_index(jobs[0].run_dir.parent).read_text()
+    rows = [re.sub("<.*?>", "", row).split() for row in index.split("<tr")]
+    assert [row[1] for row in rows if "clean" in row] == ["1", "0"]
+    assert "50.0 %" in index and "2030-01-02 12:00" in index
+    assert f"<a href='{jobs[0].run_dir.name}/figures/plot.png'>plot.png</a>" in index
+
+
+def test_results_hold_numbers_plots_and_notebooks_and_no_weights_pictures_or_folders_of_ones_own(
+    tmp_path, complete
+):
+    (job,) = complete(f"notebooks: {{{FIRST}: }}")
+    pages.write_results(tmp_path / "results", [job], "# mine")
+    folder = tmp_path / "results" / job.run_dir.name
+    there = {path.name: path.read_text() for path in folder.iterdir()}
+    named = {"table.md", "plot.png", "manifest.json", "metrics.json", "parameters.json", "notebook.ipynb"}
+    assert there.keys() == named and not any(str(tmp_path) in text for text in there.values())
+    notebook = there["notebook.ipynb"]
+    assert notebook.count("cGljdHVyZQ==") == 1 and pages.IN_PLACE_OF_PICTURES in notebook
+    assert "WORKSPACE/runs" in notebook and "WORKSPACE/runs" in there["manifest.json"]
+    readme = (tmp_path / "results/README.md").read_text()
+    assert readme.startswith("# mine") and "3 s on a device" in readme
+
+
+def test_clean_removes_what_no_result_needs_and_leaves_a_run_in_use_alone(tmp_path, complete):
+    used, idle = complete(f"notebooks: {{{FIRST}: }}\ngrid: {{seed: [0, 1]}}")
+    before = {path.name for path in idle.run_dir.iterdir()}
+    for name in ("superseded-1/state.pt", ".x.part", ".batch/papermill.log", "state.pt", "state.pt.previous"):
+        for job in (used, idle):
+            write_text(job.run_dir / name, "x")
+    workspace = ["--workspace", str(tmp_path / "workspace")]
+    with FileLock(used.run_dir / "run.lock", is_singleton=False):
+        holder = os.fork()  # a lock is another's only in another process
+        if holder == 0:
+            os._exit(clean.main(workspace))
+        assert os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1]) == 0
+    assert {"superseded-1", ".x.part"} <= {path.name for path in used.run_dir.iterdir()}
+    assert {path.name for path in idle.run_dir.iterdir()} == before | {"state.pt"}
+    assert clean.main([*workspace, "--all"]) == 0 and not used.run_dir.exists() and not idle.run_dir.exists()
+
+
+def test_tables_hold_parameters_of_a_run_and_of_all_it_was_computed_from_and_compare_what_is_comparable(
+    complete,
+):
+    grid = "{03_finetune_atop: {variant: [ft_adv, ft_clean]}, 04_attack: {protocol: [demo, quick]}}"
+    jobs = complete(f"{CHAIN}\ngrid: {grid}")
+    attacks = [job for job in jobs if job.stage == "04_attack"]
+    for accuracy, job in enumerate(attacks):
+        rows = [f"{name},PGD,{rule},{accuracy},100" for name in ("AP", "AToP") for rule in ("single", "vote")]
+        write_text(job.run_dir / "frame.csv", "\n".join(["defence,attack,rule,accuracy,images", *rows]))
+    frame = tables.runs_frame(job.run_dir for job in jobs)
+    assert len(frame) == 8 and frame.columns[0] == "run" and frame["metrics.costs.AToP"].eq(3).all()
+    assert set(frame["03_finetune_atop.variant"].dropna()) == {"ft_adv", "ft_clean"}
+    assert "metrics.history" not in frame
+    scores = tables.scores_frame(job.run_dir for job in jobs)
+    assert len(scores) == 8 and set(scores["rule"]) == {"single"}
+    groups = dict(tuple(scores.groupby("measured")))
+    assert list(groups) == [f"100 images of mnist5k by protocol {name}" for name in ("demo", "quick")]
+    for group in groups.values():
+        assert tables.varied(group) == ["03_finetune_atop.variant"]
+        assert list(tables.trained_with(group, "variant")) == ["none (AP)", "ft_adv", "none (AP)", "ft_clean"]
+    assert tables.headline(attacks[3].run_dir) == "under the strongest attack: AP 3.0 %, AToP 3.0 %"
+    assert len(tables.scores_frame([jobs[0].run_dir])) == 0

@@ -1,0 +1,182 @@
+"""An evaluation can be interrupted, resumed and read back to the last digit."""
+
+import json
+import re
+import shutil
+
+import pandas as pd
+import pytest
+import torch
+from small_evaluation import (
+    COLUMNS,
+    IMAGES,
+    LABELS,
+    NAMES,
+    PROTOCOL,
+    ROWS,
+    assert_same,
+    purifying,
+    run,
+    setting,
+)
+
+from atoplib import evaluation
+from atoplib.attacks import ATTACKS
+from atoplib.evaluation import measure
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+    monkeypatch.setattr(measure, "PIECE", 20)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A directory that holds a whole evaluation, and its result."""
+    folder = tmp_path_factory.mktemp("evaluation")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "PIECE", 20)
+        return folder, run(run_dir=folder)
+
+
+@pytest.fixture
+def result(finished):
+    return finished[1]
+
+
+@pytest.fixture
+def directory(finished, tmp_path, small_pieces):
+    return shutil.copytree(finished[0], tmp_path / "copy")
+
+
+# what is kept
+
+
+@pytest.mark.parametrize("share", [0.2, 0.7])
+def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
+    result, tmp_path, monkeypatch, small_pieces, share
+):
+    def stop(done, total, *_):
+        if done >= share * total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(run_dir=tmp_path, progress=stop)
+    kept = len(list(tmp_path.glob("pieces/*.pt")))
+    assert 0 < kept < 16
+    calls, one = [], measure._measure
+    monkeypatch.setattr(
+        measure, "_measure", lambda *given, **options: (calls.append(given), one(*given, **options))[1]
+    )
+    assert_same(result, run(run_dir=tmp_path))
+    assert len(calls) == 2 * (1 + 1 + 3 + 3) - kept, "what was finished is not done again"
+
+
+def test_a_finished_evaluation_is_only_read_and_a_damaged_piece_measured_again(
+    result, directory, monkeypatch
+):
+    said = []
+    with monkeypatch.context() as patch:
+        patch.setattr(measure, "_measure", None)
+        again = run(run_dir=directory, notify=said.append)
+    assert again.frame.equals(result.frame)
+    assert len(said) == 1 and said[0].startswith("Loaded, not measured again")
+    for path in sorted(directory.glob("pieces/*.pt"))[::3]:
+        path.write_bytes(path.read_bytes()[:-20])
+    assert_same(result, run(run_dir=directory, notify=lambda sentence: pytest.fail(sentence)))
+
+
+def another(defences):
+    with torch.no_grad():
+        defences["other"][1].bias[0] += 1e-3
+    return defences
+
+
+def wider(defences):
+    return defences | {"pipeline": purifying(noise=0.06)}
+
+
+@pytest.mark.parametrize(
+    "change, said, stay",
+    [
+        ({"defences": another(setting())}, r"defences\.other", 8),
+        ({"defences": wider(setting())}, r"defences\.pipeline", 8),
+        ({"images": IMAGES.flip(0)}, "images", 0),
+        ({"labels": LABELS.flip(0)}, "labels", 0),
+        ({"seed": 3}, r"shared\.seed", 0),
+        ({"eps": {"linf": 0.05, "l2": 0.6}}, r"eps\.l2", 10),
+        ({"protocol": PROTOCOL._replace(votes=4)}, "protocol", 0),
+        ({"protocol": PROTOCOL._replace(rows=ROWS[:2])}, r"eps\.l2; protocol\.rows", 10),
+    ],
+    ids=["weights", "transform", "images", "labels", "seed", "eps", "votes", "rows"],
+)
+def test_what_changed_is_said_measured_anew_and_the_old_archived(directory, change, said, stay):
+    before, notes = (directory / "frame.csv").read_bytes(), []
+    pieces = {path.name for path in directory.glob("pieces/*")}
+    assert_same(run(run_dir=directory, notify=notes.append, **change), run(**change))
+    assert len(notes) == 1
+    assert (directory / "superseded-1/frame.csv").read_bytes() == before
+    archived = {path.name for path in directory.glob("superseded-1/pieces/*")}
+    assert archived | {path.name for path in directory.glob("pieces/*")} >= pieces
+    assert re.search(f"because it changed: {said}", notes[0]), notes[0]
+    assert len(pieces - archived) >= stay
+
+
+def test_another_environment_and_other_code_of_an_attack_count(result, directory, monkeypatch):
+    notes = []
+    monkeypatch.setattr(measure, "environment", lambda device: {"torch": "99", "device": "cuda"})
+    run(run_dir=directory, notify=notes.append)
+    assert "environment.torch" in notes[0] and "0 of 16 pieces" in notes[0]
+    monkeypatch.setattr(measure, "ATTACKS", {**ATTACKS, "pgd": ATTACKS["pgd_ensemble"]})
+    run(run_dir=directory, notify=notes.append)
+    assert "attacks.pgd" in notes[1] and "2 of 16 pieces" in notes[1], "clean images were not attacked"
+
+
+# tables and files
+
+
+def test_all_files_can_be_read_back_and_say_the_same(result, tmp_path):
+    result.write(tmp_path, caption="a_test & 5 %", indices=range(100, 140), published=True, costs={"a": 1})
+    assert pd.read_csv(tmp_path / "frame.csv", keep_default_na=False)[["defence", "attack", "rule"]].equals(
+        result.frame[["defence", "attack", "rule"]]
+    )
+    assert pd.read_csv(tmp_path / "frame.csv").accuracy.to_numpy() == pytest.approx(
+        result.frame.accuracy.to_numpy()
+    )
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert (
+        content["costs"] == {"a": 1}
+        and content["indices"][0] == 100
+        and content["protocol"]["name"] == "test"
+    )
+    assert content["frame"][4]["accuracy"] == result.frame.accuracy[4]
+    images = pd.read_csv(tmp_path / "images.csv")
+    assert len(images) == len(NAMES) * len(COLUMNS) * 40 and images["index"].between(100, 139).all()
+    one = images[(images.defence == "pipeline") & (images.attack == "white-box")]
+    assert one.majority.tolist() == result.correct["pipeline", "white-box"]["majority"].astype(int).tolist()
+    assert one.label.tolist() == LABELS.tolist()
+    markdown, latex = ((tmp_path / name).read_text() for name in ("table.md", "table.tex"))
+    assert "72.85" in markdown and "72.85" in latex and "worst of N" in markdown
+    assert r"a\_test \& 5 \%" in latex and latex.count(r"\begin{table}") == 4
+
+
+def test_the_table_marks_the_best_and_what_is_missing(result):
+    bold = result.table(bold=True)
+    assert list(bold.columns) == COLUMNS and list(bold.index) == NAMES
+    assert bold.loc["undefended", "clean"].startswith("**100.0**\N{NO-BREAK SPACE}[91.2,")
+    assert "**" not in bold.loc["other", "clean"]
+    assert "| undefended | **100.0**" in result._repr_markdown_()
+    met = (result.by_image.defence != "other") | (result.by_image.attack == "clean")
+    alone = evaluation.Evaluation(result.by_image[met], LABELS.numpy())
+    assert alone.table().loc["other", "white-box"] == "–"
+    table = evaluation.markdown_table(pd.DataFrame({"a|b": ["c"], "n": [1 / 3], "none": [None]}), index=False)
+    assert table.splitlines() == ["| a\\|b | n | none |", "| --- | ---: | --- |", "| c | 0.333 | – |"]
+
+
+def test_a_further_worst_case_is_of_the_attacks_that_are_chosen(result):
+    found = result.with_worst("worst unseen", ["white-box l2"])
+    assert list(found.frame.attack[::4])[:7] == [*COLUMNS, "worst unseen"]
+    right = found.correct["other", "clean"] & found.correct["other", "white-box l2"]
+    assert found.correct["other", "worst unseen"].equals(right)
+    with pytest.raises(KeyError, match="keep_images=True"):
+        found.adversarial("other", "worst case")
