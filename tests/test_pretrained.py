@@ -63,7 +63,7 @@ def test_the_kit_comes_with_weights_and_they_are_not_too_many():
 def test_the_digits_are_classified_as_well_as_the_header_says(defence):
     images, labels = data.load_images("mnist5k", 300)
     right = vote(sample_logits(load_pretrained("mnist", defence), images), "single") == labels
-    measured = read_header(FOLDER / f"mnist-{defence}.safetensors")["test_accuracy"]
+    measured = read_header(FOLDER / f"mnist-{defence}.safetensors")["metrics"]["test_accuracy"]
     assert float(right.float().mean()) == pytest.approx(measured, abs=0.04), "300 of the 1,000 images"
 
 
