@@ -234,6 +234,7 @@ def _walk_class(kind: type, seen: dict) -> Iterator[str]:
 
 
 def _walk_object(value: Any, seen: dict) -> Iterator[str]:
+    import numpy
     import torch
 
     kind = type(value)
@@ -247,8 +248,9 @@ def _walk_object(value: Any, seen: dict) -> Iterator[str]:
         case Parameters():
             kept = {name: item for name, item in value.as_dict().items() if name not in NO_IDENTITY}
             yield from _walk(kept, seen)
-        case _ if hasattr(value, "__array_interface__"):
-            yield f"array {value.dtype} {value.shape} {_short(value.tobytes())}"
+        case _ if hasattr(value, "__array_interface__"):  # of NumPy, Pillow
+            array = numpy.asarray(value)
+            yield f"array {array.dtype} {array.shape} {_short(array.tobytes())}"
         case _ if kind.__module__.startswith(tuple(f"atoplib.{name}" for name in SHOWS_ONLY)):
             yield kind.__qualname__
         case _:
@@ -316,7 +318,11 @@ def model_hash(model: Any, images: Any = None) -> str:
         kind = type(part).__module__.split(".")[0]
         own |= kind not in ("atoplib", "torch", "torchvision") or isinstance(part, torch.jit.ScriptModule)
         kept = {key: value for key, value in vars(part).items() if _decides(key, value)}
+        # hooks in their order, without the numbers that torch counts up
+        hooks = {key: value for key, value in kept.items() if "_hooks" in key and isinstance(value, Mapping)}
+        kept |= {key: list(value.values()) for key, value in hooks.items()}
         parts += [name, *_walk_class(type(part), {}), *_walk(kept, {id(model): (0, model)})]
+    parts += [name for name, weight in model.named_parameters() if not weight.requires_grad]
     for name, value in model.state_dict().items():
         parts.append(f"{name} {tensor_hash(value) if isinstance(value, torch.Tensor) else repr(value)}")
     return _short(*parts, *(answers(model, images) if own else ()))

@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from atoplib import hashing
@@ -288,3 +289,26 @@ def test_mode_and_seed_are_no_part_of_a_network(defences):
 def test_a_network_of_an_odd_size_is_its_own_equal():
     odd = nn.Sequential(nn.Flatten(), nn.Linear(3 * 70 * 70, 10)).eval()
     assert model_hash(odd) == model_hash(odd) == model_hash(odd, torch.rand(4, 3, 70, 70))
+
+
+def test_hooks_count_but_not_the_numbers_that_torch_gives_them():
+    def hooked(factor):
+        torch.manual_seed(0)
+        network = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        network.register_forward_hook(lambda module, given, result: factor * result)
+        return model_hash(network)
+
+    assert hooked(2) == hooked(2) != hooked(3)
+
+
+def test_a_weight_that_is_not_trained_is_another_training_and_pictures_count_by_their_pixels():
+    network = nn.Linear(2, 2)
+    before = model_hash(network)
+    network.bias.requires_grad_(False)
+    assert model_hash(network) != before
+
+    def seen(colour):
+        picture = Image.new("RGB", (2, 2), colour)
+        return function_hash(lambda: picture)
+
+    assert seen("red") == seen("red") != seen("blue")

@@ -157,6 +157,10 @@ def test_a_difference_is_one_sentence_about_code_versions_or_inputs(p, tmp_path)
     with open_run(p, STAGE, inputs={"classifier": weights}, notebook=notebook) as run:
         (folder / ".hidden").write_bytes(b"1")
     assert runs.difference(run.path, notebook) == ""
+    values = json.loads((run.path / "parameters.json").read_text())
+    runs.write_json(run.path / "parameters.json", values | {"classifier": "nets:make"})
+    assert "code of your own" in runs.difference(run.path, notebook)
+    runs.write_json(run.path / "parameters.json", values)
     (folder / "b.png").write_bytes(b"1")
     assert "data" in runs.difference(run.path, notebook)
     weights.write_bytes(b"abd")
