@@ -322,7 +322,6 @@ def model_hash(model: Any, images: Any = None) -> str:
         hooks = {key: value for key, value in kept.items() if "_hooks" in key and isinstance(value, Mapping)}
         kept |= {key: list(value.values()) for key, value in hooks.items()}
         parts += [name, *_walk_class(type(part), {}), *_walk(kept, {id(model): (0, model)})]
-    parts += [name for name, weight in model.named_parameters() if not weight.requires_grad]
     for name, value in model.state_dict().items():
         parts.append(f"{name} {tensor_hash(value) if isinstance(value, torch.Tensor) else repr(value)}")
     return _short(*parts, *(answers(model, images) if own else ()))

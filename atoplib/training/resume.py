@@ -47,6 +47,9 @@ def begin(
             [f and hashing.function_hash(f) for f in functions]
         ),
         "settings of the training": hashing.json_hash(dict(settings)),
+        "which weights are trained": hashing.json_hash(
+            [weight.requires_grad for each in networks.values() for weight in each.parameters()]
+        ),
         "the training images": fingerprint(data),
         "the training loop of atoplib": hashing.code_hash("atoplib.training.loop"),
         "torch, Python or the kind of device": hashing.json_hash(hashing.environment(device)),
