@@ -26,7 +26,7 @@ unexport PYTHONPATH PYTHONHOME
 .PHONY: help setup demo reproduce test test-long lab lock clean-runs
 .DEFAULT_GOAL = help
 
-help:  ## list the targets
+help:
 	@echo "make demo                  train, attack and purify: the recipe mnist, into $(WORKSPACE)/runs"
 	@echo "make demo RECIPE=cifar10   another recipe (notebooks/recipes); WORKSPACE=DIR puts its results elsewhere"
 	@echo "make reproduce             AT, AP and AToP on CIFAR-10, for one GPU; ARGS='--minutes 9' in stages, ARGS=--smoke anywhere"
@@ -37,28 +37,28 @@ help:  ## list the targets
 	@echo "make setup                 install into $(VENV) only (the others do it when needed); PYTHON=PATH to choose"
 	@echo "make lock                  compile requirements.lock again after a change in pyproject.toml (needs uv)"
 
-setup: $(STAMP)  ## install into $(VENV)
+setup: $(STAMP)
 	@echo "$(VENV) is ready: $$($(RUN) --version)"
 
-demo: $(STAMP)  ## run a recipe, notebook after notebook
+demo: $(STAMP)
 	@$(RUN) -m atoplib.batch "$(RECIPE)" --workspace "$(WORKSPACE)" $(ARGS)
 
 # Files side by side, one thread each; ARGS="-n 0 tests/test_attacks.py" runs one file as usual.
 TEST = OMP_NUM_THREADS=1 $(RUN) -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
-test: $(STAMP)  ## run the tests, the notebooks included
+test: $(STAMP)
 	@$(TEST) -m "not long" $(ARGS)
 
-test-long: $(STAMP)  ## kills, Slurm, the browser's long paths, third-party attacks at length
+test-long: $(STAMP)
 	@$(TEST) -m long $(ARGS)
 
-reproduce: $(STAMP)  ## AT, AP and AToP on CIFAR-10, for one GPU
+reproduce: $(STAMP)
 	@$(RUN) -m atoplib.batch reproduce --workspace "$(WORKSPACE)" --results "$(RESULTS)" $(ARGS)
 
-clean-runs: $(STAMP)  ## free the room that no result needs
+clean-runs: $(STAMP)
 	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)
 
 # On copies, so that running a notebook changes nothing that is tracked; a copy that is there stays as it was left.
-lab: $(STAMP)  ## JupyterLab on copies of the notebooks
+lab: $(STAMP)
 	@mkdir -p lab && for notebook in notebooks/*.ipynb; do [ -e "lab/$${notebook##*/}" ] || cp "$$notebook" lab; done
 	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb $(ARGS)
 
@@ -109,7 +109,7 @@ $(STAMP): requirements.lock pyproject.toml
 	fi
 
 # The old lock is the starting point, so that only what must change does; ARGS=--upgrade takes the newest of everything.
-lock:  ## compile requirements.lock
+lock:
 	@command -v "$(UV)" >/dev/null || { echo "uv is not installed: pip install uv, or UV=/path/to/uv" >&2; exit 1; }
 	@set -e; new=$$(mktemp); trap 'rm -f "$$new"' EXIT; \
 	cp requirements.lock "$$new"; \

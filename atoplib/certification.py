@@ -58,12 +58,12 @@ class NoisyInput(nn.Module):
 
     def reseed(self, seed: int) -> None:
         """Start the random numbers anew."""
-        self.seed, self._generator = seed, None
+        self.seed, self._generators = seed, {}
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
-        if self._generator is None or self._generator.device != images.device:
-            self._generator = torch.Generator(images.device).manual_seed(self.seed)
-        noise = torch.randn(images.shape, generator=self._generator, device=images.device)
+        if images.device not in self._generators:
+            self._generators[images.device] = torch.Generator(images.device).manual_seed(self.seed)
+        noise = torch.randn(images.shape, generator=self._generators[images.device], device=images.device)
         return self.classifier(images + self.noise_std * noise)
 
 

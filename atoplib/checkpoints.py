@@ -308,6 +308,10 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     write_atomically(newest, lambda part: torch.save(dict(state), part))
     # Only now, with the new state safe on the disk: a disk that is full leaves both older ones where they
     # are.
+    _take_over(newest, path)
+
+
+def _take_over(newest: Path, path: Path) -> None:
     if path.exists():
         os.replace(path, path.with_name(path.name + ".previous"))
     os.replace(newest, path)
@@ -332,6 +336,8 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
         except Exception as error:  # a damaged file may raise anything
             problems.append(f"{candidate} cannot be read ({type(error).__name__}: {first_line(error)})")
         else:
+            if candidate.suffix == ".newest":
+                _take_over(candidate, path)
             return state, f"{problems[0]}; went on from the state before it" if problems else None
     if problems:
         raise CheckpointError(f"{'; '.join(problems)}. Delete the run directory to start anew")

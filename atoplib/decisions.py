@@ -2,7 +2,7 @@
 correct."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import sqrt
 from typing import Any
 
@@ -175,6 +175,11 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
     low = 0.0 if successes == 0 else max(0.0, centre - half)
     high = 1.0 if successes == trials else min(1.0, centre + half)
     return low, high
+
+
+def forked_rng(device: torch.device) -> AbstractContextManager[None]:
+    """A block whose random numbers leave torch's generators, the CPU's and this device's, as they were."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def pick_device(name: str = "auto") -> torch.device:

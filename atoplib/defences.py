@@ -56,12 +56,13 @@ def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None
     absent = {}
     for name, rule in p.run_fields.items():
         if not rule.several and getattr(p, name) == "latest" and p.image_size in (None, 32):
-            defence = next(
+            defences = (
                 key
                 for key, (stage, wanted) in STAGES.items()
                 if stage == rule.stage and wanted.items() >= rule.wanted.items()
             )
-            if (pretrained.DATASETS.get(p.dataset), defence.lower()) in pretrained.available():
+            kind = next(defences, "").lower()
+            if (pretrained.DATASETS.get(p.dataset), kind) in pretrained.available():
                 absent[name] = "pretrained"
                 notify(f"{name}: no run of {rule.stage} yet, so the kit's weights for {p.dataset} are used.")
     return p.replace(**absent)
@@ -72,7 +73,7 @@ def find_weights(p: Parameters, which: str, defence: str = "undefended") -> Path
 
     Args:
         which: the parameter's value.
-        defence: a key of ``STAGES``, or the name of another defence of the kit (``frozen``).
+        defence: a key of ``STAGES``.
 
     Raises:
         FileNotFoundError: if there is no such run or file; the message says which notebook to run first.

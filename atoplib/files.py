@@ -69,7 +69,8 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
     """Move files and folders of ``folder`` to the same places in its next ``superseded-N``; returns that."""
-    archive = folder / f"superseded-{1 + sum(1 for _ in folder.glob('superseded-*'))}"
+    numbers = (path.name.rpartition("-")[2] for path in folder.glob("superseded-*"))
+    archive = folder / f"superseded-{1 + max((int(n) for n in numbers if n.isdigit()), default=0)}"
     for path in paths:
         place = archive / path.relative_to(folder)
         place.parent.mkdir(parents=True, exist_ok=True)

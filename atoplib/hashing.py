@@ -41,7 +41,7 @@ PLAIN = (
     "operator", "re", "torchvision", "types",
 )  # fmt: skip
 """Libraries whose objects are told apart by what a copy of them would carry over."""
-LIBRARIES = tuple(sysconfig.get_path(name) for name in ("stdlib", "platlib", "purelib"))
+LIBRARIES = tuple(f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("stdlib", "platlib", "purelib"))
 
 
 def _short(*parts: bytes | str) -> str:
@@ -109,7 +109,8 @@ def notebook_hash(notebook: Path) -> str:
     plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
     imported = {name: path for name in _imports(plain) if (path := _source(name))}
     # What a notebook imports itself counts even where it only shows.
-    return json_hash([sources, {name: code_hash(name) + path.read_text() for name, path in imported.items()}])
+    texts = {name: code_hash(name) + _text_when_imported(name, path) for name, path in imported.items()}
+    return json_hash([sources, texts])
 
 
 def _source(module: str) -> Path | None:
@@ -174,10 +175,11 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
             yield f"class {value.__module__}.{value.__qualname__}"
             yield from _walk_class(value, seen)
         case Mapping():
+            yield f"{type(value).__name__} of {len(value)}"
             for key in sorted(value, key=repr):
                 yield from _walk((key, value[key]), seen)
         case list() | tuple() | set() | frozenset():
-            yield type(value).__name__
+            yield f"{type(value).__name__} of {len(value)}"
             for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
                 yield from _walk(item, seen)
         case _:

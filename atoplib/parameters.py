@@ -272,13 +272,13 @@ def _check_weights(values: Mapping[str, Any]) -> None:
             f"classifier must be 'package.module:function', which builds the network, got {maker!r}",
         ),
         (
-            maker and not run.endswith(WEIGHTS),
-            f"classifier = {maker!r} builds the network of a file of weights, but classifier_run is {run!r}: "
-            f"give the path of a .pth, .pt or .safetensors file",
+            maker and not any(f'{ending}"' in json.dumps(values) for ending in WEIGHTS),
+            f"classifier = {maker!r} builds the network of a file of weights, but classifier_run is {run!r} "
+            f"and no other parameter names one: give the path of a .pth, .pt or .safetensors file",
         ),
         (
-            maker and (len(mean or []) != len(std or []) or min(std or [1]) <= 0),
-            f"mean and std belong together, a number a channel, those of std positive, got mean = {mean} and "
+            maker and ({len(mean or ()), len(std or ())} not in ({0}, {3}) or min(std or [1]) <= 0),
+            f"mean and std belong together, three numbers each, those of std positive, got mean = {mean} and "
             f"std = {std}",
         ),
     )

@@ -239,8 +239,7 @@ def load_pipeline(
         raise checkpoints.CheckpointError(
             f"{purifier_path} does not say which random transform it belongs to ({error})"
         ) from error
-    purifier = purifier.to(memory_format=torch.channels_last)
-    return AToPPipeline(transform, purifier, classifier, seed=seed).eval()
+    return AToPPipeline(transform, to_channels_last(purifier), classifier, seed=seed).eval()
 
 
 def to_unit(images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:

@@ -9,7 +9,7 @@ from atoplib import checkpoints
 from atoplib.pipeline import load_pipeline
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
-DEFENCES = ("undefended", "ap", "atop", "at", "frozen")
+DEFENCES = ("undefended", "ap", "atop", "at")
 DATASETS = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar10_jpeg": "cifar10"}
 """Which weights fit a data set of ``data.load``, at its own 32 px."""
 
@@ -43,8 +43,7 @@ def load_pretrained(
     Args:
         dataset: ``mnist`` (also for ``mnist5k``) or ``cifar10``.
         defence: ``undefended`` (the classifier alone), ``AP``, ``AToP`` (pipelines in front of it) or ``AT``
-            (adversarial training), in any case, or ``frozen`` (the classifier of AToP, where it is not the
-            undefended one); ``available()`` tells which there are.
+            (adversarial training), in any case; ``available()`` tells which there are.
 
     Raises:
         ValueError: for weights that do not come with the kit; the message says which do.

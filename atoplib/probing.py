@@ -31,13 +31,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = [(part, part.training) for part in parts]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     own = [(item.set_state, item.get_state()) for part in parts for item in _generators(vars(part))]
+    made = [(part._generators, dict(part._generators)) for part in parts if hasattr(part, "_generators")]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     states = [*own, (np.random.set_state, np.random.get_state()), (random.setstate, random.getstate())]
     try:
-        with torch.no_grad(), torch.random.fork_rng():
+        with torch.no_grad(), torch.random.fork_rng(devices):
             yield
     finally:
         for set_state, state in states:
             set_state(state)
+        for generators, before in made:  # those that the model made meanwhile would go on elsewhere
+            generators.clear()
+            generators.update(before)
         for part, training in modes:
             part.training = training
         for buffer, kept in buffers:

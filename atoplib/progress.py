@@ -75,4 +75,4 @@ class Progress:
             )
             self.displayed = True
         elif sys.stderr.isatty():
-            print(f"\r\x1b[2K{line}", end="", file=sys.stderr, flush=True)
+            print(f"\r\x1b[2K{line}", end="\n" if done >= total else "", file=sys.stderr, flush=True)

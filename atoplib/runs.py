@@ -197,7 +197,8 @@ class Run:
 
     def age(self) -> str:
         """How long ago its training's state was written, such as ``21 min 05 s``."""
-        return progress.format_seconds(time.time() - self.state_path.stat().st_mtime)
+        states = self.path.glob(f"{self.state_path.name}*")
+        return progress.format_seconds(time.time() - max(state.stat().st_mtime for state in states))
 
     def finish(self, status: str = "complete", error: str = "", **metrics: Any) -> None:
         """Write how the run ended, and free its directory."""
@@ -349,7 +350,9 @@ def _hardware(device: str) -> str:
     """What computes: the name of the GPU, or the processor and its number of threads."""
     import torch
 
-    if device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()):
-        return torch.cuda.get_device_name()
+    from atoplib.decisions import pick_device
+
+    if pick_device(device).type == "cuda":
+        return torch.cuda.get_device_name(pick_device(device))
     name = torch.cpu.get_capabilities().get("cpu_name", platform.processor())
     return f"{name}, {torch.get_num_threads()} threads"

@@ -13,14 +13,17 @@ a majority of 10 fresh samples, in float32.
 
 import argparse
 import time
+from functools import partial
 
 import torch
 import torchattacks
 
 from atoplib import attacks, data, decisions
+from atoplib.attacks.pgd import step_sizes
+from atoplib.parameters import convert
 from atoplib.pretrained import load_pretrained
 from atoplib.training import compute_dtype
-from benchmarks.report import find_device, machine_facts, markdown, number, radius, synchronize
+from benchmarks.report import machine_facts, markdown, number, positive, synchronize
 
 
 def main() -> None:
@@ -28,14 +31,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("weights", help="a data set whose AToP comes with the kit: mnist, cifar10")
     parser.add_argument("--data", default="mnist5k")
-    parser.add_argument("--eps", type=radius, default=0.3)
-    parser.add_argument("--device", type=find_device, default="auto")
+    parser.add_argument("--eps", type=partial(convert, "eps", kind=float), default=0.3)
+    parser.add_argument("--device", type=decisions.pick_device, default="auto")
     for name, default in {"images": 64, "steps": 20, "eot": 20, "max-batch": 512, "rounds": 1}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=positive, default=default)
     o = parser.parse_args()
     images, labels = (tensor.to(o.device) for tensor in data.load_images(o.data, o.images))
     plain = load_pretrained(o.weights, "AToP", device=o.device)
-    alpha = max(2.5 * o.eps / o.steps, o.eps / 3)
+    alpha = step_sizes(o.eps, o.steps)[0]
 
     def eotpgd(model, images, labels):
         with torch.random.fork_rng():

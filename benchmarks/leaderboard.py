@@ -16,15 +16,17 @@ from benchmarks.report import number
 
 ABOUT = """# Leaderboard
 
-Every defence that comes with the kit under every threat of the protocol `compare`
+Every MNIST defence that comes with the kit under every threat of the protocol `compare`
 ([protocols.md](protocols.md)): % of the images, single samples, with the 95 % interval (Wilson). Each
 defence is attacked through everything that it has; every number is an upper bound, of one training seed.
-*Mean*: over the white-box attacks, the order of the lines. *Worst case*: correct under all of them.
+*Mean*: over the white-box attacks, the order of the lines. *Worst case*: correct on the clean image and
+under all attacks, transfer included; *worst unseen*: under those that are not the l_inf PGD of the training.
 
 Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
-    make demo RECIPE=leaderboard ARGS="-p others '{mine: weights.pth}' -p classifier package.module:function"
+    make demo RECIPE=leaderboard \\
+        ARGS="-p others '{mine: {classifier: weights.pth}}' -p classifier package.module:function"
 
 `-p mean`, `-p std` and `-p classifier_options` belong to it; with a purifier of notebook 2 or 3 it is
 `-p others '{mine: {purifier: RUN, classifier: RUN}}'`.

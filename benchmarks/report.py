@@ -68,31 +68,6 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def radius(text: str) -> float:
-    """An argument that must be a number above 0, or two with a slash between them, such as 8/255."""
-    above, _, below = text.partition("/")
-    try:
-        value = float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        value = float("nan")
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number above 0, such as 0.3 or 8/255, got {text!r}")
-    return value
-
-
-def find_device(name: str) -> torch.device:
-    """``auto`` is CUDA where present; raises ArgumentTypeError for a device that is not there."""
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(
-            f"{name!r} cannot be used here ({reason}); allowed: auto, cpu, cuda"
-        ) from error
-    return device
-
-
 def synchronize(device: torch.device) -> None:
     """Wait for the device."""
     if device.type == "cuda":

@@ -11,43 +11,29 @@ so that a machine that slows down slows all of them down.
 """
 
 import argparse
+import ast
 import json
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from atoplib import classifiers, purifiers
-from atoplib.attacks import pgd
 from atoplib.data import Split
-from atoplib.losses import discriminator_loss, generator_loss, reconstruction_loss
-from atoplib.pipeline import AToPPipeline, to_unit
+from atoplib.parameters import read
+from atoplib.pipeline import AToPPipeline
 from atoplib.training import compute_dtype, flops
 from atoplib.training.loop import _Training
 from atoplib.transforms import Transform
+from benchmarks.report import synchronize
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "notebooks" / "03_finetune_atop.ipynb"
-STEP = dict(
-    variant="ft_adv",
-    target="clean",
-    threat_model="white-box",
-    eps=8 / 255,
-    norm="linf",
-    attack_steps=2,
-    alpha=None,
-    eot_samples=1,
-    ramp_epochs=0.0,
-    warmup_epochs=0.0,
-    classification_weight=2.0,
-    gan_weight=0.0,
-    gan_loss="hinge",
-)
+STEP = {"eps": 8 / 255, "ramp_epochs": 0}
 TRANSFER = STEP | dict(threat_model="transfer", attack_steps=1)
 PAPER = TRANSFER | dict(target="adversarial", classification_weight=0.05, gan_weight=1.0)
 FIT = dict(
@@ -67,24 +53,14 @@ FIT = dict(
 
 
 def step_of_notebook(**names: object) -> Callable:
-    """The function ``step`` that the notebook's cells define."""
-    namespace = (
-        dict(
-            torch=torch,
-            partial=partial,
-            pgd=pgd,
-            cross_entropy=F.cross_entropy,
-            to_unit=to_unit,
-            reconstruction_loss=reconstruction_loss,
-            generator_loss=generator_loss,
-            discriminator_loss=discriminator_loss,
-        )
-        | names
-    )
-    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
-        if cell["id"] in ("c03-attack", "c03-step", "c03-gan"):
-            exec("".join(cell["source"]), namespace)
-    return namespace["step"]
+    """The function ``step`` that the notebook's cells define, with all that they import and define."""
+    cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    tree = ast.parse("\n".join(line for line in "\n".join(code).splitlines() if not line.startswith("%")))
+    kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
+    tree.body = [statement for statement in tree.body if isinstance(statement, kinds)]
+    exec(compile(tree, NOTEBOOK, "exec"), names)
+    return names["step"]
 
 
 def fine_tuning(
@@ -102,10 +78,11 @@ def fine_tuning(
         else purifiers.build("gated_unet", width=24, pixel_width=8)
     )
     networks: dict[str, nn.Module] = {"purifier": purifier.to(device)}
-    if parameters["gan_weight"]:
+    p = read(NOTEBOOK, parameters)
+    if p.gan_weight:
         networks["discriminator"] = purifiers.PatchDiscriminator(64).to(device)
     pipeline = AToPPipeline(Transform("rt2", 0.1, 0.1), networks["purifier"], classifier.eval(), seed=None)
-    step = step_of_notebook(pipeline=pipeline, p=SimpleNamespace(**parameters), **networks)
+    step = step_of_notebook(pipeline=pipeline, frozen_ones=[pipeline.classifier], p=p, **networks)
     images = torch.randint(256, (8 * batch, 3, size, size), dtype=torch.uint8)
     training = _Training(
         step,
@@ -133,8 +110,7 @@ def seconds_of(call: Callable, device: torch.device, least: float = 0.2) -> floa
     while calls == 0 or time.perf_counter() - started < least:
         call()
         calls += 1
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return (time.perf_counter() - started) / calls
 
 

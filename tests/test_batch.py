@@ -188,6 +188,7 @@ REFUSED = [
     ),
     (f"shared: {{workspace: here}}\nnotebooks: {{{FIRST}: }}", "give it by --workspace DIR"),
     (f"notebooks: {{{SECOND}: {{classifier_run: nothere}}}}", "there is no run 'nothere' in "),
+    ("notebooks: {06_compare: {others: {mine: {purifier: nothere}}}}", "there is no run 'nothere' in "),
     (f"notebooks: &all {{{FIRST}: }}\nshared: *all", "an alias"),
     ("notebooks: !!python/object/apply:os.system ['touch /tmp/never']", "cannot be read as YAML"),
 ]

@@ -210,6 +210,20 @@ def test_the_newest_state_is_loaded_without_a_word(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["state.pt", "state.pt.previous"]
 
 
+@pytest.mark.parametrize("renamed", [[], ["state.pt"]])
+def test_a_process_that_is_killed_between_the_renames_leaves_a_state_that_is_put_in_its_place(
+    tmp_path, renamed
+):
+    path = saved_twice(tmp_path / "state.pt")
+    path.with_name("state.pt.previous").unlink()
+    os.replace(path, path.with_name("state.pt.newest"))
+    for name in renamed:
+        save_classifier(tmp_path / name)
+    assert load_state(path)[0]["step"] == 2
+    assert path.is_file() and not path.with_name("state.pt.newest").exists()
+    assert load_state(path)[0]["step"] == 2
+
+
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "malicious"])
 def test_a_damaged_newest_state_gives_way_to_the_one_before_and_is_named(tmp_path, damage):
     path = saved_twice(tmp_path / "state.pt")

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from atoplib import hashing
+from atoplib.certification import NoisyInput
 from atoplib.hashing import code_hash, function_hash, model_hash, notebook_hash
 from atoplib.parameters import Parameters
 
@@ -307,3 +308,18 @@ def test_pictures_count_by_their_pixels():
         return function_hash(lambda: picture)
 
     assert seen("red") == seen("red") != seen("blue")
+
+
+@pytest.mark.parametrize(
+    "one, other", [([[1], 2], [[1, 2]]), ([(1, 2), 3], [(1,), 2, 3]), ([{}], []), ([{1: 2}], [1, 2])]
+)
+def test_values_that_hold_the_same_in_another_shape_are_told_apart(one, other):
+    assert function_hash(lambda: one) != function_hash(lambda: other)
+
+
+def test_asking_a_random_network_about_its_hash_changes_neither_hash_nor_samples():
+    images = torch.rand(2, 3, 4, 4)
+    asked, other = (NoisyInput(nn.Flatten(), 0.5).eval() for _ in range(2))
+    before = model_hash(asked)
+    assert torch.equal(asked(images), other(images))
+    assert model_hash(asked) == before

@@ -164,6 +164,8 @@ def test_somebodys_own_weights_need_all_that_belongs_to_them(values, words):
     }
     kinds = dict(zip(defaults, (str, str, dict, list[float] | None, list[float] | None), strict=True))
     check({"__annotations__": kinds, **defaults})
+    others = {"others": {"mine": {"classifier": "a.pth"}}, "classifier": "nets:make"}
+    check({"__annotations__": kinds | {"others": dict}, **defaults, **others})
     with pytest.raises(ParameterError, match=words):
         check({"__annotations__": kinds, **defaults, **values})
 

@@ -21,11 +21,11 @@ PIPELINES = [pair for pair in available() if pair[1] in ("ap", "atop")]
 @pytest.fixture
 def folder(tmp_path):
     """Two classifiers and two purifiers among the weights of a kit, in half precision."""
-    for name in ("undefended", "frozen"):
+    for name in ("undefended", "at"):
         network, path = classifiers.build("small_resnet", **OPTIONS).half(), f"shapes-{name}.safetensors"
         save(tmp_path / path, network, kind="classifier", architecture="small_resnet", options=OPTIONS)
     options = {"width": 4, "blocks": 0}
-    for name, facts in (("ap", {}), ("atop", {"classifier": "frozen"})):
+    for name, facts in (("ap", {}), ("atop", {"classifier": "at"})):
         facts |= {"options": options, "transform": {"name": "rt1", "missing_rate": 0.5}}
         path, unet = tmp_path / f"shapes-{name}.safetensors", GatedUNet(**options).half()
         save(path, unet, kind="purifier", architecture="gated_unet", **facts)
@@ -33,18 +33,18 @@ def folder(tmp_path):
 
 
 def test_a_defence_is_composed_with_the_classifier_that_its_header_names(folder):
-    assert available(folder) == [("shapes", name) for name in ("undefended", "ap", "atop", "frozen")]
+    assert available(folder) == [("shapes", name) for name in ("undefended", "ap", "atop", "at")]
     images, defences = torch.rand(2, 3, 32, 32), {}
-    for name in ("undefended", "AP", "AToP", "Frozen"):
+    for name in ("undefended", "AP", "AToP", "At"):
         defences[name] = load_pretrained("Shapes", name, folder=folder)
         assert not defences[name].training and defences[name](images).dtype == torch.float32
     assert isinstance(defences["AP"], AToPPipeline) and defences["AP"].transform.name == "rt1"
-    for name, beside in (("AP", "undefended"), ("AToP", "Frozen")):
+    for name, beside in (("AP", "undefended"), ("AToP", "At")):
         assert torch.equal(defences[name].classifier(images), defences[beside](images))
 
 
 def test_weights_that_are_not_there_are_named_with_those_that_are(folder):
-    for dataset, defence in (("shapes", "at"), ("forms", "ap")):
+    for dataset, defence in (("shapes", "other"), ("forms", "ap")):
         with pytest.raises(
             ValueError, match=f"no weights of '{defence}' for '{dataset}'.*shapes-undefended, sha"
         ):

@@ -1,6 +1,7 @@
 """Runs: a directory each, found again, and true about how it was made and how it ended."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -88,6 +89,8 @@ def test_earlier_results_survive_until_they_are_superseded_and_are_kept_then(p):
     folder = again.supersede(("state.pt*", "metrics.json", "figures"))
     assert {path.name for path in folder.iterdir()} == {"metrics.json", "state.pt", "figures"}
     assert again.metrics == {} and (again.path / "manifest.json").is_file()
+    os.replace(folder, folder.with_name("superseded-3"))  # others were deleted by hand
+    assert again.supersede(("manifest.json",)).name == "superseded-4"
     again.finish()
 
 

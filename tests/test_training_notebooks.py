@@ -1,9 +1,5 @@
-"""The cells of notebooks 1 to 3: what their steps do, and what makes a run another run. One warm
-interpreter executes them."""
+"""What the steps of notebooks 1 and 3 do."""
 
-import json
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,54 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from atoplib import checkpoints, classifiers, defences, figures, purifiers
+from atoplib import classifiers, purifiers
 from atoplib import losses as loss_functions
-from atoplib.attacks import n_fgsm, pgd
-from atoplib.data import Split, load_images
-from atoplib.pipeline import AToPPipeline, to_unit
+from atoplib.data import Split
+from atoplib.pipeline import AToPPipeline
 from atoplib.training import fit
 from atoplib.transforms import Transform
+from tests.training_cells import STAGES, step_of
 
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
-STAGES = ("01_train_classifier", "02_pretrain_purifier", "03_finetune_atop")
 RT2 = Transform("rt2", missing_rate=0.25, noise_std=0.1, grid_size=4)
-
-
-@pytest.fixture(autouse=True)
-def without_pictures(monkeypatch):
-    for name in ("image_grid", "purification_grid"):
-        monkeypatch.setattr(figures, name, lambda *_, **__: None)
-
-
-def cells_of(stage):
-    cells = json.loads((NOTEBOOKS / f"{stage}.ipynb").read_text())["cells"]
-    return {cell["id"]: cell for cell in cells if cell["cell_type"] == "code"}
-
-
-def execute(stage, folder, edits=(), **parameters):
-    """The cells of a notebook up to its training, without pictures; returns what was said, and the
-    namespace."""
-    said, namespace = [], {"__annotations__": {}}
-    for name, cell in cells_of(stage).items():
-        source = "\n".join(line for line in "".join(cell["source"]).splitlines() if not line.startswith("%"))
-        for old, new in edits:
-            source = source.replace(old, new)
-        exec(compile(source, name, "exec"), namespace)
-        if "parameters" in cell["metadata"].get("tags", []):
-            namespace |= {"smoke": True, "workspace": str(folder), "print": said.append, **parameters}
-        if name.endswith("-train"):
-            return said, SimpleNamespace(**namespace)
-
-
-def step_of(stage, **namespace):
-    """What the cells of a notebook's step define, in a namespace of a few parameters and networks."""
-    namespace |= vars(loss_functions) | dict(torch=torch, partial=partial, pgd=pgd, n_fgsm=n_fgsm, pad=F.pad)
-    namespace |= dict(cross_entropy=F.cross_entropy, to_unit=to_unit)
-    for name, cell in cells_of(stage).items():
-        source = "".join(cell["source"])
-        if source.startswith("def ") and not name.endswith("-save"):
-            exec(source, namespace)
-    return SimpleNamespace(**namespace)
 
 
 def tiny_classifier():
@@ -209,9 +166,9 @@ def test_eps_and_step_size_grow_together_along_the_ramp(batch, ramp, epoch, shar
 
 def test_the_classification_term_joins_in_after_the_warm_up_and_what_is_rebuilt_is_the_target(batch):
     pipeline = recording()
-    assert set(finetuned(batch, pipeline, 0.9, warmup_epochs=1.0)) == {"loss", "reconstruction", "dB_missing"}
+    assert set(finetuned(batch, pipeline, 0.9, warmup_epochs=1.0)) == {"loss", "reconstruction"}
     losses = {target: finetuned(batch, pipeline, 1.0, target=target) for target in ("clean", "adversarial")}
-    assert set(losses["clean"]) == {"loss", "reconstruction", "dB_missing", "classification", "accuracy"}
+    assert set(losses["clean"]) == {"loss", "reconstruction", "classification", "accuracy"}
     (x_adv, t, _) = pipeline.used[-1]
     by_hand = loss_functions.reconstruction_loss(AToPPipeline.outputs(pipeline, x_adv, t), 2 * x_adv - 1)
     assert torch.allclose(losses["adversarial"]["reconstruction"], by_hand)
@@ -226,6 +183,45 @@ def test_what_goes_in_is_what_the_variant_says(batch, variant, attacked):
     )
     total = losses["reconstruction"] + 2 * losses.get("classification", 0)
     assert torch.allclose(losses["loss"], total)
+
+
+def test_the_temperature_divides_the_logits_and_the_floor_has_its_price(batch):
+    changes = dict(variant="ft_clean", temperature=4.0, psnr_weight=0.5, psnr_floor=60.0)
+    losses = finetuned(batch, pipeline := recording(), **changes)
+    ((images, t, _),) = pipeline.used
+    logits = pipeline(images, t)
+    assert torch.allclose(losses["classification"], F.cross_entropy(logits / 4, batch[1]))
+    assert not torch.allclose(losses["classification"], F.cross_entropy(logits, batch[1]))
+    below = loss_functions.psnr_floor_loss(pipeline.outputs(images, t)[-1], 2 * images - 1, 60.0)
+    assert below > 1 and torch.allclose(losses["dB_below_floor"], below)
+    assert torch.allclose(losses["loss"], losses["reconstruction"] + losses["classification"] + 0.5 * below)
+
+
+def test_each_step_shows_attack_and_loss_to_one_of_the_frozen_classifiers(batch):
+    ones, chosen = [Recorder().eval(), Recorder().eval()], set()
+    for seed in range(12):
+        for one in ones:
+            one.calls.clear()
+        names = dict(pipeline=(pipeline := recording()), discriminator=None, frozen_ones=ones)
+        step = step_of(STAGES[2], p=SimpleNamespace(**FINETUNE | {"inner_attack": "n_fgsm"}), **names).step
+        torch.manual_seed(seed)
+        step(*batch, 0.0)
+        assert sorted(len(one.calls) for one in ones) == [0, 2]
+        chosen |= {number for number, one in enumerate(ones) if one.calls}
+        assert 0.1 + 1e-6 < (pipeline.used[-1][0] - batch[0]).abs().max() <= 0.3 + 1e-6
+    assert chosen == {0, 1}
+
+
+@pytest.mark.parametrize("shake", [0, 2])
+def test_a_shake_moves_what_the_frozen_classifier_sees_and_nothing_else(batch, shake):
+    one, pipeline = Recorder().eval(), recording()
+    names = dict(pipeline=pipeline, discriminator=None, frozen_ones=[one])
+    changes = {"variant": "ft_clean", "shake": shake}
+    torch.manual_seed(0)
+    step_of(STAGES[2], p=SimpleNamespace(**FINETUNE | changes), **names).step(*batch, 0.0)
+    ((images, t, _),), ((_, seen),) = pipeline.used, one.calls
+    assert torch.equal(images, batch[0]) and seen.shape == images.shape
+    assert torch.equal(seen, pipeline.purify(images, t)) == (shake == 0)
 
 
 @pytest.mark.parametrize("name", ["none", "rt1", "rt2", "rt3"])
@@ -270,126 +266,3 @@ def test_every_variant_is_learned_on_a_small_fixed_batch_and_the_classifier_stay
     first, last = (sum(entry["reconstruction"] for entry in part) for part in (history[:3], history[-3:]))
     assert last < 0.95 * first
     assert all(torch.equal(before[name], value) for name, value in classifier.state_dict().items())
-
-
-# --- the runs
-
-
-def test_notebooks_find_each_others_runs_and_load_them_however_they_are_named(tmp_path):
-    _, first = execute(STAGES[0], tmp_path)
-    said, second = execute(STAGES[1], tmp_path)
-    assert second.p.classifier_run == first.run.path.name and not said
-    _, third = execute(
-        STAGES[2], tmp_path, classifier_run=first.run.path.name, purifier_run=second.run.path.name
-    )
-    said, by_hand = execute(STAGES[2], tmp_path)  # "latest"
-    assert said[0].startswith("Loaded, not trained again") and by_hand.run.path == third.run.path
-    assert by_hand.metrics == third.metrics
-    header = checkpoints.read_header(third.run.path / "purifier.safetensors")
-    assert header["classifier"] == first.run.path.name and str(tmp_path) not in json.dumps(header)
-    assert header["metrics"]["classifier_flops"] == first.run.metrics["train_flops"] > 0
-    manifest = json.loads((third.run.path / "manifest.json").read_text())
-    assert manifest["status"] == "complete" and set(manifest["inputs"]) == {"classifier", "purifier"}
-
-
-@pytest.mark.parametrize(
-    "stage, old, new",
-    [
-        (STAGES[0], "logits = model(x).float()", "logits = 2 * model(x).float()"),
-        (STAGES[1], "network = network.to(", "network.front = None; network = network.to("),
-        (STAGES[2], 'loss = losses["reconstruction"]', 'loss = 0 * losses["reconstruction"]'),
-        (STAGES[2], 'white_box = p.threat_model == "white-box"', "white_box = False"),
-    ],
-)
-def test_an_edit_of_a_step_an_attack_or_a_network_is_another_training(tmp_path, stage, old, new):
-    _, first = execute(stage, tmp_path)
-    said, _ = execute(stage, tmp_path)
-    assert any(sentence.startswith("Loaded") for sentence in said)
-    said, second = execute(stage, tmp_path, [(old, new)])
-    assert any(sentence.startswith("Trained anew, not loaded (changed:") for sentence in said)
-    assert second.run.path == first.run.path and (first.run.path / "superseded-1" / "state.pt").is_file()
-
-
-def test_a_classifier_starts_from_another_runs_weights_and_owes_its_cost(tmp_path):
-    _, first = execute(STAGES[0], tmp_path)
-    name, small = first.run.path.name, dict(learning_rate=1e-12, adversarial=True, attack_steps=1)
-    _, second = execute(STAGES[0], tmp_path, start_run=name, **small)
-    moved = [
-        (a - b).abs().max()
-        for a, b in zip(second.network.parameters(), first.network.parameters(), strict=True)
-    ]
-    assert second.run.path != first.run.path and max(moved) < 1e-6, (
-        "at no learning rate they stay what they were"
-    )
-    path = second.run.path / "classifier.safetensors"
-    assert defences.training_flops(path) == first.metrics["train_flops"] + second.metrics["train_flops"]
-    with pytest.raises(checkpoints.CheckpointError, match="belong to another architecture"):
-        execute(STAGES[0], tmp_path, start_run=name, classifier_options={"width": 4})
-
-
-def test_a_classifier_learns_on_purified_images_and_is_measured_behind_the_purifier(tmp_path):
-    _, run = execute(STAGES[0], tmp_path, purifier_run="pretrained", adversarial=True, attack_steps=1)
-    header = checkpoints.read_header(run.run.path / "classifier.safetensors")
-    assert (
-        header["purifier"] == "pretrained"
-        and run.history[-1]["test_accuracy"] == run.metrics["test_accuracy"]
-    )
-    with pytest.raises(FileNotFoundError, match="run the notebook 01_train_classifier"):
-        defences.find_weights(run.p, "latest")  # of a classifier that is given images as they are
-
-
-def test_networks_of_ones_own_are_a_line_each_and_their_files_say_so(tmp_path):
-    own = [
-        (
-            "frozen = defences.load_classifier(p)",
-            "frozen = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 10))",
-        ),
-        (
-            "network, header = defences.load_purifier(p)",
-            "network, header = torch.nn.Conv2d(5, 3, 1), {'architecture': 'gated_unet', 'options': {}}",
-        ),
-    ]
-    _, run = execute(STAGES[2], tmp_path, own)
-    path = run.run.path / "purifier.safetensors"
-    header = checkpoints.read_header(path)
-    assert header["architecture"] == "custom: Conv2d" and header["classifier"] == "custom: Sequential"
-    again = checkpoints.load(path, kind="purifier", build=lambda: nn.Conv2d(5, 3, 1))[0]
-    assert torch.equal(again.weight, run.network.weight)
-    p = run.p.replace(purifier_run=run.run.path.name)
-    with pytest.raises(checkpoints.CheckpointError, match="custom purifier"):
-        defences.load_purifier(p)
-
-
-def foreign_resnet(planes=4):
-    """Somebody's network: images normalised elsewhere."""
-    return nn.Sequential(
-        nn.Conv2d(3, planes, 3, 4),
-        nn.BatchNorm2d(planes),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(planes * 64, 10),
-    )
-
-
-def test_somebodys_weights_need_parameters_alone(tmp_path):
-    torch.manual_seed(3)
-    network, path = foreign_resnet(), tmp_path / "weights.pth"
-    torch.save({"state_dict": {f"module.{k}": v for k, v in network.state_dict().items()}}, path)
-    given = dict(
-        classifier_run=str(path), mean=[0.1] * 3, std=[0.3] * 3, classifier=f"{__name__}:foreign_resnet"
-    )
-    _, run = execute(STAGES[2], tmp_path, classifier_options={"planes": 4}, **given)
-    images = load_images("mnist5k", 4)[0]
-    expected = network.eval()((images - 0.1) / 0.3)
-    assert torch.allclose(run.pipeline.classifier(images), expected, atol=1e-4)
-    assert checkpoints.read_header(run.run.path / "purifier.safetensors")["classifier"] == str(path)
-    for change, message in (
-        ({"classifier": ""}, "was not written by atoplib"),
-        ({"mean": None, "std": None}, ""),
-    ):
-        q = run.p.replace(**change)
-        if message:
-            with pytest.raises(checkpoints.CheckpointError, match=message):
-                defences.load_classifier(q)
-        else:
-            assert torch.allclose(defences.load_classifier(q)(images), network(images), atol=1e-4)

@@ -1,5 +1,5 @@
 """Attacks on any model (B, C, H, W) in [0, 1] -> logits, random or not: one function each, all with one
-signature, and the table of them by name, which protocols, explorer, notebooks and README read.
+signature, and the table of them by name, which protocols, explorer and notebooks read.
 
 ``attack(model, images, labels, *, eps, norm="linf", ..., targets=None, seed=0, max_batch=256,
 callback=None)`` returns adversarial images in [0, 1].
@@ -127,6 +127,7 @@ def _torchattacks(name: str) -> Attack:
     return Attack(
         f"torchattacks:{name}", f"{name} (torchattacks)", partial(third_party, name=name), known.norms,
         f"{name} as torchattacks has it, projected into our ball", takes=(*takes, "eot_samples"),
+        gradient=name not in ("Square", "SPSA"),
     )  # fmt: skip
 
 

@@ -29,7 +29,7 @@ from atoplib.attacks.queries import (
     prepare_attack,
     strongest_attempt,
 )
-from atoplib.decisions import Model, sample_logits
+from atoplib.decisions import Model, forked_rng, sample_logits
 from atoplib.parameters import check_counts, check_settings, one_of
 
 RHO = 0.75  # a step size is halved unless the loss rose in more than this share of the steps looked at
@@ -100,7 +100,7 @@ def apgd(
     check_settings(loss=(loss, one_of("ce", "dlr", "targeted_dlr")))
     model, images, labels = prepare_attack(model, images, labels, targets)
     ball, generator = Ball(images, eps, norm), make_generator(seed, images.device)
-    random, votes = check_rule(model, images, rule, votes)
+    random, votes = check_rule(model, images, rule, votes, max_batch)
     clean = sample_logits(model, images, num_samples=votes, max_batch=max_batch).mean(dim=0)
     if targets is not None:
         objective, columns = (targeted_dlr if clean.shape[1] > 3 else target_margin), (targets,)
@@ -325,7 +325,7 @@ def autoattack(
     """
     model, images, labels = prepare_attack(model, images, labels)
     ball = Ball(images, eps, norm)
-    random, votes = check_rule(model, images, rule, votes)
+    random, votes = check_rule(model, images, rule, votes, max_batch)
     classes, least = sample_logits(model, images[:1]).shape[2], 3 if random else 4
     if classes < least:
         raise ValueError(
@@ -386,7 +386,7 @@ def _original(
     images, device = ball.images, labels.device
     if not isinstance(seed, int):
         seed = int(torch.randint(2**31, (), generator=seed, device=device))
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked_rng(device):
         original = AutoAttack(model, norm=ball.norm.capitalize(), eps=ball.eps, seed=seed, device=device)
         original.square.n_queries, original.fab.n_iter = queries, steps
         original.apgd_targeted.n_target_classes = original.fab.n_target_classes = num_targets

@@ -87,6 +87,7 @@ def find_flow(
     check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts)
     model, images, labels = prepare_attack(model, images, labels, targets)
     random, generator = is_random(model, images, max_batch=max_batch), make_generator(seed, images.device)
+    eot_samples = eot_samples if random else 1
     kind, (height, width) = {"device": images.device, "dtype": images.dtype}, images.shape[2:]
     shape = (len(images), 2, *((height, width) if free else (control, control)))
     best = torch.zeros(len(images), 2, height, width, **kind)
@@ -94,8 +95,7 @@ def find_flow(
     warped, rows = images.clone(), torch.arange(len(images), device=images.device)
     goals = [targets] * restarts
     if targets is None and restarts > 2:
-        samples = eot_samples if random else 1
-        logits = sample_logits(model, images, num_samples=samples, max_batch=max_batch).mean(dim=0)
+        logits = sample_logits(model, images, num_samples=eot_samples, max_batch=max_batch).mean(dim=0)
         likely = likely_targets(logits, labels, restarts - 2)
         goals = [None, None, *(likely[run % len(likely)] for run in range(restarts - 2))]
     sizes = step_sizes(eps, steps, cycles=1)

@@ -122,7 +122,7 @@ def _nearest(
     """What foolbox's attack ``name`` finds, pulled back to ``eps``."""
     check_counts(steps=steps)
     model, images, labels = prepare_attack(model, images, labels, targets)
-    if is_random(model, images):
+    if is_random(model, images, max_batch=max_batch):
         raise ValueError(
             "minimum-norm attacks follow one boundary, but the model is random; use pgd at several eps"
         )

@@ -41,7 +41,10 @@ class Ball:
         eps: float | Float[Tensor, " batch"],
         norm: str,
     ) -> None:
-        check_eps(float(eps) if not isinstance(eps, Tensor) else 0.5, norm)
+        if isinstance(eps, Tensor):
+            check_settings(norm=(norm, one_of(*NORMS)))
+        else:
+            check_eps(eps, norm)
         self.images, self.norm = images.detach(), norm
         self.eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) else float(eps)
         if norm == "linf":

@@ -51,7 +51,7 @@ def prepare_attack(
     return model, images, labels
 
 
-def check_rule(model: Model, images: Tensor, rule: str, votes: int) -> tuple[bool, int]:
+def check_rule(model: Model, images: Tensor, rule: str, votes: int, max_batch: int) -> tuple[bool, int]:
     """Whether the model is random, and the number of votes that a decision needs: one for a deterministic
     model.
 
@@ -60,7 +60,7 @@ def check_rule(model: Model, images: Tensor, rule: str, votes: int) -> tuple[boo
             every image counts as broken once an attack has tried often enough, however weak the attack.
     """
     check_settings(rule=(rule, one_of(ANY, *RULES)), votes=(votes, at_least(1)))
-    random = is_random(model, images)
+    random = is_random(model, images, max_batch=max_batch)
     if random and (votes < 2 or rule == "single"):
         raise ValueError(
             f"the model is random, but rule {rule!r} with {votes} votes rests on a single sample, which says "
@@ -139,7 +139,7 @@ def strongest_attempt(
     Raises:
         ValueError: as ``check_rule``.
     """
-    random, votes = check_rule(model, images, rule, votes)
+    random, votes = check_rule(model, images, rule, votes, max_batch)
     samples = partial(sample_logits, model, num_samples=votes, max_batch=max_batch)
 
     def judge(logits: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -235,7 +235,7 @@ class Search:
         check_counts(eot_samples=eot_samples)
         model, images, labels = prepare_attack(model, images, labels, targets, differentiable=False)
         self.model, self.images, self.labels, self.targets = model, images, labels, targets
-        self.random, votes = check_rule(model, images, rule, votes)
+        self.random, votes = check_rule(model, images, rule, votes, max_batch)
         self.generator = make_generator(seed, images.device)
         self.values = {"eot_samples": eot_samples, "max_batch": max_batch}
         self.decision = {"rule": rule, "votes": votes, "max_batch": max_batch}
@@ -272,11 +272,15 @@ class Search:
         """Of ``count`` candidates, (number, positions of images) -> images in [0, 1], the one of the largest
         mean margin for each image, or the first that breaks it.
 
-        All candidates meet the same samples of a model where these can be fixed; only what a candidate breaks
+        All candidates meet the same samples of a model where these can be fixed (for a batch of one size: the
+        best so far meet those of a smaller one anew once an image has left); only what a candidate breaks
         by the mean margin is decided by votes, with new samples.
         """
-        seed = new_seed(self.model, self.generator, self.images.device)
+        seed, judged = new_seed(self.model, self.generator, self.images.device), len(self.active)
         for number in range(count):
+            if self.random and len(self.active) < judged:
+                judged = len(self.active)
+                self.margins[self.active] = self.margin(self.adversarial[self.active], seed)
             with full_float32(self.images.device):  # also where the model computes in less
                 points = candidate(number, self.active)
             self.keep(points, self.margin(points, seed))

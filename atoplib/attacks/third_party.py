@@ -20,6 +20,7 @@ from atoplib.attacks.losses import cross_entropy
 from atoplib.attacks.norms import Ball
 from atoplib.attacks.pgd import step_sizes
 from atoplib.contract import prepare
+from atoplib.decisions import forked_rng
 from atoplib.parameters import check_settings, one_of
 
 LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
@@ -166,7 +167,7 @@ def without_a_trace(
     theirs behind); outside nothing changed."""
     number = int(torch.randint(2**31, (), generator=make_generator(seed, device), device=device))
     weights = nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
-    generators = torch.random.fork_rng([device] if device.type == "cuda" else [])
+    generators = forked_rng(device)
     with ONE_AT_A_TIME, generators, torch.enable_grad():
         torch.manual_seed(number)
         try:

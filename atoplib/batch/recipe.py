@@ -183,6 +183,15 @@ def make_plan(source: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -
 _defaults = cache(parameters.read)
 
 
+def _names(wanted: Any) -> Iterator[str]:
+    """The runs that a parameter names: one, or those in a dict of any depth."""
+    if not isinstance(wanted, Mapping):
+        yield wanted
+        return
+    for each in wanted.values():
+        yield from _names(each)
+
+
 def _job(
     name: str,
     notebook: Path,
@@ -222,15 +231,10 @@ def _job(
             wanted = (fitting or later or ["latest"])[0]
         values[field] = run_of(field, wanted)
     p = runs.resolve(parameters.read(notebook, values))
-    for field in p.run_fields:
-        wanted = getattr(p, field)
-        planned = isinstance(wanted, dict) or wanted in (
-            "",
-            "latest",
-            "own",
-            *(need.run_dir.name for need in needs),
-        )
-        if not planned and not wanted.startswith("pretrained") and not wanted.endswith(parameters.WEIGHTS):
+    known = ("", "latest", "own", *(need.run_dir.name for need in needs))
+    for wanted in (name for field in p.run_fields for name in _names(getattr(p, field))):
+        somewhere = wanted.startswith("pretrained") or wanted.endswith(parameters.WEIGHTS)
+        if wanted not in known and not somewhere:
             runs.find_run(p, wanted, "")  # raises unless it is there
     for need in needs:
         axes = need.axes | axes

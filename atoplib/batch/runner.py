@@ -248,6 +248,7 @@ def run_jobs(
         KeyboardInterrupt: after the notebooks that were running have saved and ended.
     """
     overview, stop = Overview(jobs, out or sys.stdout), threading.Event()
+    by_folder = {job.run_dir: job for job in jobs}
     waiting, running = list(jobs), dict[Future[str], tuple[Job, float]]()
     missing, attempts = dict[Path, str](), {job.run_dir: 0 for job in jobs}
 
@@ -262,7 +263,7 @@ def run_jobs(
             while waiting or running:
                 begun: list[Job] = []
                 for job in list(waiting):
-                    bad = [need for need in jobs if need.run_dir in job.needs and missing.get(need.run_dir)]
+                    bad = [by_folder[need] for need in job.needs if missing.get(need)]
                     if not bad and (
                         not missing.keys() >= {*job.needs} or len(running) + len(begun) >= at_once
                     ):

@@ -106,7 +106,8 @@ def load(
     """
     max_test = tuple(max_test) if isinstance(max_test, Sequence) else max_test
     for argument, value in {"image_size": image_size, "max_train": max_train, "max_test": max_test}.items():
-        if not (value is None or isinstance(value, tuple)) and (type(value) is not int or value < 1):
+        chosen = argument == "max_test" and isinstance(value, tuple)
+        if not (value is None or chosen) and (type(value) is not int or value < 1):
             raise ValueError(f"{argument} is {value!r}: give a whole number of at least 1, or None")
     _check_name(dataset)
     folder = Path(data_dir).expanduser() if str(data_dir) else workspace_dir() / "data"

@@ -183,7 +183,7 @@ def purified_distance(
     1/255.
 
     Both get the same sample of t, so that only the perturbation tells them apart: 0 where nothing of it
-        survives.
+    survives.
     """
     total = 0.0
     parts = clean.split(max_batch), adversarial.split(max_batch)

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from atoplib.attacks import ATTACKS, PassCounter, bpda
 from atoplib.contract import prepare
-from atoplib.decisions import RULES, correct, fixed_sample, full_float32, is_random, reseed, sample_logits
+from atoplib.decisions import (
+    RULES,
+    correct,
+    fixed_sample,
+    forked_rng,
+    full_float32,
+    is_random,
+    reseed,
+    sample_logits,
+)
 from atoplib.evaluation.protocols import COUNTS, Protocol, Row, check_protocol, for_classes, radii
 from atoplib.evaluation.results import CLEAN, FILES, Evaluation, with_worst_cases
 from atoplib.files import read_json, set_aside, write_atomically, write_json
@@ -197,8 +206,9 @@ def _pieces(
     sizes: Mapping[str, Any],
     count: int,
 ) -> list[_Piece]:
-    """The pieces of work, in order. Of a mean over several copies BPDA has no image for the identity."""
-    purifying = [n for n in defences if isinstance(targets[n], AToPPipeline) and targets[n].copies == 1]
+    """The pieces of work, in order. Of a mean of logits BPDA has no image for the identity."""
+    pipelines = [name for name in defences if isinstance(targets[name], AToPPipeline)]
+    purifying = [n for n in pipelines if targets[n].copies == 1 or targets[n].average == "images"]
     sharing = tuple(n for n in defences if f"{SURROGATE} of {n}" not in targets)
     each = {name: (name,) for name in defences}
     work = {
@@ -270,21 +280,13 @@ def _measure(
         started, shown, passes = time.monotonic(), images, 0
         if row:
             smaller, passes = _attack(
-                piece,
-                eps,
-                images,
-                labels,
-                smaller,
-                plan,
-                targets[piece.target],
-                random[piece.target],
-                report,
-                seed=_seed("attack", seed, piece.batch),
-                max_batch=max_batch,
-                dtype=dtype,
-            )
+                piece, eps, images, labels, smaller, plan, targets[piece.target], random[piece.target],
+                report, seed=_seed("attack", seed, piece.batch), max_batch=max_batch, dtype=dtype,
+            )  # fmt: skip
             shown = smaller
+        attacked = time.monotonic() - started
         for name in piece.shown_to:
+            began = time.monotonic()
             votes = (row and row.votes or most) if random[name] and not known else 1
             with _random_numbers(targets[name], later, images.device, known) as model:
                 logits = sample_logits(model, shown, num_samples=votes, max_batch=max_batch)
@@ -301,7 +303,7 @@ def _measure(
                     **{rule: correct(samples, labels, rule).tolist() for rule, samples in counted.items()},
                     "sample_mean": (logits.argmax(dim=2) == labels).double().mean(dim=0).tolist(),
                     "passes": passes / len(labels),
-                    "seconds": (time.monotonic() - started) / len(labels),
+                    "seconds": (attacked + time.monotonic() - began) / len(labels),
                 }
             )
         if keep_images:
@@ -359,7 +361,7 @@ def _random_numbers(
     """Within the block a model's random numbers start from ``seed``, and torch's global ones, for modules
     without own; with ``known_sample`` they are one sample, the same in attack and decision."""
     reseed(model, seed)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with forked_rng(device):
         torch.manual_seed(seed)
         with fixed_sample(model, 0) if known_sample else nullcontext():
             yield model

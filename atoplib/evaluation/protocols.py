@@ -58,15 +58,16 @@ class Row(NamedTuple):
     def keywords(self, eps: float, *, random: bool, rule: str, votes: int) -> dict[str, Any]:
         """Keyword arguments of the attack at radius eps; ``rule`` and ``votes`` where it decides itself."""
         known = ATTACKS[self.attack].options
-        given = {"rule": rule, "votes": votes if random else 1} | dict(self.options)
+        given = {name: known[name] for name in ("steps", "eot_samples", "restarts") if name in known}
+        given |= {"rule": rule, "votes": votes if random else 1, **self.options}
         if self.step is not None:
             given["alpha"] = self.step * eps
         if not random and "eot_samples" in known:
-            samples, given["eot_samples"] = given.get("eot_samples", known["eot_samples"]), 1
+            samples, given["eot_samples"] = given["eot_samples"], 1
             if self.equal_passes:
                 parts = max(1, given["steps"] // 40)  # further starts bring more than further steps
                 given["steps"] //= parts
-                given["restarts"] = parts * samples * given.get("restarts", 1)
+                given["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
                     given.setdefault("loss", ("mean_softmax", "likely_targets"))
         return {name: value for name, value in given.items() if name in known}

@@ -26,7 +26,7 @@ def purification_quality(
     sample an image.
 
     A purifier that was trained against a classifier must stay a purifier: its PSNR near that of AP, and its
-        gain visible to a classifier of another architecture, never seen in fine-tuning.
+    gain visible to a classifier of another architecture, never seen in fine-tuning.
 
     Args:
         pipeline: in eval mode.

@@ -143,7 +143,7 @@ def run_attack(
         model = model.classifier if values["threat_model"] == "transfer" else bpda(model)
     options = values["options"] | {key: values[key] for key in OWN if key in attack.options}
     if not random:
-        options.pop("eot_samples", None)  # more samples of a deterministic model are the same ones
+        options |= {"eot_samples": 1} if "eot_samples" in attack.options else {}  # others are the same
     if attack.targeted and values["target"] >= 0:
         options["targets"] = torch.full_like(labels, values["target"])
     grey = values["grey"] and images.shape[1] == 3 and torch.equal(images[:, :1].expand_as(images), images)

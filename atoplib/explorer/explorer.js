@@ -246,7 +246,7 @@ function render({ model, el }) {
   const problem = make("div", { className: "atop-problem", role: "alert" });
   const path = make("div"), curve = make("div");
   const askCurve = make("div", {}, button("Accuracy over \u03b5", "robust accuracy of every defence shown", () => send({ do: "curve" })),
-    make("p", { className: "atop-faint" }, "This attack on 32 images at six radii: takes a moment. A point of the curve can be chosen."));
+    make("p", { className: "atop-faint" }, "This attack on some images at several radii: takes a moment. A point of the curve can be chosen."));
   const toggle = (name, text, help) => button(text, help, (event) => {
     event.currentTarget.ariaPressed = String(root.classList.toggle(name));
   });

@@ -79,7 +79,7 @@ def purification_grid(
 
     Perturbation (adversarial - clean) and residual (purified - clean) show, at each pixel, the signed mean
     over the channels: brighter is red, darker blue, white is 0, with one scale for all rows (opposite changes
-        of channels cancel).
+    of channels cancel).
     Below clean and purified images is what the defence classifies them as, with its probability.
 
     Args:
@@ -123,7 +123,7 @@ def perturbation_maps(
     change.
 
     Maps show the mean over the channels: brighter is red, darker blue, white is 0, with one symmetric scale
-        for all.
+    for all.
 
     Args:
         images: in [0, 1].

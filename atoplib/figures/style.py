@@ -1,4 +1,4 @@
-"""What all pictures share: colours, names of attacks, and how a figure is made and written.
+"""What all pictures share: colours, legends, how a frame is read, and how a figure is made and written.
 
 A figure is one of its own: pyplot does not know it and no global setting is changed, so a widget's thread may
 draw.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atoplib.attacks import IdentityBackward, norms, pgd, square
 from atoplib.attacks.eot import eot_gradient
 from atoplib.contract import prepare
-from atoplib.decisions import Model, fixed_sample, full_float32, is_random, reseed, sample_logits
+from atoplib.decisions import Model, fixed_sample, forked_rng, full_float32, is_random, reseed, sample_logits
 from atoplib.masking import checks
 from atoplib.masking.checks import Check
 from atoplib.parameters import at_least, check_counts, check_settings, one_of
@@ -195,7 +195,7 @@ def masking_checklist(
     check_settings(images=(len(images), at_least(FEWEST_IMAGES)))  # that a comparison needs
     check_counts(eot_samples=eot_samples, num_samples=num_samples)
     classifier = getattr(defence, "classifier", None) if classifier is None else classifier
-    with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
+    with forked_rng(images.device):
         model, images, labels = prepare(defence, images, labels)
         if classifier is not None:
             classifier, *_ = prepare(classifier, images, labels)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from atoplib.decisions import wilson_interval
 from atoplib.evaluation import markdown_table
-
-SIGNIFICANCE = 0.05
+from atoplib.evaluation.significance import SIGNIFICANCE
 
 
 @dataclass(frozen=True)
@@ -131,9 +130,8 @@ def check_agreement(
     directions.
 
     In random directions it estimates the cosine between the gradient and the true one: a bias as long as the
-        gradient itself
-    leaves 0.71. The 95 % bound counts images only, since the directions of one image share its gradient.
-    Failed where the correlation is surely below 0.9, suspicious where it is surely below 0.97.
+    gradient itself leaves 0.71. The 95 % bound counts images only, since the directions of one image share
+    its gradient. Failed where the correlation is surely below 0.9, suspicious where it is surely below 0.97.
     """
     pairs = torch.stack([predicted.flatten(), measured.flatten()]).double()
     correlation = float(torch.corrcoef(pairs)[0, 1].nan_to_num(0.0).clamp(1e-12 - 1, 1 - 1e-12))
@@ -217,8 +215,7 @@ def check_effort(
         wrong: misclassified samples an image, of ``num_samples``, by the effort, in ascending order.
         others: the same under attacks that differ in something else (schedule, loss, start). One schedule
             alone never shows that an attack has converged: that is said only where these break no more than
-                one in a hundred of the images beside
-            those that the last effort breaks.
+            one in a hundred of the images beside those that the last effort breaks.
     """
     efforts, last = list(wrong), wrong[max(wrong)]
     gains = [paired_p_value(less, more) for less, more in pairwise(wrong.values())]

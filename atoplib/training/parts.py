@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoplib.data import Split, to_float
-from atoplib.decisions import reseed, sample_logits
+from atoplib.decisions import forked_rng, reseed, sample_logits
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
@@ -112,15 +112,16 @@ def accuracy(
     Args:
         model: in eval mode, images in [0, 1] -> logits.
         num_samples: forward passes an image whose share of correct ones counts, for a random model.
-        seed: of its random numbers, also those from torch's generators; all are put back afterwards.
+        seed: of its random numbers, also those from torch's generators, which are put back afterwards; a
+            model's own start anew from the seed that it had.
         max_batch: images at once; None chooses by their size.
     """
     max_batch = max_batch or max(1, min(500, PIXELS_AT_ONCE // split.images[0, 0].numel()))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), split.labels.device)
     correct = torch.zeros((), device=device)
-    seeds = [(part, part.seed) for part in model.modules() if hasattr(part, "reseed")]
+    seeds = [(part, part.seed) for part in model.modules() if {"reseed", "seed"} <= {*dir(part)}]
     try:
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with forked_rng(device):
             torch.manual_seed(seed)
             reseed(model, seed)
             for images, labels in zip(
