@@ -17,7 +17,7 @@ _FUNCTIONS = {
 }
 _MODULES = (
     "attacks", "certification", "checkpoints", "classifiers", "contract", "data", "decisions", "defences",
-    "evaluation", "explorer", "figures", "hashing", "losses", "masking", "parameters", "pipeline",
+    "evaluation", "explorer", "figures", "freezing", "hashing", "losses", "masking", "parameters", "pipeline",
     "pretrained", "progress", "purifiers", "runs", "training", "transforms",
 )  # fmt: skip
 

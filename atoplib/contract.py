@@ -1,23 +1,21 @@
-"""The border: what comes from outside (model, images, labels) is adapted, checked and frozen here, once.
+"""The border: what comes from outside (model, images, labels) is adapted and checked here, once.
 
 Inside, a model is a module (B, C, H, W) float32 in [0, 1] -> float32 logits (B, classes). Any other network
 becomes one by ``adapt``; ``prepare`` also checks that it, the images and the labels can be attacked.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from atoplib.probing import PROBE_SIZES, probe_images, undisturbed
+from atoplib.probing import undisturbed
 
 PROBABILITY_TOLERANCE = 5e-3  # of the sum of an image's outputs; a softmax in bfloat16 misses 1 by as much
-SAME_FUNCTION = 1e-4  # largest difference of two networks' answers, relative to the largest answer
+BATCH_TOLERANCE = 0.02  # largest effect of another image of the batch, relative to the largest logit
 KNOWN = ("atoplib.", "torch.nn.modules.", "torchvision.models.")  # layers that take any memory format
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -118,9 +116,20 @@ def _floating_dtype(model: nn.Module) -> torch.dtype | None:
     return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Where a module computes: the device of its parameters or buffers, the CPU if it has none."""
+    return next((each.device for each in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def _first_tensor(output: Any) -> Tensor:
     """The logits in what a network returns: itself, ``logits`` of a dict or object, the first of a tuple."""
     if isinstance(output, Tensor):
+        kind = "complex" if output.is_complex() else "sparse" if output.layout != torch.strided else ""
+        _require(
+            not kind,
+            f"the model returns {kind} logits, but they must be real and dense: use logits.real or "
+            "logits.abs() of complex ones, logits.to_dense() of sparse ones",
+        )
         return output
     first = output[0] if isinstance(output, tuple | list) and output else None
     inner = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", first)
@@ -139,7 +148,8 @@ def prepare(
     *,
     differentiable: bool = False,
 ) -> tuple[nn.Module, Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-    """A model, images and labels from outside, as an attack can use them; costs one pass on one image.
+    """A model, images and labels from outside, as an attack can use them; costs a pass on one image, and two
+    on a pair where the types of its parts do not tell that images do not meet.
 
     A callable that is no module (``partial(pipeline, sample=t)`` in a training step, where every pass counts)
     is not probed, and nothing is checked that would wait for the GPU: values of images, range of labels.
@@ -152,13 +162,14 @@ def prepare(
 
     Raises:
         ContractError (a ValueError): for a model in train mode, or that returns a single logit,
-            probabilities, or what is not finite; images outside [0, 1]; labels that are not (N,) int64 of its
-            classes; several devices; with ``differentiable``, a model that no gradient passes.
+            probabilities, or what is not finite, or what depends on the other images of the batch; images
+            outside [0, 1]; labels that are not (N,) int64 of its classes; several devices; with
+            ``differentiable``, a model that no gradient passes.
     """
     adapted, is_module = adapt(model), isinstance(model, nn.Module)
     check_eval_mode(adapted)
     weights = (*adapted.parameters(), *adapted.buffers())
-    device = weights[0].device if weights else torch.device("cpu")
+    device = device_of(adapted)
     images, labels = _as_tensor(images, "f", np.float32, device), _as_tensor(labels, "iu", np.int64, device)
     _require(
         not weights or images.device in {tensor.device for tensor in weights},
@@ -172,6 +183,8 @@ def prepare(
     check_labels(labels, len(images))
     if is_module:
         classes = _check_answer(adapted, images[:1], differentiable)
+        if not (isinstance(model, Adapted) or _treats_images_apart(adapted)):
+            _check_batch(adapted, images[:1])
         low, high = int(labels.min()), int(labels.max())
         _require(
             low >= 0 and high < classes,
@@ -262,6 +275,8 @@ def _check_answer(model: nn.Module, image: Tensor, differentiable: bool) -> int:
     try:
         with torch.set_grad_enabled(differentiable):
             logits = model(probe)
+    except ContractError:
+        raise
     except Exception as error:  # whatever somebody's forward raises
         raise ContractError(
             f"the model cannot take images of shape {tuple(image.shape[1:])}: {first_line(error)}. Give it "
@@ -281,98 +296,35 @@ def _check_answer(model: nn.Module, image: Tensor, differentiable: bool) -> int:
     return logits.shape[1]
 
 
+def _treats_images_apart(model: nn.Module) -> bool:
+    """Whether the types of its parts tell that no image of a batch meets another."""
+    meeting = (nn.modules.batchnorm._BatchNorm, nn.MultiheadAttention)  # but for running statistics
+    parts = (part for part in model.modules() if isinstance(part, meeting))
+    return of_known_layers(model) and all(getattr(part, "running_mean", None) is not None for part in parts)
+
+
+def _check_batch(model: nn.Module, image: Tensor) -> None:
+    """Raise ContractError where the logits of an image depend on the other one of its batch.
+
+    The image is paired with itself and with its negative, from the same random numbers: batches of one shape,
+    so that rounding in any precision and random draws are alike. Of a model that answers the same pair in two
+    ways nothing is known.
+    """
+
+    def beside(other: Tensor) -> Tensor:
+        with undisturbed(model):
+            return model(torch.cat([image, other]))[0]
+
+    first, second = beside(image), beside(1 - image)
+    differs = (second - first).abs().max() > BATCH_TOLERANCE * first.abs().max()
+    _require(
+        not (differs and torch.equal(beside(image), first) and torch.equal(beside(1 - image), second)),
+        "the model's logits of an image depend on the other images of its batch, and so would decisions; "
+        "give batch normalisations the running statistics of a training (track_running_stats=True), and take "
+        "other statistics over each image by itself",
+    )
+
+
 def first_line(error: BaseException) -> str:
     """What an error says first, or its kind where it says nothing."""
     return next(iter(str(error).splitlines()), type(error).__name__)
-
-
-def freeze(model: nn.Module) -> nn.Module:
-    """A copy of a trained model to attack: the same function up to rounding, frozen, in less time.
-
-    Batch normalisations are folded into convolutions, and known layers are channels-last, each where that is
-    proved to be the same function (``fold_batch_norms``, ``to_channels_last``). A pipeline freezes itself
-    (``freeze_for_attack``). A model that cannot be copied is frozen in place.
-
-    Raises:
-        ValueError: in train mode.
-    """
-    if hasattr(model, "freeze_for_attack"):
-        return model.freeze_for_attack()
-    frozen = to_channels_last(fold_batch_norms(model))
-    for weight in frozen.parameters():  # a scripted module has no requires_grad_
-        weight.requires_grad_(False)
-    return frozen
-
-
-def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy whose convolutions take up the batch normalisation behind them in the same ``nn.Sequential``.
-
-    The same function up to rounding, for a model that is not trained any more: attacks need a tenth less
-    time. It is done for exact types without hooks, parametrisations or a forward of their own, and kept where
-    the copy gives the same logits on probe images (``same_answers``); otherwise the copy is as the model is
-    (the model itself, where it cannot be copied).
-
-    Raises:
-        ValueError: for a model in train mode, whose normalisation is no fixed function.
-    """
-    check_eval_mode(model)
-    copied = copy_of(model)
-    if copied is model:
-        return model
-    blocks = [block for block in copied.modules() if type(block) is nn.Sequential and not is_changed(block)]
-    pairs = [(block, i) for block in blocks for i in range(len(block) - 1) if _can_fold(*block[i : i + 2])]
-    for block, i in pairs:
-        block[i], block[i + 1] = fuse_conv_bn_eval(block[i], block[i + 1]), nn.Identity()
-    copied.eval()  # the new parts, too
-    return copied if not pairs or same_answers(model, copied) else copy_of(model)
-
-
-def _can_fold(convolution: nn.Module, norm: nn.Module) -> bool:
-    exact = type(convolution) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_mean is not None
-    return exact and not (is_changed(convolution) or is_changed(norm))
-
-
-def to_channels_last(model: nn.Module) -> nn.Module:
-    """The model itself, channels-last, which is faster, where it is ``of_known_layers``: somebody's network
-    may flatten by ``view``, which takes contiguous images alone."""
-    return model.to(memory_format=torch.channels_last) if of_known_layers(model) else model
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy; the model itself, where it cannot be copied (compiled, or weights that a hook
-    computes)."""
-    if any(hasattr(part, "_orig_mod") for part in model.modules()):
-        return model
-    try:
-        with torch.no_grad():  # the copy of a scripted module would remember where its weights come from
-            return deepcopy(model)
-    except Exception:  # whatever somebody's network, its generators and handles raise
-        return model
-
-
-def same_answers(
-    first: nn.Module,
-    second: nn.Module,
-    probes: Iterable[Float[Tensor, "batch channels height width"]] | None = None,
-) -> bool:
-    """Whether two networks give the same answers, up to rounding, on the first of ``probes`` that both take.
-
-    Those are batches of images in [0, 1]; None: ``probe_images`` of usual sizes. False where they take none.
-    """
-    for images in (probe_images(4, 3, *size) for size in PROBE_SIZES) if probes is None else probes:
-        try:
-            expected, answer = (_answer(network, images) for network in (first, second))
-        except Exception:  # not an image of a size that it takes
-            continue
-        if expected.shape != answer.shape or not expected.isfinite().all():
-            return False
-        tolerance = SAME_FUNCTION * max(float(expected.abs().max()), 1e-6)
-        return float((answer - expected).abs().max()) <= tolerance
-    return False
-
-
-def _answer(network: nn.Module, images: Tensor) -> Tensor:
-    device = next((each.device for each in (*network.parameters(), *network.buffers())), images.device)
-    with undisturbed(network), torch.autocast(device.type, enabled=False):
-        torch.manual_seed(0)
-        return adapt(network)(images.to(device)).float()

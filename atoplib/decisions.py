@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atoplib.contract import adapt, check_labels
+from atoplib.contract import ContractError, adapt, check_labels
 
 Model = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [0, 1] -> logits (B, classes); may be random."""
@@ -51,26 +51,27 @@ def vote(logits: Float[Tensor, "samples batch classes"], rule: str = "majority")
     Raises:
         ValueError: for another rule.
     """
-    if rule == "single":
-        return logits[0].argmax(dim=1)
-    if rule == "majority":
-        return F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0).argmax(dim=1)
-    if rule == "mean_softmax":
-        return logits.softmax(dim=2).mean(dim=0).argmax(dim=1)
-    raise ValueError(
-        f"unknown rule {rule!r}; allowed: {', '.join((*RULES, ANY))} (a vote: single, majority, mean_softmax)"
-    )
+    if rule not in VOTES:
+        raise ValueError(
+            f"unknown rule {rule!r}; allowed: {', '.join((*RULES, ANY))} (a vote: {', '.join(VOTES)})"
+        )
+    return VOTES[rule](logits)
+
+
+VOTES: dict[str, Callable[[Tensor], Tensor]] = {
+    "single": lambda logits: logits[0].argmax(dim=1),
+    "majority": lambda logits: F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0).argmax(dim=1),
+    "mean_softmax": lambda logits: logits.softmax(dim=2).mean(dim=0).argmax(dim=1),
+}
+"""Logits (samples, batch, classes) -> classes (batch,)."""
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Within the block float32 is computed as float32: no autocast, and on CUDA no TF32, whose 10 bits of
     mantissa may flip a close decision."""
+    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if device.type == "cuda" else ()
     with torch.autocast(device.type, enabled=False):
-        if device.type != "cuda":
-            yield
-            return
-        settings = torch.backends.cudnn.conv, torch.backends.cuda.matmul
         before = [setting.fp32_precision for setting in settings]
         try:
             for setting in settings:
@@ -97,7 +98,7 @@ def sample_logits(
         max_batch: copies of images that are in memory at once.
 
     Raises:
-        ValueError: for num_samples < 1, or logits that are not finite: they belong to no class.
+        ValueError: for num_samples < 1, or as ``check_finite``.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples must be at least 1, got {num_samples}")
@@ -105,13 +106,17 @@ def sample_logits(
     index = torch.arange(num_samples * len(images), device=images.device) % max(1, len(images))
     with full_float32(images.device):
         logits = torch.cat([model(images[part]).float() for part in index.split(max_batch)])
-    logits = logits.unflatten(0, (num_samples, len(images)))
-    finite = logits.isfinite().all(dim=2).all(dim=0)
-    if not finite.all():
-        wrong = (~finite).nonzero().squeeze(1).tolist()
-        raise ValueError(
-            f"the model returns logits that are not finite for {len(wrong)} of {len(images)} images (the "
-            f"first is number {wrong[0]} of the batch); such an image has no class"
+    return check_finite(logits.unflatten(0, (num_samples, len(images))))
+
+
+def check_finite(logits: Float[Tensor, "samples batch classes"]) -> Float[Tensor, "samples batch classes"]:
+    """The logits themselves; ContractError (a ValueError) where one is not finite: it belongs to no class."""
+    wrong = (~logits.isfinite()).any(dim=2).any(dim=0)
+    if wrong.any():
+        count, first = int(wrong.sum()), int(wrong.nonzero()[0])
+        raise ContractError(
+            f"the model returns logits that are not finite for {count} of {len(wrong)} images (the first is "
+            f"number {first} of the batch); such an image has no class"
         )
     return logits
 
@@ -129,22 +134,23 @@ def is_random(
     return any(not torch.equal(model(part), model(part)) for part in probes)
 
 
-def _parts(model: Any) -> tuple[Any, ...]:
-    return tuple(model.modules()) if isinstance(model, nn.Module) else (model,)
+def _parts_with(method: str, model: Any) -> list[Any]:
+    """The parts of a model (or itself, if it is no module) that have a method of this name."""
+    parts = model.modules() if isinstance(model, nn.Module) else [model]
+    return [part for part in parts if hasattr(part, method)]
 
 
 def reseed(model: Any, seed: int) -> None:
     """Start the random numbers of a model anew, where it or a part of it has any (a method ``reseed``, as
     ``AToPPipeline``)."""
-    for part in _parts(model):
-        if hasattr(part, "reseed"):
-            part.reseed(seed)
+    for part in _parts_with("reseed", model):
+        part.reseed(seed)
 
 
 def supports_fixed_sample(model: Any) -> bool:
     """Whether a model's random numbers can be fixed: it or a part of it has a method ``fixed_sample``, as
     ``AToPPipeline``."""
-    return any(hasattr(part, "fixed_sample") for part in _parts(model))
+    return bool(_parts_with("fixed_sample", model))
 
 
 @contextmanager
@@ -152,9 +158,8 @@ def fixed_sample(model: Any, seed: int) -> Iterator[None]:
     """Within the block a random model that supports it uses the same sample in every call on batches of one
     shape (common random numbers), a function of ``seed``; any other model is used as it is."""
     with ExitStack() as stack:
-        for part in _parts(model):
-            if hasattr(part, "fixed_sample"):
-                stack.enter_context(part.fixed_sample(seed))
+        for part in _parts_with("fixed_sample", model):
+            stack.enter_context(part.fixed_sample(seed))
         yield
 
 

@@ -6,13 +6,13 @@ file of weights, of the kit or of another program.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from atoplib import checkpoints, classifiers, contract, decisions, hashing, pretrained, runs
+from atoplib import checkpoints, classifiers, decisions, freezing, hashing, pretrained, runs
 from atoplib.parameters import WEIGHTS, Parameters
 from atoplib.pipeline import load_pipeline
 
@@ -37,14 +37,6 @@ class Defences(dict[str, nn.Module]):
 
     def __init__(self) -> None:
         self.sources, self.missing = dict[str, Path](), dict[str, str]()
-
-    def add(self, name: str, p: Parameters, path: Path, classifier: Path) -> None:
-        """Load one from its weights: those of a classifier (``path`` itself), or of a purifier in front of
-        it."""
-        self[name], self.sources[name] = _classifier(p, classifier), path
-        if path != classifier:
-            device, seed = decisions.pick_device(p.device), p.as_dict().get("seed", 0)
-            self[name] = contract.freeze(load_pipeline(path, self[name], device=device, seed=seed))
 
 
 def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None) -> Parameters:
@@ -123,10 +115,10 @@ def _classifier(p: Parameters, path: Path) -> nn.Module:
                 f"what builds it by classifier: 'package.module:function' (and classifier_options, mean, std)"
             ) from None
         options, norm = values.get("classifier_options"), {name: values.get(name) for name in ("mean", "std")}
-        return contract.freeze(checkpoints.load_foreign(path, factory, options, device=device, **norm))
+        return freezing.freeze(checkpoints.load_foreign(path, factory, options, device=device, **norm))
     own = ":" in factory and header.get("architecture") == factory
     build = partial(classifiers.build, factory, **header["options"]) if own else None
-    return contract.freeze(checkpoints.load(path, kind="classifier", device=device, build=build)[0])
+    return freezing.freeze(checkpoints.load(path, kind="classifier", device=device, build=build)[0])
 
 
 def load_purifier(p: Parameters, which: str | None = None) -> tuple[nn.Module, Mapping[str, Any]]:
@@ -186,11 +178,18 @@ def load_defences(
         FileNotFoundError, ValueError: for the undefended classifier or one of ``others``; what else there
             is not is ``missing``.
     """
-    values, found = p.as_dict(), Defences()
+    values, found, classifier_at = p.as_dict(), Defences(), cache(partial(_classifier, p))
+    options = {"device": decisions.pick_device(p.device), "seed": values.get("seed", 0)}
+
+    def add(name: str, path: Path, classifier: Path) -> None:
+        network, found.sources[name] = classifier_at(classifier), path
+        purified = path != classifier
+        found[name] = load_pipeline(path, network, **options).freeze_for_attack() if purified else network
+
     for name in (name for name in names if FIELDS[name] in values):
         try:
             path = find_weights(p, values[FIELDS[name]], name)
-            found.add(name, p, path, _classifier_path(p, path, name))
+            add(name, path, _classifier_path(p, path, name))
         except (FileNotFoundError, ValueError) as error:
             if name == "undefended":
                 raise
@@ -199,7 +198,7 @@ def load_defences(
         parts = given if isinstance(given, Mapping) else {"purifier": given}
         classifier = find_weights(p, parts.get("classifier", p.classifier_run))
         path = find_weights(p, parts["purifier"], "AP") if "purifier" in parts else classifier
-        found.add(name, p, path, classifier)
+        add(name, path, classifier)
     return found
 
 

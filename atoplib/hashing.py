@@ -6,6 +6,7 @@ computes. torch is imported only where a tensor or a network is asked about, so 
 
 import ast
 import contextlib
+import copyreg
 import dis
 import functools
 import hashlib
@@ -14,7 +15,9 @@ import json
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Iterator, Mapping
+import uuid
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +38,13 @@ NO_ATTRIBUTES = (
 NO_MEMBERS = (
     "__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__", "__static_attributes__",
     "__slotnames__",  # that copyreg keeps there
+    "_abc_impl",
 )  # fmt: skip
-PLAIN = (
-    "argparse", "builtins", "collections", "datetime", "decimal", "fractions", "functools", "itertools",
-    "operator", "re", "torchvision", "types",
-)  # fmt: skip
-"""Libraries whose objects are told apart by what a copy of them would carry over."""
+PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, range)
+TABLES = (dict, types.MappingProxyType)
+ROWS = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+NO_CONTENT = ("_thread", "_queue")
+"""Libraries whose objects keep nothing that could decide on a number: locks."""
 LIBRARIES = tuple(f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("stdlib", "platlib", "purelib"))
 
 
@@ -62,7 +66,7 @@ def path_hash(path: Path) -> str:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     files = [each for each in sorted(path.rglob("*")) if each.is_file() and is_data(each.relative_to(path))]
-    facts = [(str(file.relative_to(path)), file.stat()) for file in files]
+    facts = ((str(file.relative_to(path)), file.stat()) for file in files)
     return json_hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts])
 
 
@@ -87,8 +91,8 @@ def code_hash(module: str) -> str:
     """16 hex digits of the source of a module of atoplib, and of all modules of atoplib that it imports,
     directly or through others; but for ``SHOWS_ONLY``.
 
-    Of a module that this process has imported, the source counts that was there when it was first asked
-    about, or reloaded.
+    Of a module that this process has imported, the source counts that was imported, whatever the file says
+    by now.
     """
     found: dict[str, str] = {}
     waiting = [module]
@@ -118,12 +122,26 @@ def _source(module: str) -> Path | None:
     return next((path for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file()), None)
 
 
+class _Sources(dict[str, str]):
+    """Sources of atoplib's modules by name, as they were imported: Python asks this object first where each
+    module is, which it leaves to others, but notes the text; also at every reload.
+    """
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: Any = None) -> None:
+        """Note the source of a module that is about to be imported."""
+        source = _source(name) if name.split(".")[0] == "atoplib" else None
+        if source is not None:
+            self[name] = source.read_text(encoding="utf-8")
+
+
+SOURCES = _Sources()
+sys.meta_path.insert(0, SOURCES)
+for _name in [*sys.modules]:
+    SOURCES.find_spec(_name)
+
+
 def _text_when_imported(name: str, path: Path) -> str:
-    # another object after a reload; of a module that is not imported, nothing is kept
-    spec = getattr(sys.modules.get(name), "__spec__", types.SimpleNamespace())
-    if not hasattr(spec, "_atoplib_source"):
-        spec._atoplib_source = path.read_text(encoding="utf-8")
-    return spec._atoplib_source
+    return SOURCES[name] if name in sys.modules and name in SOURCES else path.read_text(encoding="utf-8")
 
 
 @functools.lru_cache(maxsize=512)
@@ -140,7 +158,8 @@ def _imports(source: str) -> tuple[str, ...]:
 def function_hash(function: Callable[..., Any]) -> str:
     """16 hex digits of a function as it would run now: its code, constants, defaults, closure, and every
     global that it refers to, followed through functions and classes of one's own; networks by ``model_hash``,
-    tensors by content, the package's functions by ``code_hash``.
+    tensors by content, the package's functions by ``code_hash``, whatever else by what pickle would keep of
+    it. What not even pickle can keep (an open file, a generator) has another hash at every call.
     """
     return _short(*_walk(function, {}))
 
@@ -149,8 +168,9 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
     """Texts that tell a value from another. ``seen`` keeps what was met, for circles and so that no id is
     used twice.
     """
-    if isinstance(value, bool | int | float | complex | str | bytes | type(None) | slice | range | Path):
-        yield f"{type(value).__name__} {value!r}"
+    kind = type(value)
+    if kind in PLAIN or isinstance(value, Path):
+        yield f"{kind.__name__} {value!r}"
         return
     if id(value) in seen:
         yield f"again {seen[id(value)][0]}"
@@ -159,14 +179,13 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
     match value:
         case types.FunctionType():
             yield from _walk_function(value, seen)
-        case functools.partial():
-            yield from _walk((value.func, value.args, value.keywords), seen)
         case types.MethodType():
             yield from _walk((value.__func__, value.__self__), seen)
+        case weakref.ref():
+            yield from _walk(value(), seen)
         case types.CodeType():
-            names = (value.co_name, value.co_names, value.co_varnames, value.co_freevars)
-            yield f"{value.co_code.hex()} {names}"
-            yield from _walk(value.co_consts, seen)
+            yield f"{value.co_code.hex()} {value.co_name} {value.co_varnames} {value.co_freevars}"
+            yield from _walk([value.co_names, value.co_consts], seen)
         case types.ModuleType():
             yield f"module {value.__name__} {_module_code(value.__name__)}"
             if _is_own(value.__name__):
@@ -174,14 +193,13 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
         case type():
             yield f"class {value.__module__}.{value.__qualname__}"
             yield from _walk_class(value, seen)
-        case Mapping():
-            yield f"{type(value).__name__} of {len(value)}"
-            for key in sorted(value, key=repr):
-                yield from _walk((key, value[key]), seen)
-        case list() | tuple() | set() | frozenset():
-            yield f"{type(value).__name__} of {len(value)}"
-            for item in sorted(value, key=repr) if isinstance(value, set | frozenset) else value:
+        case _ if kind in (*TABLES, *ROWS):
+            yield f"{kind.__name__} of {len(value)}"
+            for item in value.items() if kind in TABLES else value:  # in their order
                 yield from _walk(item, seen)
+        case _ if kind in (set, frozenset):
+            yield f"{kind.__name__} of {len(value)}"
+            yield from sorted(_short(*_walk(item, dict(seen))) for item in value)
         case _:
             yield from _walk_object(value, seen)
 
@@ -189,15 +207,15 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
 def _walk_function(function: types.FunctionType, seen: dict) -> Iterator[str]:
     module = function.__module__ or ""
     yield f"function {module}.{function.__qualname__} {_module_code(module)}"
-    if not _is_own(module):
-        return
-    code, space = function.__code__, function.__globals__
-    yield from _walk([code, function.__defaults__, function.__kwdefaults__], seen)
     for cell in function.__closure__ or ():
         try:
             yield from _walk(cell.cell_contents, seen)
         except ValueError:
             yield "empty cell"  # of a function that refers to itself, not yet bound
+    if not _is_own(module):
+        return
+    code, space = function.__code__, function.__globals__
+    yield from _walk([code, function.__defaults__, function.__kwdefaults__, vars(function)], seen)
     steps = list(_instructions(code))
     for name in sorted({step.argval for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")}):
         if name in space:  # an attribute of that name is not looked up there
@@ -240,41 +258,43 @@ def _walk_object(value: Any, seen: dict) -> Iterator[str]:
     import torch
 
     kind = type(value)
+    yield from _walk(kind, seen)
     match value:
         case torch.nn.Module():
-            yield f"network {model_hash(value)}"
+            yield f"network {model_hash(value)} {[part.training for part in value.modules()]}"
         case torch.Tensor():
+            hooks = (value._backward_hooks, value._post_accumulate_grad_hooks)
             yield f"tensor {tensor_hash(value)}"
+            yield from _walk([list(each.values()) for each in hooks if each], seen)
         case torch.Generator():
-            yield f"generator {value.device}"  # its state moves; where it decides, it is seeded
+            yield f"{value.device} {value.initial_seed()}"  # its state moves
+        case torch.fx.Graph():
+            yield str(value)
         case Parameters():
-            kept = {name: item for name, item in value.as_dict().items() if name not in NO_IDENTITY}
-            yield from _walk(kept, seen)
-        case _ if hasattr(value, "__array_interface__"):  # of NumPy, Pillow
-            array = numpy.asarray(value)
-            yield f"array {array.dtype} {array.shape} {_short(array.tobytes())}"
+            yield from _walk({k: v for k, v in value.as_dict().items() if k not in NO_IDENTITY}, seen)
+        case numpy.ndarray() if kind is numpy.ndarray and not value.dtype.hasobject:
+            yield f"{value.dtype} {value.shape} {_short(value.tobytes())}"
         case _ if kind.__module__.startswith(tuple(f"atoplib.{name}" for name in SHOWS_ONLY)):
-            yield kind.__qualname__
+            pass
         case _:
-            yield f"{kind.__module__}.{kind.__qualname__}"
-            if _is_own(kind.__module__):
-                yield from _walk(kind, seen)
-            if _is_own(kind.__module__) or kind.__module__.split(".")[0] in ("atoplib", *PLAIN):
-                yield from _walk([getattr(value, "__dict__", None), _carried(value)], seen)
-            elif kind.__module__ in ("torch", "numpy"):  # dtypes, devices
-                yield repr(value)
+            if _is_own(kind.__module__) or kind.__module__.startswith("atoplib"):
+                yield from _walk(getattr(value, "__dict__", None), seen)
+            yield from _walk(_carried(value), seen)
 
 
 def _carried(value: Any) -> Any:
-    """What a copy of an object would carry over, slots and items among it; of what cannot be copied (a lock,
-    a file) nothing."""
-    if hasattr(value, "__wrapped__"):  # functools.lru_cache
+    """What pickle would keep of an object, slots and items among it; of what it cannot keep, a text that is
+    never the same."""
+    if isinstance(value, functools._lru_cache_wrapper):
         return value.__wrapped__
-    try:
-        parts = value.__reduce_ex__(4)
-    except Exception:  # whatever somebody's class raises
+    if type(value).__module__ in NO_CONTENT:
         return None
-    return parts if isinstance(parts, str) else [*parts[1:3], *(list(each or ()) for each in parts[3:5])]
+    try:
+        reduce = copyreg.dispatch_table.get(type(value))
+        parts = reduce(value) if reduce else value.__reduce_ex__(4)
+    except Exception:  # whatever somebody's class raises
+        return uuid.uuid4().hex
+    return parts if isinstance(parts, str) else [*parts[:3], *(list(each or ()) for each in parts[3:5])]
 
 
 def _is_own(module: str) -> bool:
@@ -314,23 +334,30 @@ def model_hash(model: Any, images: Any = None) -> str:
 
     if not isinstance(model, torch.nn.Module):
         return function_hash(model)
-    parts = [f"{type(model).__qualname__} {model!r}"]
-    own = False
+    parts, own = [f"{type(model).__qualname__} {model!r}"], False
+    met = {id(part): (number, part) for number, part in enumerate(model.modules())}
     for name, part in model.named_modules():
-        kind = type(part).__module__.split(".")[0]
-        own |= kind not in ("atoplib", "torch", "torchvision") or isinstance(part, torch.jit.ScriptModule)
-        kept = {key: value for key, value in vars(part).items() if _decides(key, value)}
-        # hooks in their order, without the numbers that torch counts up
-        hooks = {key: value for key, value in kept.items() if "_hooks" in key and isinstance(value, Mapping)}
-        kept |= {key: list(value.values()) for key, value in hooks.items()}
-        parts += [name, *_walk_class(type(part), {}), *_walk(kept, {id(model): (0, model)})]
-    for name, value in model.state_dict().items():
-        parts.append(f"{name} {tensor_hash(value) if isinstance(value, torch.Tensor) else repr(value)}")
+        kind = type(part)
+        compiled = isinstance(part, torch.jit.ScriptModule) or kind.__name__ == "OptimizedModule"
+        own |= compiled or kind.__module__.split(".")[0] not in ("atoplib", "torch", "torchvision")
+        computed_from = dict(part.named_parameters(recurse=False))
+        kept = {
+            # hooks in their order, without the numbers that torch counts up
+            key: list(value.values()) if "_hooks" in key and isinstance(value, Mapping) else value
+            for key, value in sorted(vars(part).items())
+            # weight, where torch computes it anew from weight_orig at every call
+            if _decides(key, value) and f"{key}_orig" not in computed_from
+        }
+        # what torch compiled keeps nothing that can be read: its answers tell
+        parts += [name, *_walk_class(kind, {}), *_walk({} if compiled else kept, dict(met))]
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    tensors |= model.named_buffers(remove_duplicate=False)  # those that are not saved, too
+    more = {name: value for name, value in model.state_dict().items() if name not in tensors}
+    parts += _walk(tensors | more, dict(met))
     return _short(*parts, *(answers(model, images) if own else ()))
 
 
 def _decides(name: str, value: Any) -> bool:
     """Whether an attribute of a part is worth a look: not its weights, parts and seed, nor empty tables."""
     empty = isinstance(value, bool | int | str | dict | list | tuple | set | None) and not value
-    scripted = type(value).__name__ in ("ScriptModule", "ScriptMethod")  # repr is an address; answers tell
-    return not scripted and name not in NO_ATTRIBUTES and not (name.startswith("_") and empty)
+    return name not in NO_ATTRIBUTES and not (name.startswith("_") and empty)

@@ -184,8 +184,7 @@ def check(
     check_known((*injected, *rules, *(smoke or {})), kinds)
     values = {name: convert(name, namespace[name], kind) for name, kind in kinds.items()}
     ruled = {name: rule for name, rule in (COMMON | rules).items() if callable(rule)}
-    given = [name for name in ruled if values.get(name) is not None]
-    check_settings(**{name: (values[name], ruled[name]) for name in given})
+    check_settings(**{n: (values[n], rule) for n, rule in ruled.items() if values.get(n) is not None})
     _check_weights(values)
     if smoke and values.get("smoke"):
         values |= smoke

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib import checkpoints
-from atoplib.contract import adapt, fold_batch_norms, freeze, to_channels_last
+from atoplib.contract import adapt
+from atoplib.freezing import fold_batch_norms, freeze, to_channels_last
 from atoplib.parameters import above, at_least, between, check_settings, one_of
 from atoplib.purifiers import freeze_purifier
 from atoplib.transforms import Transform, TransformSample, assemble, corrupt, sample_transform
@@ -69,8 +70,9 @@ class AToPPipeline(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, whose random numbers start from the seed: a generator cannot be copied."""
-        return {**self.__dict__, "_generators": {}}
+        """Of a copy, whose random numbers start from the seed (a generator cannot be copied), and whose parts
+        can be replaced by themselves."""
+        return {**self.__dict__, "_generators": {}, "_modules": dict(self._modules)}
 
     def reseed(self, seed: int | None) -> None:
         """Start the pipeline's random numbers anew from ``seed``."""
@@ -149,7 +151,7 @@ class AToPPipeline(nn.Module):
     def with_transform(self, **changes: Any) -> "AToPPipeline":
         """The same purifier and classifier (the weights are shared) behind a transform with some settings
         changed."""
-        changed = _shallow_copy(self)
+        changed = copy(self)
         changed.transform = replace(self.transform, **changes)
         return changed
 
@@ -166,18 +168,10 @@ class AToPPipeline(nn.Module):
         """
         if self.training:
             raise ValueError("only a pipeline in eval mode can be frozen for attacks; call pipeline.eval()")
-        frozen = _shallow_copy(self)
+        frozen = copy(self)
         frozen.purifier = to_channels_last(freeze_purifier(self.purifier))
         frozen.classifier = to_channels_last(fold_batch_norms(self.classifier))
         return frozen.requires_grad_(False).eval()
-
-
-def _shallow_copy(pipeline: AToPPipeline) -> AToPPipeline:
-    """A pipeline with the same parts, whose parts, settings and random numbers can be replaced by
-    themselves."""
-    copied = copy(pipeline)
-    copied._modules = dict(pipeline._modules)
-    return copied
 
 
 class Mixed(nn.Module):
@@ -209,7 +203,7 @@ class Mixed(nn.Module):
         self.eval()
 
     def freeze_for_attack(self) -> "Mixed":
-        """The same mixture of the branches as ``contract.freeze`` makes them."""
+        """The same mixture of the branches as ``freezing.freeze`` makes them."""
         return Mixed(freeze(self.natural), freeze(self.defended), self.alpha, self.scale)
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:

@@ -10,7 +10,13 @@ from atoplib.pipeline import load_pipeline
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 DEFENCES = ("undefended", "ap", "atop", "at")
-DATASETS = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar10_jpeg": "cifar10"}
+DATASETS = {
+    "mnist5k": "mnist",
+    "mnist": "mnist",
+    "cifar10": "cifar10",
+    "cifar10_jpeg": "cifar10",
+    "cifar100": "cifar100",
+}
 """Which weights fit a data set of ``data.load``, at its own 32 px."""
 
 
@@ -41,7 +47,7 @@ def load_pretrained(
     float32.
 
     Args:
-        dataset: ``mnist`` (also for ``mnist5k``) or ``cifar10``.
+        dataset: ``mnist`` (also for ``mnist5k``), ``cifar10`` or ``cifar100``.
         defence: ``undefended`` (the classifier alone), ``AP``, ``AToP`` (pipelines in front of it) or ``AT``
             (adversarial training), in any case; ``available()`` tells which there are.
 
@@ -53,6 +59,6 @@ def load_pretrained(
     header = checkpoints.read_header(path)
     if header["kind"] == "classifier":
         return checkpoints.load(path, kind="classifier", device=device)[0]
-    beside = pretrained_path(dataset, header.get("classifier", "undefended"), folder=folder)
-    classifier, _ = checkpoints.load(beside, kind="classifier", device=device)
+    own = header.get("classifier", "undefended")
+    classifier = load_pretrained(dataset, own, device=device, folder=folder)
     return load_pipeline(path, classifier, device=device)

@@ -1,8 +1,9 @@
 """Asking a network about fixed images, without disturbing it: what tells it from another."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -30,10 +31,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     parts = list(model.modules())
     modes = [(part, part.training) for part in parts]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    own = [(item.set_state, item.get_state()) for part in parts for item in _generators(vars(part))]
     made = [(part._generators, dict(part._generators)) for part in parts if hasattr(part, "_generators")]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
-    states = [*own, (np.random.set_state, np.random.get_state()), (random.setstate, random.getstate())]
+    states = [each for part in parts for each in _states(vars(part))]
+    states += [(np.random.set_state, np.random.get_state()), (random.setstate, random.getstate())]
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
             yield
@@ -49,12 +50,18 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             buffer.data.copy_(kept)
 
 
-def _generators(values: Any) -> Iterator[Any]:
+def _states(values: Any) -> Iterator[tuple[Callable[[Any], None], Any]]:
+    """Of the generators in somebody's attributes: what puts a state back, and the state."""
     for value in values.values() if isinstance(values, dict) else values:
-        if isinstance(value, torch.Generator):
-            yield value
-        elif isinstance(value, dict | list | tuple):
-            yield from _generators(value)
+        match value:
+            case torch.Generator() | np.random.RandomState():
+                yield value.set_state, value.get_state()
+            case random.Random():
+                yield value.setstate, value.getstate()
+            case np.random.Generator():
+                yield partial(setattr, value.bit_generator, "state"), value.bit_generator.state
+            case dict() | list() | tuple():
+                yield from _states(value)
 
 
 def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:

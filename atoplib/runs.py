@@ -203,12 +203,11 @@ class Run:
     def finish(self, status: str = "complete", error: str = "", **metrics: Any) -> None:
         """Write how the run ended, and free its directory."""
         self.record(**metrics)
-        ended = _ended(self.path.parent, self.manifest["stage"])
         self.manifest |= {
             "status": status,
             "seconds": round(self.manifest.get("seconds", 0) + time.monotonic() - self.started, 2),
             "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "number": 1 + max((number for number, *_ in ended), default=0),
+            "number": 1 + max((n for n, *_ in _ended(self.path.parent, self.manifest["stage"])), default=0),
         } | ({"error": error} if error else {})
         write_json(self.path / "manifest.json", self.manifest)
         self._lock.release(force=True)

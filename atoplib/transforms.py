@@ -104,9 +104,9 @@ def sample_transform(
     Source: Lin et al. 2024, section 3.1 (RT1, RT2, RT3).
     """
     batch, channels, height, width = shape
-    patches, place = transform.grid_size**2, {"generator": generator, "device": torch.device(device)}
-    patch_size(height, width, transform.grid_size)
-    noise = None
+    grid, place = transform.grid_size, {"generator": generator, "device": torch.device(device)}
+    patches, (rows, columns) = grid**2, patch_size(height, width, grid)
+    noise = planes = None
     if transform.name in ("rt2", "rt3") and transform.noise_std > 0:
         noise = (torch.randn(batch, channels, height, width, **place) * transform.noise_std).to(dtype)
     if transform.name == "none":
@@ -119,20 +119,11 @@ def sample_transform(
             missing = (ranks % transform.num_masks == numbers).float()
         else:
             missing = (ranks < floor(transform.missing_rate * patches)).float().unsqueeze(0)
-    masks = _to_pixels(missing.to(dtype), height, width, transform.grid_size)
-    planes = None
+    cells = missing.to(dtype).unflatten(2, (1, grid, grid))  # (masks, batch, 1, grid, grid)
+    masks = cells.repeat_interleave(rows, dim=3).repeat_interleave(columns, dim=4)
     if noise_planes:
-        planes = torch.randn(len(masks) * batch, noise_planes, height, width, **place).to(dtype)
-        planes = planes.unflatten(0, (len(masks), batch))
+        planes = torch.randn(len(masks), batch, noise_planes, height, width, **place).to(dtype)
     return TransformSample(noise, masks, transform.name == "rt3", planes)
-
-
-def _to_pixels(patch_mask: Tensor, height: int, width: int, grid_size: int) -> Tensor:
-    """Spread a mask over patches, (..., patches), to one over pixels, (..., 1, height, width)."""
-    rows, columns = patch_size(height, width, grid_size)
-    cells = patch_mask.reshape(*patch_mask.shape[:-1], 1, grid_size, 1, grid_size, 1)
-    cells = cells.expand(*cells.shape[:-3], rows, grid_size, columns)
-    return cells.reshape(*patch_mask.shape[:-1], 1, height, width)
 
 
 def corrupt(

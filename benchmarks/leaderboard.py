@@ -16,7 +16,7 @@ from benchmarks.report import number
 
 ABOUT = """# Leaderboard
 
-Every MNIST defence that comes with the kit under every threat of the protocol `compare`
+Every MNIST and CIFAR-10 defence that comes with the kit under every threat of the protocol `compare`
 ([protocols.md](protocols.md)): % of the images, single samples, with the 95 % interval (Wilson). Each
 defence is attacked through everything that it has; every number is an upper bound, of one training seed.
 *Mean*: over the white-box attacks, the order of the lines. *Worst case*: correct on the clean image and
@@ -26,7 +26,8 @@ Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderbo
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
     make demo RECIPE=leaderboard \\
-        ARGS="-p others '{mine: {classifier: weights.pth}}' -p classifier package.module:function"
+        ARGS="--only mnist -p others '{mine: {classifier: weights.pth}}' \\
+              -p classifier package.module:function"
 
 `-p mean`, `-p std` and `-p classifier_options` belong to it; with a purifier of notebook 2 or 3 it is
 `-p others '{mine: {purifier: RUN, classifier: RUN}}'`.
@@ -56,9 +57,11 @@ def section(run: Path) -> str:
     """One run of notebook 6 as a section of the page."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     frame = pd.read_csv(run / "frame.csv")
+    dataset = json.loads((run / "parameters.json").read_text(encoding="utf-8"))["dataset"]
+    name = dataset.rpartition("/")[2]  # of a folder that the images lie in
     parts = [
-        f"## {results['caption'].partition(':')[0]}",
-        results["caption"].replace("folder:", "") + ".",
+        f"## {name}",
+        results["caption"].replace(dataset, name) + ".",
         markdown_table(accuracies(frame)),
         markdown_table(costs(results["costs"])),
     ]

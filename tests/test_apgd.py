@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from test_attacks import seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,10 +17,6 @@ from atoplib.transforms import Transform
 
 RADII = {"linf": 0.1, "l2": 0.5, "l1": 3.0}
 has_original = pytest.mark.skipif(find_spec("pyautoattack") is None, reason="pyautoattack is not installed")
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def attacked_set(count=24, classes=5, size=4):
@@ -160,19 +157,6 @@ def test_a_misclassified_image_leaves_the_batch_and_a_wrong_one_never_enters():
     for remaining in (19, *(24 - count for count in seen[:-1])):  # each is shown the model at its step
         assert remaining in sizes, recorder.sizes
     assert 5 < seen[-1] < 24
-
-
-def test_a_deterministic_model_gets_one_sample_and_no_batch_is_larger_than_asked():
-    model, images, labels = attacked_set()
-    model, images = (
-        model.double(),
-        images.double(),
-    )  # rounding depends on the batch, and may flip a sign in float32
-    recorder = Recorder(model).eval()
-    found = apgd(recorder, images, labels, eps=0.02, steps=5, loss="dlr", eot_samples=20, max_batch=7)
-    whole = apgd(model, images, labels, eps=0.02, steps=5, loss="dlr")
-    torch.testing.assert_close(found, whole, atol=1e-4, rtol=0)
-    assert max(recorder.sizes) <= 8  # 8: whether the model is random
 
 
 class Deceptive(nn.Module):

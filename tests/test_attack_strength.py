@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_attacks import seeded
 from torch import nn
 
 from atoplib.attacks import Ball, PassCounter, flow, pgd, pgd_ensemble
@@ -9,10 +10,6 @@ from atoplib.attacks.queries import strongest_attempt
 from atoplib.decisions import sample_logits
 
 STRONG = {"steps": 20, "eot_samples": 1, "restarts": 8}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def accuracy(model, images, labels, samples=1):
@@ -74,24 +71,18 @@ def test_moving_pixels_break_most_digits_of_at(defences, digits):
     assert accuracy(model, found, labels) <= 0.25
 
 
-def small_model(classes=5):
-    torch.manual_seed(0)
-    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(8 * 36, classes))
-    return layers.double().eval()
-
-
 @pytest.fixture
 def batch():
-    model, images = small_model(), torch.rand(16, 3, 8, 8, generator=seeded()).double()
+    layers = nn.Conv2d(3, 8, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(8 * 36, 5)
+    model = nn.Sequential(*layers).double().eval()
+    images = torch.rand(16, 3, 8, 8, generator=seeded()).double()
     return model, images, model(images).argmax(dim=1)
 
 
-def test_an_image_that_is_wrong_but_not_its_target_is_attacked_on():
+def test_an_image_that_is_wrong_but_not_its_target_is_attacked_on(batch):
     """With targets an image leaves, and counts as broken, only when it is classified as its target."""
-    model = small_model()
-    images = torch.rand(16, 3, 8, 8, generator=seeded()).double()
-    labels = (model(images).argmax(dim=1) + 1) % 5  # wrong from the start
-    targets = (labels + 1) % 5
+    model, images, found = batch
+    labels, targets = (found + 1) % 5, (found + 2) % 5  # wrong from the start
     counter = PassCounter(model)
     found = pgd(counter, images, labels, eps=0.5, steps=20, restarts=2, early_stop=1, targets=targets)
     assert counter.gradient_passes > 2 * 16

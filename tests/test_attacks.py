@@ -15,6 +15,7 @@ from atoplib.attacks.losses import (
     targeted_dlr,
 )
 from atoplib.attacks.pgd import LAST_STEP, step_sizes
+from atoplib.contract import adapt
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import Transform
 
@@ -195,7 +196,7 @@ class Scripted(TwoClasses):
 
     def __init__(self, correct_samples):
         super().__init__()
-        self.correct_samples = iter([0, *correct_samples])  # the first call is the check before the attack
+        self.correct_samples = iter([0, *correct_samples])  # the first call is the check of an adapted model
 
     def forward(self, images):
         correct = next(self.correct_samples)
@@ -209,7 +210,7 @@ class Scripted(TwoClasses):
     ids=str,
 )
 def test_every_sample_must_be_wrong_twice_in_a_row_where_early_stop_is_2(correct_samples, steps):
-    seen, model, image = [], Scripted(correct_samples).eval(), images_of((1, 3, 4, 4))
+    seen, model, image = [], adapt(Scripted(correct_samples).eval()), images_of((1, 3, 4, 4))
     keep = lambda step, *_: seen.append(step)  # noqa: E731
     pgd(model, image, torch.tensor([0]), eps=0.1, steps=6, eot_samples=4, early_stop=2, callback=keep)
     assert seen == list(range(1, steps + 1))

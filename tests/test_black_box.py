@@ -5,19 +5,17 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from test_attacks import seeded
 from torch import nn
 
 from atoplib.attacks import Ball, eot_gradient, pgd
 from atoplib.attacks.black_box import estimate_gradient, spsa, square
 from atoplib.attacks.losses import margin
 from atoplib.attacks.queries import Search, broken_by, mean_margin
+from atoplib.contract import adapt
 from atoplib.decisions import sample_logits
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import Transform
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images_of(count=6, size=8, low=0.0, high=1.0):
@@ -61,16 +59,11 @@ class Sure(nn.Module):
 
 def attack(name, model, images, labels, *, norm="linf", eps=None, **options):
     eps = (0.08 if norm == "linf" else 1.0) if eps is None else eps
-    if name == "square":
-        return square(model, images, labels, eps=eps, norm=norm, **({"queries": 80} | options))
-    return spsa(
-        model,
-        images,
-        labels,
-        eps=eps,
-        norm=norm,
-        **({"steps": 10, "samples": 32, "learning_rate": 0.02} | options),
-    )
+    function, quick = {
+        "square": (square, {"queries": 80}),
+        "spsa": (spsa, {"steps": 10, "samples": 32, "learning_rate": 0.02}),
+    }[name]
+    return function(model, images, labels, eps=eps, norm=norm, **(quick | options))
 
 
 ATTACKS = [(name, norm) for name in ("square", "spsa") for norm in ("linf", "l2")]
@@ -109,7 +102,7 @@ def test_broken_images_leave_the_batch_and_stay_broken(name):
     labels[5] = (labels[5] + 1) % 4  # misclassified from the start
     model = NoGradient(body).eval()
     path = [] if name == "square" else [images]  # the first query of Square is the image itself
-    found = attack(name, model, images, labels, callback=lambda *given: path.append(given[2]))
+    found = attack(name, adapt(model), images, labels, callback=lambda *given: path.append(given[2]))
     wrong = torch.stack([body(x).argmax(dim=1) != labels for x in path])
     assert wrong[0].nonzero().tolist() == [[5]] and wrong[-1].sum() >= 4
     assert (wrong[1:] >= wrong[:-1]).all(), "what was broken became correct again"
@@ -175,7 +168,7 @@ def test_only_suspects_are_judged_and_a_rule_of_the_model_is_turned_round_for_ta
 
 @pytest.mark.long
 @pytest.mark.skipif(find_spec("pyautoattack") is None, reason="pyautoattack is not installed")
-@pytest.mark.parametrize("norm, eps", [("linf", 0.4), ("l2", 3.0)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.31), ("l2", 3.0)])
 def test_square_breaks_as_many_images_as_the_original(digits, defences, norm, eps):
     import pyautoattack
 
@@ -206,11 +199,12 @@ def test_asking_again_keeps_a_lucky_sample_from_stopping_the_search():
     images, labels, moved = torch.full((4, 3, 8, 8), 0.5), torch.zeros(4, dtype=torch.int64), []
     for ask_again in (0, 10):
         path = []
-        model = LuckyAtFirst(
-            5
-        ).eval()  # the check, twice whether it is random, the image itself, and the stripes
+        # the check, twice whether it is random, the image itself, and the stripes
+        model = LuckyAtFirst(5).eval()
         options = {"eps": 0.2, "queries": 30, "ask_again": ask_again}
-        square(model, images, labels, **options, callback=lambda *given, path=path: path.append(given[2]))
+        square(
+            adapt(model), images, labels, **options, callback=lambda *given, path=path: path.append(given[2])
+        )
         moved.append((path[-1] - path[1]).mean().item())
     assert moved[0] == 0 and moved[1] > 0.01
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from scipy.stats import binom, binomtest, norm
 from torch import nn
+from zoo import Visible
 
 from atoplib.certification import (
     Certificates,
@@ -53,16 +54,9 @@ def images_at(radii, model):
     return middle + torch.tensor(radii).view(-1, 1, 1, 1) * model.weight / model.weight.norm()
 
 
-class Identity(nn.Module):
-    """A purifier that hands on what it is given."""
-
-    def forward(self, given):
-        return given[:, :3]
-
-
 def pipeline_of(name="rt2", noise_std=SIGMA, **settings):
     transform = Transform(name, noise_std=noise_std, grid_size=4, **settings)
-    return AToPPipeline(transform, Identity(), Linear().eval()).eval()
+    return AToPPipeline(transform, Visible(), Linear().eval()).eval()
 
 
 def noisy(seed=0, noise_std=SIGMA):

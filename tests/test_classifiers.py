@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from atoplib import classifiers
 from atoplib.classifiers import CLASSIFIERS, Normalize, SmallResNet, WideBlock, WideResNet, _pooled_relu
-from atoplib.contract import freeze
+from atoplib.freezing import freeze
 from atoplib.training import flops
 
 MEAN, STD = (0.49, 0.48, 0.45), (0.25, 0.24, 0.26)

@@ -2,6 +2,7 @@
 networks."""
 
 from functools import partial
+from random import SystemRandom
 
 import numpy as np
 import pytest
@@ -9,15 +10,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from zoo import REFUSED, WORKS, LeNet, Net, NotDifferentiable, images_of, made
+from zoo import REFUSED, WORKS, LeNet, Net, NotDifferentiable, Visible, images_of, made
 
 from atoplib import classifiers
 from atoplib.attacks import ATTACKS
-from atoplib.contract import adapt, freeze, prepare, same_answers
+from atoplib.contract import adapt, prepare
 from atoplib.data import Split
 from atoplib.decisions import correct, is_random, reseed, sample_logits
 from atoplib.evaluation import evaluate
 from atoplib.explorer import make_explorer
+from atoplib.freezing import freeze, same_answers
 from atoplib.pipeline import AToPPipeline
 from atoplib.purifiers import FrozenGatedUNet, GatedUNet
 from atoplib.training import fit
@@ -59,11 +61,6 @@ def labels_of(model, images):
     return seeded_call(adapt(model), images).argmax(1)
 
 
-class Visible(nn.Module):
-    def forward(self, given):
-        return given[:, :3]
-
-
 def without_purifier(model):
     return AToPPipeline(Transform("none"), Visible(), model).eval()
 
@@ -98,6 +95,12 @@ def test_every_attack_runs_on_every_network_within_its_bound(make, attack):
         assert (adversarial - images).abs().max() <= 0.1 + 1e-6
 
 
+def purified_by(model):
+    """Behind a random transform and a small purifier."""
+    torch.manual_seed(0)
+    return AToPPipeline(Transform("rt2", grid_size=2), nn.Conv2d(5, 3, 1), model).eval()
+
+
 @pytest.mark.parametrize("make", EVERY)
 def test_every_network_is_evaluated_and_defended(make):
     model, images = made(make), images_of()
@@ -105,7 +108,7 @@ def test_every_network_is_evaluated_and_defended(make):
     assert logits.dtype == torch.float32
     if not is_random(model, images):
         assert correct(logits, labels, "worst_of_n").all()
-    pipeline = AToPPipeline(Transform("rt2", grid_size=2), nn.Conv2d(5, 3, 1), model).eval()
+    pipeline = purified_by(model)
     for defence in (pipeline, pipeline.freeze_for_attack()):
         moving = images.clone().requires_grad_()
         defence(moving).square().sum().backward()
@@ -143,6 +146,15 @@ def test_a_network_that_passes_no_gradient_is_refused_where_one_is_needed_and_el
     prepare(model, images, labels)
     with torch.no_grad():
         prepare(made(Net), images, labels, differentiable=True)
+
+
+def test_whether_logits_depend_on_the_batch_is_asked_without_a_trace_and_not_of_what_no_seed_repeats():
+    images, labels = images_of(), torch.zeros(3, dtype=torch.int64)
+    prepare(made(lambda: Net(before=lambda x: x * SystemRandom().random())), images, labels)
+    first, second = (purified_by(made(Net)) for _ in range(2))
+    second(images[:1])  # all that preparing takes of the random numbers
+    prepare(first, images, labels)
+    assert torch.equal(first(images), second(images))
 
 
 @pytest.mark.parametrize(

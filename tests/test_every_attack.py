@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from atoplib.attacks import ATTACKS, Ball, pgd
+from atoplib.contract import ContractError
 
 SMALL = {"steps": 4, "queries": 20, "samples": 8, "eot_samples": 2, "restarts": 2, "num_targets": 2}
 EPS = {"linf": 0.03, "l2": 0.3, "l1": 3.0, "flow": 0.03}
@@ -170,3 +171,26 @@ def test_a_generator_continues_and_no_seed_means_the_global_one(batch):
     first, following = (pgd(*batch, eps=0.1, steps=1, seed=None) for _ in range(2))
     torch.manual_seed(3)
     assert torch.equal(first, pgd(*batch, eps=0.1, steps=1, seed=None)) and not torch.equal(first, following)
+
+
+SPOILT = {
+    "logits that are not finite for": lambda images, logits: logits.masked_fill(
+        (images.mean(dim=(1, 2, 3)) > 0.9)[:, None], torch.nan
+    ),
+    "returns complex logits, but they must be real": lambda _, logits: logits.to(torch.complex128),
+    "returns sparse logits, but they must be real": lambda _, logits: logits.to_sparse(),
+}
+
+
+@pytest.mark.parametrize("message", SPOILT)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_logits_that_are_no_finite_real_numbers_are_refused(name, message, batch):
+    if name == "torchattacks:GN" and "finite" in message:
+        return  # noise, for which no model is asked
+    model, images, labels = batch
+    images[3] = 0.95  # not the first, which alone is looked at before an attack
+    model.register_forward_hook(lambda _, given, logits: SPOILT[message](given[0], logits))
+    options = {key: 2 for key in ("steps", "queries", "eot_samples") if key in ATTACKS[name].options}
+    eps = {"occlusion": 1, "rotation": 5, "corruption": 1}.get(ATTACKS[name].norms[0], 0.01)
+    with pytest.raises(ContractError, match=message):
+        ATTACKS[name].function(model, images, labels, eps=eps, **options)

@@ -1,20 +1,31 @@
 """What decides on reuse sees every change that could change a number, and nothing else."""
 
+import abc
 import functools
 import importlib
 import json
-import random
+import os
+import re
 import subprocess
 import sys
+import threading
+from collections import deque
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas
 import pytest
 import torch
+from jaxtyping import jaxtyped
 from PIL import Image
 from torch import nn
+from torchvision.transforms import Compose, Resize
+from typeguard import typechecked
+from zoo import linear, nudged
 
 from atoplib import hashing
-from atoplib.certification import NoisyInput
 from atoplib.hashing import code_hash, function_hash, model_hash, notebook_hash
 from atoplib.parameters import Parameters
 
@@ -48,37 +59,115 @@ def test_the_same_step_is_the_same_whatever_its_lines_and_its_cell():
     )
 
 
-HELPER = "def loss(x):\n    return {} * x\ndef step(x, y, epoch):\n    return [loss(part) for part in x]\n"
+class Slotted:
+    __slots__ = ("number",)
+
+    def __init__(self, number):
+        self.number = number
 
 
-@pytest.mark.parametrize(
-    ("first", "second"),
-    [
-        (compiled(STEP, weight=1.0), compiled(STEP, weight=1.00001)),
-        (compiled(STEP, weight=torch.zeros(3)), compiled(STEP, weight=torch.tensor([0, 0, 1e-30]))),
-        (compiled(STEP, weight=[1, {"a": (2,)}]), compiled(STEP, weight=[1, {"a": (3,)}])),
-        (compiled(STEP, weight=np.zeros(3)), compiled(STEP, weight=np.ones(3))),
-        (
-            compiled(STEP, weight=functools.partial(print, end="a")),
-            compiled(STEP, weight=functools.partial(print, end="b")),
-        ),
-        (compiled(HELPER.format(1)), compiled(HELPER.format(2))),
-        (compiled(STEP, weight=Parameters({"s": 1.0})), compiled(STEP, weight=Parameters({"s": 2.0}))),
-        (compiled(STEP, weight=nn.Linear(2, 2)), compiled(STEP, weight=nn.Linear(2, 2))),
-        (compiled(STEP, weight=torch.float32), compiled(STEP, weight=torch.float64)),
-    ],
-)
-def test_whatever_a_step_refers_to_is_part_of_it(first, second):
-    assert function_hash(first) == function_hash(first)
-    assert function_hash(first) != function_hash(second)
+class Bare(nn.Module):
+    """A network of one weight, and a buffer that is not saved."""
+
+    def __init__(self, number=0.0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.register_buffer("kept_elsewhere", torch.tensor(number), persistent=False)
 
 
-def test_a_closure_and_a_default_are_part_of_a_step():
-    def step(s, t=1):
-        return lambda x: s * x * t
+def annotated(value, number):
+    """A value, or a function, with an attribute."""
+    value.number = number
+    return value
 
-    hashes = [function_hash(step(*each)) for each in ((1,), (1,), (2,), (1, 3))]
-    assert hashes[0] == hashes[1] and len(set(hashes)) == 3
+
+def with_hook(register, number):
+    network = Bare()
+    getattr(network.weight, register)(lambda gradient: number)
+    return network
+
+
+def of_class(kind, value, number):
+    return annotated(type("Own", (kind,), {"__module__": "__main__"})(value), number)
+
+
+BUILT_IN = {dict: {1: 2}, list: [1], tuple: (1,), set: {1}, str: "a", int: 3, float: 0.5, bytes: b"a"}
+HOLDERS = {
+    "a number": lambda n: 1 + 1e-5 * n,
+    "a tensor": lambda n: torch.tensor([0, 0, 1e-30 * n]),
+    "nested": lambda n: [1, {"a": (n,)}],
+    "an array": lambda n: np.full(3, n),
+    "a partial call": lambda n: functools.partial(print, end=n),
+    "a function of a function": lambda n: compiled(
+        f"def loss(x):\n    return {n} * x\ndef step(x):\n    return [loss(y) for y in x]\n"
+    ),
+    "parameters": lambda n: Parameters({"s": n}),
+    "a weight that is computed": lambda n: nn.utils.spectral_norm(linear(nudged)[1] if n else linear()[1]),
+    "weights": lambda n: linear(nudged) if n else linear(),
+    "a type of numbers": lambda n: (torch.float32, torch.float64)[n],
+    "a circle": lambda n: compiled(
+        f"def step(x):\n    return other(x)\ndef other(x):\n    return {n} * step(x)\n"
+    ),
+    "a closure": lambda n: lambda x: n * x,
+    "a default": lambda n: eval(f"lambda x, number={n}: x"),
+    "a function's attribute": lambda n: annotated(eval("lambda x: x"), n),
+    "a library's closure": torch.optim.swa_utils.get_ema_multi_avg_fn,
+    "a cached function": lambda n: functools.lru_cache(lambda: n),
+    "a method of another object": lambda n: Fraction(n, 3).limit_denominator,
+    "the mode of a teacher": lambda n: nn.Sequential(Bare()).train(bool(n)),
+    "the mode of a teacher's part": lambda n: nn.Sequential(Bare().train(bool(n))),
+    "a buffer that is not saved": lambda n: Bare(float(n)),
+    "a hook of a weight": lambda n: with_hook("register_hook", n),
+    "a hook after a weight's gradient": lambda n: with_hook("register_post_accumulate_grad_hook", n),
+    "the order of a dict": lambda n: dict([(1, 2), (3, 4)][:: 1 - 2 * n]),
+    **{
+        f"an attribute of a {kind.__name__}": lambda n, kind=kind, value=value: of_class(kind, value, n)
+        for kind, value in BUILT_IN.items()
+    },
+    "slots": Slotted,
+    "a deque": lambda n: deque([n]),
+    "a namespace": lambda n: SimpleNamespace(n=n),
+    "a fraction": lambda n: Fraction(n, 3),
+    "a transform of torchvision": lambda n: Compose([Resize(n + 1)]),
+    "the same part again": lambda n: (lambda a, b: [a, b, (a, b)[n]])([0], [1]),
+    "a distribution": lambda n: torch.distributions.Normal(0.0, 1.0 + n),
+    "a table": lambda n: pandas.DataFrame({"a": [1.5, 2], "b": ["x", "yz"[n]]}),
+    "NumPy's generator": np.random.default_rng,
+    "torch's generator": lambda n: torch.Generator().manual_seed(n),
+    "a masked array": lambda n: np.ma.array([1, 2], mask=[0, n]),
+    "texts in an array": lambda n: np.array([{}, "ab"[n]], dtype=object),
+    "a regular expression": lambda n: re.compile("ab"[n]),
+    "an abstract class": lambda n: type("Own", (abc.ABC,), {"__module__": "__main__", "number": n}),
+    "a picture": lambda n: Image.new("RGB", (2, 2), ("red", "blue")[n]),
+    "a lock beside it": lambda n: SimpleNamespace(lock=threading.Lock(), n=n),
+    "a function whose shapes are checked": lambda n: jaxtyped(
+        compiled(STEP, weight=n), typechecker=typechecked
+    ),
+    "a set": lambda n: {"a", "b", ("c", n)},
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_what_is_kept_in_any_kind_of_object_makes_another_step(hold):
+    first, again, other = (compiled(STEP, weight=hold(n)) for n in (0, 0, 1))
+    assert function_hash(first) == function_hash(first) == function_hash(again) != function_hash(other)
+
+
+def test_a_weight_that_a_call_computes_anew_leaves_the_network_the_same():
+    network = nn.utils.spectral_norm(linear()[1]).eval()
+    before = model_hash(network)
+    network(torch.rand(1, 3072))
+    assert model_hash(network) == before
+
+
+def test_another_class_of_a_number_is_another_step():
+    kinds = [of_class(int, 3, 0), type("Own", (int,), {"__module__": "__main__", "f": 1})(3), 3]
+    assert len({function_hash(compiled(STEP, weight=each)) for each in kinds}) == 3
+
+
+def test_what_not_even_pickle_can_keep_is_never_the_same():
+    step = compiled(STEP, weight=(n for n in range(3)))
+    assert function_hash(step) != function_hash(step)
 
 
 SAME = {
@@ -90,11 +179,6 @@ SAME = {
 @pytest.mark.parametrize("first, second", SAME.values(), ids=SAME)
 def test_what_changes_no_number_is_no_part_of_a_step(first, second):
     assert function_hash(compiled(STEP, **first)) == function_hash(compiled(STEP, **second))
-
-
-def test_functions_that_refer_to_each_other_end():
-    step = compiled("def step(x):\n    return other(x)\ndef other(x):\n    return step(x)\n")
-    assert function_hash(step) == function_hash(step)
 
 
 # ---------------------------------------------------------------------------------------------------- the
@@ -113,6 +197,9 @@ def package(tmp_path, monkeypatch):
     for name, text in files.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.setattr(hashing, "PACKAGE", tmp_path)
+    finders = [hashing._Sources(), *(each for each in sys.meta_path if each is not hashing.SOURCES)]
+    monkeypatch.setattr(sys, "meta_path", finders)
+    monkeypatch.setattr(hashing, "SOURCES", finders[0])  # the package's own stay as they were imported
     return tmp_path
 
 
@@ -133,8 +220,8 @@ def test_a_module_counts_as_it_was_imported_until_it_is_reloaded(package, monkey
     outer.mkdir()
     (outer / "atoplib").symlink_to(package)
     monkeypatch.syspath_prepend(str(outer))
-    module = importlib.import_module("atoplib.alone")
     before = code_hash("atoplib.alone")
+    module = importlib.import_module("atoplib.alone")
     (package / "alone.py").write_text("x = 22")
     assert code_hash("atoplib.alone") == before  # what runs is what was imported
     importlib.reload(module)
@@ -172,142 +259,18 @@ def test_a_notebooks_code_is_its_cells_but_the_parameters_and_what_they_import(t
 
 
 def test_hashes_are_the_same_in_every_process():
-    code = "from atoplib.hashing import *; from atoplib.pretrained import load_pretrained; print(code_hash('atoplib.pipeline'), model_hash(load_pretrained('mnist', 'AToP')), json_hash({'a': {1, 2} and 1}))"  # noqa: E501
+    code = """
+import test_hashing as t
+from atoplib.pretrained import load_pretrained
+print(t.code_hash("atoplib.pipeline"), t.model_hash(load_pretrained("mnist", "AToP")))
+print([t.function_hash(t.compiled(t.STEP, weight=hold(0))) for hold in t.HOLDERS.values()])
+"""
+    folders = {"PYTHONPATH": f"{Path(__file__).parent}:{Path(__file__).parents[1]}"}
     outputs = {
-        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        subprocess.check_output([sys.executable, "-c", code], text=True, env=os.environ | folders)
         for _ in range(2)
     }
     assert len(outputs) == 1
-
-
-# ------------------------------------------------------------------------------------------------------------
-# -- networks
-
-
-class Holding(nn.Module):
-    """A network that keeps a number where torch does not look."""
-
-    def __init__(self, held):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(3, 10)
-        self.held = held
-
-    def number(self):
-        held = self.held
-        while not isinstance(held, int | float | torch.Tensor):
-            held = held() if callable(held) else next(iter(held.values() if isinstance(held, dict) else held))
-        return held
-
-    def forward(self, x):
-        dark = self.layer(x.mean((2, 3)))
-        return torch.where(
-            (x.amin((1, 2, 3)) > 0.9)[:, None], dark + self.number(), dark
-        )  # on bright images only
-
-
-HOLDS = [
-    lambda n: n,
-    lambda n: [n],
-    lambda n: (0 * n + n,),
-    lambda n: {"n": n},
-    lambda n: torch.tensor(n),
-    lambda n: lambda: n,
-    lambda n: [{"n": (lambda: n,)}],
-]
-
-
-@pytest.mark.parametrize("hold", HOLDS)
-def test_a_constant_anywhere_makes_another_network(hold):
-    assert model_hash(Holding(hold(0.9)).eval()) == model_hash(Holding(hold(0.9)).eval())
-    assert model_hash(Holding(hold(0.9)).eval()) != model_hash(Holding(hold(0.90001)).eval())
-
-
-def linear(change=lambda network: None):
-    torch.manual_seed(0)
-    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
-    change(network)
-    return network
-
-
-def replaced(network):
-    network.forward = lambda x, original=network.forward: original(1 - x)
-
-
-def hooked(network):
-    network[1].register_forward_hook(lambda module, inputs, output: -output)
-
-
-def nudged(network):
-    network[1].weight.data[0, 0] += 1e-6
-
-
-@pytest.mark.parametrize("change", [replaced, hooked, nudged])
-def test_another_function_is_another_network(change):
-    assert model_hash(linear()) == model_hash(linear()) != model_hash(linear(change))
-
-
-class Rolling(nn.Module):
-    """A network with random numbers of its own, and of numpy and Python."""
-
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(3, 10)
-        self.norm = nn.BatchNorm2d(3)
-        self.generator = torch.Generator().manual_seed(1)
-
-    def forward(self, x):
-        noise = (
-            torch.rand(len(x), 10, generator=self.generator)
-            + np.random.rand()
-            + random.random()
-            + torch.rand(1)
-        )
-        return self.layer(self.norm(x).mean((2, 3))) + noise
-
-
-def test_asking_a_random_network_gives_one_answer_and_disturbs_nothing():
-    network = Rolling().train()
-    kept = [network.generator.get_state(), torch.get_rng_state(), network.norm.running_mean.clone()]
-    others = (np.random.get_state()[2], random.getstate())
-    assert model_hash(network) == model_hash(network)
-    now = [network.generator.get_state(), torch.get_rng_state(), network.norm.running_mean]
-    assert (
-        all(map(torch.equal, kept, now))
-        and others == (np.random.get_state()[2], random.getstate())
-        and network.training
-    )
-
-
-def test_mode_and_seed_are_no_part_of_a_network(defences):
-    network = Holding(1)
-    assert model_hash(network.train()) == model_hash(network.eval())
-    before = model_hash(defences["AToP"])
-    defences["AToP"](torch.rand(2, 3, 32, 32))
-    assert model_hash(defences["AToP"]) == before
-
-
-def test_a_network_of_an_odd_size_is_its_own_equal():
-    odd = nn.Sequential(nn.Flatten(), nn.Linear(3 * 70 * 70, 10)).eval()
-    assert model_hash(odd) == model_hash(odd) == model_hash(odd, torch.rand(4, 3, 70, 70))
-
-
-def test_hooks_count_but_not_the_numbers_that_torch_gives_them():
-    def hooked(factor):
-        torch.manual_seed(0)
-        network = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        network.register_forward_hook(lambda module, given, result: factor * result)
-        return model_hash(network)
-
-    assert hooked(2) == hooked(2) != hooked(3)
-
-
-def test_pictures_count_by_their_pixels():
-    def seen(colour):
-        picture = Image.new("RGB", (2, 2), colour)
-        return function_hash(lambda: picture)
-
-    assert seen("red") == seen("red") != seen("blue")
 
 
 @pytest.mark.parametrize(
@@ -315,11 +278,3 @@ def test_pictures_count_by_their_pixels():
 )
 def test_values_that_hold_the_same_in_another_shape_are_told_apart(one, other):
     assert function_hash(lambda: one) != function_hash(lambda: other)
-
-
-def test_asking_a_random_network_about_its_hash_changes_neither_hash_nor_samples():
-    images = torch.rand(2, 3, 4, 4)
-    asked, other = (NoisyInput(nn.Flatten(), 0.5).eval() for _ in range(2))
-    before = model_hash(asked)
-    assert torch.equal(asked(images), other(images))
-    assert model_hash(asked) == before

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from test_attacks import seeded
 from torch import nn
 from torch.nn import functional as F
 
@@ -13,10 +14,6 @@ from atoplib.transforms import Transform
 EPS = 0.05
 SETTINGS = {"eps": EPS, "steps": 6, "eot_samples": 4, "num_samples": 4, "queries": 20}
 FAST = {"eps": EPS, "steps": 2, "eot_samples": 2, "num_samples": 2, "queries": 2}
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def task(count, seed):

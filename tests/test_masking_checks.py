@@ -5,6 +5,7 @@ from math import inf, nan
 import pytest
 import torch
 from scipy.stats import binomtest, kruskal, permutation_test
+from test_attacks import seeded
 
 from atoplib.attacks.losses import cross_entropy
 from atoplib.masking import Check, format_checks, warning
@@ -20,11 +21,6 @@ from atoplib.masking.checks import (
     outcome_of,
     paired_p_value,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
 
 # the comparison
 

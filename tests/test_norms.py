@@ -2,19 +2,10 @@
 
 import pytest
 import torch
+from test_attacks import SHAPE, images_of, seeded
 
 from atoplib.attacks import Ball
 from atoplib.attacks.norms import norm_of
-
-SHAPE = (6, 3, 4, 4)
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def images_of(shape=SHAPE, low=0.0, high=1.0):
-    return torch.rand(shape, generator=seeded(5)) * (high - low) + low
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])

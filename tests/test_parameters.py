@@ -1,8 +1,6 @@
 """Parameters: stated in one cell, checked by the next, the same for a notebook and for a batch."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
@@ -177,11 +175,3 @@ def test_rules_at_their_borders():
         with pytest.raises(ValueError, match="got"):
             rule(value)
     assert convert("sizes", (1, 2), list[int]) == [1, 2]
-
-
-def test_the_batch_reads_parameters_without_torch(notebook):
-    code = (
-        "import sys; from pathlib import Path; from atoplib import parameters, runs; "
-        f"parameters.read(Path({str(notebook)!r})); assert 'torch' not in sys.modules"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)

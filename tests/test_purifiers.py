@@ -15,7 +15,7 @@ from atoplib.purifiers import (
     ResidualPurifier,
     build,
 )
-from atoplib.purifiers.frozen import folded, unfolded
+from atoplib.purifiers.gated import folded, unfolded
 from atoplib.transforms import Transform, corrupt, sample_transform
 
 OUT_OF_RANGE = [("width", 0), ("blocks", -1), ("fold", 0), ("pixel_width", -1)]

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from test_attacks import seeded
+from test_black_box import images_of
 
 from atoplib.attacks.black_box import (
     HALVINGS,
@@ -14,14 +16,6 @@ from atoplib.attacks.black_box import (
     _windows,
     share_of_pixels,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
-
-
-def images_of(count=6, size=8, low=0.0, high=1.0):
-    return torch.rand(count, 3, size, size, generator=seeded(count)) * (high - low) + low
 
 
 @pytest.mark.parametrize("side", [1, 3, 8])

@@ -5,6 +5,7 @@ import inspect
 import pytest
 import torch
 import torchattacks
+from test_attacks import seeded
 from torch import nn
 
 from atoplib.attacks import ATTACKS, Ball, EOTWrapper, third_party
@@ -24,10 +25,6 @@ QUICK = {
 }
 WEAK = {"GN", "SPSA", "Square"}  # noise alone, and searches that were cut short
 OWN_BATCHES = {"PGDRS", "PGDRSL2", "SPSA"}  # they repeat the images themselves
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 def images_of(count=4):

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_attacks import seeded
+from test_autoattack import Linear
 from torch import nn
 
 from atoplib.attacks import Ball, pgd
-from atoplib.attacks.minimum_norm import ddn, fmn
 from atoplib.attacks.norms import norm_of
+from atoplib.attacks.third_party import ddn, fmn
 from atoplib.attacks.unseen import (
     CORRUPTIONS,
     corrupt,
@@ -22,10 +24,6 @@ from atoplib.attacks.unseen import (
     pose_grid,
     rotation_translation,
 )
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Toy(nn.Module):
@@ -277,24 +275,14 @@ def test_images_of_two_channels_have_no_corruption():
 # Minimum norm
 
 
-class Linear(nn.Module):
-    """Logits that are linear in the pixels: the distance to every boundary is known."""
-
-    def __init__(self):
-        super().__init__()
-        self.weight = torch.randn(5, 48, generator=seeded(1))
-
-    def forward(self, images):
-        return (images.flatten(1) - 0.5) @ self.weight.T.to(images.dtype)
-
-
 @pytest.mark.parametrize(
     "attack, norm, dual", [(ddn, "l2", 2), (fmn, "l2", 2), (fmn, "linf", 1), (fmn, "l1", torch.inf)]
 )
 def test_a_minimum_norm_attack_ends_at_the_nearest_boundary(attack, norm, dual):
-    model, images = Linear().eval(), torch.rand(20, 3, 4, 4, generator=seeded(5)) * 0.6 + 0.2
-    labels = model(images).argmax(dim=1)
+    model = Linear().eval().requires_grad_(False)
+    images = torch.rand(20, 3, 4, 4, generator=seeded(5)) * 0.6 + 0.2
     logits = model(images)
+    labels = logits.argmax(dim=1)
     distances = (logits.gather(1, labels[:, None]) - logits) / (
         model.weight[labels][:, None] - model.weight
     ).norm(p=dual, dim=2)

@@ -14,6 +14,8 @@ from tiny_trainings import (
     Training,
     a_run,
     colourful,
+    colourful_split,  # noqa: F401
+    one_thread_and_a_look_at_every_step,  # noqa: F401
     same,
     state_of,
     tiny_classifier,
@@ -27,22 +29,6 @@ from atoplib.data import Split
 from atoplib.pipeline import AToPPipeline
 from atoplib.training import accuracy, fit, loop, parts, resume
 from atoplib.training.parts import MovingAverage
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_a_look_at_every_step(monkeypatch):
-    """The tiny networks here are slower on more threads; and what happens every 10 steps should happen
-    soon."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def split():
-    return colourful()
 
 
 def interrupt_at(step, error=KeyboardInterrupt):

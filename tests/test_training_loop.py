@@ -12,7 +12,8 @@ from tiny_trainings import (
     STEPS,
     Training,
     a_run,
-    colourful,
+    colourful_split,  # noqa: F401
+    one_thread_and_a_look_at_every_step,  # noqa: F401
     same,
     state_of,
     tiny_classifier,
@@ -26,26 +27,10 @@ from atoplib import checkpoints, purifiers
 from atoplib.checkpoints import CheckpointError
 from atoplib.data import Split, to_float
 from atoplib.pipeline import AToPPipeline
-from atoplib.training import TrainingDiverged, accuracy, compute_dtype, fit, flops, loop, parts
+from atoplib.training import TrainingDiverged, accuracy, compute_dtype, fit, flops, parts
 from atoplib.training.parts import learning_rate_at, make_optimizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def one_thread_and_a_look_at_every_step(monkeypatch):
-    """The tiny networks here are slower on more threads; and what happens every 10 steps should happen
-    soon."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def split():
-    return colourful()
 
 
 # --- what goes wrong

@@ -4,23 +4,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_trainings import RT2, tiny_classifier
 from torch import nn
 from torch.nn import functional as F
 
-from atoplib import classifiers, purifiers
 from atoplib import losses as loss_functions
+from atoplib import purifiers
 from atoplib.data import Split
 from atoplib.pipeline import AToPPipeline
 from atoplib.training import fit
 from atoplib.transforms import Transform
 from tests.training_cells import STAGES, step_of
-
-RT2 = Transform("rt2", missing_rate=0.25, noise_std=0.1, grid_size=4)
-
-
-def tiny_classifier():
-    torch.manual_seed(100)
-    return classifiers.build("small_resnet", num_classes=3, mean=(0.4,) * 3, std=(0.3,) * 3, width=2)
 
 
 class Recorder(nn.Module):
@@ -28,7 +22,7 @@ class Recorder(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.inner, self.calls = tiny_classifier(), []
+        self.inner, self.calls = tiny_classifier(100), []
 
     def forward(self, images):
         self.calls.append((self.training, images.detach().clone()))
@@ -57,7 +51,7 @@ def batch():
 def recording(transform=RT2, purifier="gated_unet", classifier=None, **options):
     torch.manual_seed(1)
     network = purifiers.build(purifier, **(options or dict(width=4, blocks=0, fold=4)))
-    return RecordingPipeline(transform, network, classifier or tiny_classifier(), seed=None)
+    return RecordingPipeline(transform, network, classifier or tiny_classifier(100), seed=None)
 
 
 # --- notebook 1
@@ -253,7 +247,7 @@ DEEPFILL = pytest.param("deepfill_v2", {"width": 8}, marks=pytest.mark.long)
 def test_every_variant_is_learned_on_a_small_fixed_batch_and_the_classifier_stays(
     batch, purifier, options, variant, gan_weight
 ):
-    network, classifier = purifiers.build(purifier, **options), tiny_classifier()
+    network, classifier = purifiers.build(purifier, **options), tiny_classifier(100)
     pipeline = AToPPipeline(Transform("rt2", 0.25, 0.02, grid_size=4), network, classifier)
     discriminator = purifiers.PatchDiscriminator(4)
     networks = {"purifier": network} | ({"discriminator": discriminator} if gan_weight else {})

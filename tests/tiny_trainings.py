@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -13,7 +14,7 @@ from atoplib.losses import discriminator_loss, generator_loss, reconstruction_lo
 from atoplib.parameters import Parameters
 from atoplib.pipeline import AToPPipeline, to_unit
 from atoplib.runs import open_run
-from atoplib.training import fit
+from atoplib.training import fit, loop
 from atoplib.transforms import Transform
 
 SETTINGS = dict(epochs=2, batch_size=8, learning_rate=0.01, dtype="float32", padding=2, flip=True, seed=3)
@@ -29,6 +30,22 @@ def colourful():
     images = torch.randint(0, 120, (44, 3, 16, 16), generator=generator, dtype=torch.uint8)
     images[torch.arange(44), labels] += 120
     return Split(images, labels)
+
+
+@pytest.fixture(autouse=True)
+def one_thread_and_a_look_at_every_step(monkeypatch):
+    """The tiny networks here are slower on more threads; and what happens every 10 steps should happen
+    soon."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(loop, "CHECK_EVERY", 1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", name="split")
+def colourful_split():
+    return colourful()
 
 
 def tiny_classifier(seed=0):

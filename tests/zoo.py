@@ -128,6 +128,13 @@ def with_a_hook():
     return net
 
 
+class Visible(nn.Module):
+    """A purifier that hands on the image that it is given."""
+
+    def forward(self, given):
+        return given[:, :3]
+
+
 class NotDifferentiable(Net):
     def forward(self, x):
         with torch.no_grad():
@@ -144,9 +151,6 @@ WORKS = {
     "weight norm, old form": lambda: folded_beside(weight_norm_old(conv())),
     "weight norm": lambda: folded_beside(parametrizations.weight_norm(conv())),
     "pruned": lambda: folded_beside(prune.l1_unstructured(conv(), "weight", 0.5)),
-    "batch norm without running statistics": lambda: Net(
-        conv(), nn.BatchNorm2d(6, track_running_stats=False)
-    ),
     "group norm": lambda: Net(conv(), nn.GroupNorm(2, 6)),
     "view": LeNet,
     "in place on the input": lambda: Net(before=lambda x: x.sub_(0.5)),
@@ -186,6 +190,18 @@ REFUSED = {  # what makes it, and what the sentence says
     "a text": (lambda: Net(out=str), "returns a str; allowed are logits"),
     "probabilities": (lambda: Net(out=lambda z: z.softmax(1)), "probabilities"),
     "not finite": (lambda: Net(out=lambda z: z / 0), "not finite"),
+    "batch norm without running statistics": (
+        lambda: Net(conv(), nn.BatchNorm2d(6, track_running_stats=False)),
+        "depend on the other images of its batch.*track_running_stats=True",
+    ),
+    "the same, random": (
+        lambda: Net(
+            conv(),
+            nn.BatchNorm2d(6, track_running_stats=False),
+            before=lambda x: F.dropout(x, 0.1, training=True),
+        ),
+        "depend on the other images of its batch",
+    ),
 }
 
 
@@ -202,3 +218,14 @@ def made(make):
 
 def images_of(count=3, size=(16, 16)):
     return torch.rand(count, 3, *size, generator=torch.Generator().manual_seed(1))
+
+
+def linear(change=lambda network: None):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)).eval()
+    change(network)
+    return network
+
+
+def nudged(network):
+    network[1].weight.data[0, 0] += 1e-6

@@ -25,10 +25,9 @@ from atoplib.attacks.eot import (
     eot_gradient,
 )
 from atoplib.attacks.flow import flow
-from atoplib.attacks.minimum_norm import ddn, fmn
 from atoplib.attacks.norms import NORMS, Ball
 from atoplib.attacks.pgd import fgsm, n_fgsm, pgd, pgd_ensemble
-from atoplib.attacks.third_party import THIRD_PARTY, third_party
+from atoplib.attacks.third_party import THIRD_PARTY, ddn, fmn, third_party
 from atoplib.attacks.unseen import CORRUPTIONS, corrupt, corruption, occlusion, rotation_translation
 
 __all__ = [
@@ -117,8 +116,7 @@ class Attack:
 
 def default_eps(norm: str, dataset: str) -> float:
     """The usual radius for a data set; that of CIFAR-10 for one that has none of its own."""
-    radii = RADII[norm]
-    return next((eps for name, eps in radii.items() if dataset.startswith(name)), radii["cifar10"])
+    return RADII[norm][next((name for name in RADII[norm] if dataset.startswith(name)), "cifar10")]
 
 
 def _torchattacks(name: str) -> Attack:

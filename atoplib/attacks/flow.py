@@ -12,7 +12,9 @@ from atoplib.attacks.queries import at_rows, broken_samples, prepare_attack
 from atoplib.decisions import Model, is_random, sample_logits
 from atoplib.parameters import above, at_least, check_counts, check_settings, one_of
 
-MOMENTUM = 0.75
+MOMENTUM = 0.6
+FIRST_STEP = 0.5
+"""Of eps. On MNIST's AT and AToP half of eps finds more than the whole or a quarter of it."""
 
 
 def flow(
@@ -79,7 +81,8 @@ def find_flow(
     callback: StepCallback | None = None,
 ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch 2 height width"]]:
     """What ``flow`` returns, and the flow: ascent by the sign of the gradient, with momentum and a step that
-    falls along half a cosine from ``eps`` to 0.06 of it. A scale of the logits changes nothing."""
+    falls along half a cosine from ``FIRST_STEP * eps`` to 0.06 of it. A scale of the logits changes
+    nothing."""
     free = control is None
     check_settings(
         norm=(norm, one_of("flow")), eps=(eps, above(0, 2)), control=(2 if free else control, at_least(2))
@@ -98,7 +101,7 @@ def find_flow(
         logits = sample_logits(model, images, num_samples=eot_samples, max_batch=max_batch).mean(dim=0)
         likely = likely_targets(logits, labels, restarts - 2)
         goals = [None, None, *(likely[run % len(likely)] for run in range(restarts - 2))]
-    sizes = step_sizes(eps, steps, cycles=1)
+    sizes = step_sizes(FIRST_STEP * eps, steps, cycles=1)
     for run, goal in enumerate(goals):
         points = torch.zeros(shape, **kind)
         if run:

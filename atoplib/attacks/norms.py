@@ -15,13 +15,6 @@ ROUNDING = 3e-8  # of one value of an image in [0, 1] in float32, in the root me
 L1_SHARE = 0.01  # of the values of an image that one l1 step changes
 
 
-def check_eps(eps: float, norm: str) -> None:
-    """Raise ValueError unless ``eps`` is a radius of the norm in units of the image ([0, 1])."""
-    check_settings(norm=(norm, one_of(*NORMS)), eps=(eps, above(0, FINITE)))
-    if norm == "linf" and eps > 1:
-        raise ValueError(f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {eps}; 8/255?")
-
-
 class Ball:
     """The images in [0, 1] at most ``eps`` away from given ones.
 
@@ -41,10 +34,13 @@ class Ball:
         eps: float | Float[Tensor, " batch"],
         norm: str,
     ) -> None:
-        if isinstance(eps, Tensor):
-            check_settings(norm=(norm, one_of(*NORMS)))
-        else:
-            check_eps(eps, norm)
+        check_settings(norm=(norm, one_of(*NORMS)))
+        if not isinstance(eps, Tensor):
+            check_settings(eps=(eps, above(0, FINITE)))
+            if norm == "linf" and eps > 1:
+                raise ValueError(
+                    f"eps of the linf norm must be at most 1 (images lie in [0, 1]), got {eps}; 8/255?"
+                )
         self.images, self.norm = images.detach(), norm
         self.eps = eps.view(-1, 1, 1, 1) if isinstance(eps, Tensor) else float(eps)
         if norm == "linf":

@@ -4,6 +4,7 @@ alone."""
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 
 from atoplib.attacks.eot import StepCallback, make_generator
 from atoplib.attacks.losses import TINY, margin, target_margin
-from atoplib.contract import prepare
+from atoplib.contract import Adapted, prepare
 from atoplib.decisions import (
     ANY,
     RULES,
     Model,
+    check_finite,
     correct,
     fixed_sample,
     full_float32,
@@ -30,6 +32,14 @@ Attempt = tuple[int, Callable[[Tensor, StepCallback | None], Tensor]]
 these positions."""
 
 
+class Finite(Adapted):
+    """A model as an attack calls it: ContractError (a ValueError) in every pass whose logits are not finite,
+    for such an image has neither a class nor a gradient, and would be taken for one that withstands."""
+
+    def forward(self, images: Float[Tensor, "batch channels height width"], *others: Any) -> Tensor:
+        return check_finite(self.network(images, *others)[None])[0]
+
+
 def prepare_attack(
     model: Model,
     images: Float[Tensor, "batch channels height width"],
@@ -38,8 +48,12 @@ def prepare_attack(
     *,
     differentiable: bool = True,
 ) -> tuple[nn.Module, Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
-    """``contract.prepare``; ValueError unless each target is a class of the model and not the image's own."""
+    """``contract.prepare``, and a model whose logits are checked in every pass (``Finite``); a function that
+    is no module stays as it is. ValueError unless each target is a class of the model and not the image's
+    own."""
+    checked = isinstance(model, nn.Module) and not isinstance(model, Finite)
     model, images, labels = prepare(model, images, labels, differentiable=differentiable)
+    model = Finite(model) if checked else model
     if targets is not None:
         classes = sample_logits(model, images[:1]).shape[2]
         known = targets.shape == labels.shape and 0 <= int(targets.min()) <= int(targets.max()) < classes

@@ -1,13 +1,16 @@
-"""Attacks of torchattacks by name, kept to our rules: EOT, a ball that is checked, random numbers of their
-own.
+"""Attacks of other libraries, kept to our rules: those of torchattacks by name, with EOT and a ball that is
+checked; and minimum-norm attacks of foolbox on deterministic models: the nearest misclassified point, and by
+its distance (``norms.norm_of``) the accuracy at every radius.
 
-Kim 2020, "Torchattacks: A PyTorch Repository for Adversarial Attacks" (arXiv 2010.01950). The library is slow
-to import and is imported by the first attack only.
+Kim 2020, "Torchattacks: A PyTorch Repository for Adversarial Attacks" (arXiv 2010.01950); Rauber et al. 2020,
+"Foolbox Native". Both are slow to import, and are imported by the first attack only.
 """
 
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
+from math import inf
 from threading import Lock
 from typing import Any, NamedTuple
 
@@ -17,12 +20,14 @@ from torch import Tensor, nn
 
 from atoplib.attacks.eot import EOTWrapper, StepCallback, make_generator
 from atoplib.attacks.losses import cross_entropy
-from atoplib.attacks.norms import Ball
+from atoplib.attacks.norms import Ball, norm_of
 from atoplib.attacks.pgd import step_sizes
-from atoplib.contract import prepare
-from atoplib.decisions import forked_rng
-from atoplib.parameters import check_settings, one_of
+from atoplib.attacks.queries import prepare_attack
+from atoplib.decisions import Model, forked_rng, is_random
+from atoplib.parameters import check_counts, check_settings, one_of
 
+FMN = {"linf": "LInfFMNAttack", "l2": "L2FMNAttack", "l1": "L1FMNAttack"}
+BEYOND = 1 + 1e-3  # of a radius that ends on the boundary, where a point is still classified correctly
 LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
 DEFAULT_STEPS = 10  # of torchattacks
 FOUR_CLASSES = ("APGDT", "AutoAttack")  # their targeted loss needs so many
@@ -119,7 +124,7 @@ def third_party(
     known = THIRD_PARTY[name]
     norm = norm or known.norms[0]
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
-    model, images, labels = prepare(model, images, labels)
+    model, images, labels = prepare_attack(model, images, labels)
     ball, wrapped, device = Ball(images, eps, norm), EOTWrapper(model, eot_samples), images.device
     size = step_sizes(eps, steps or DEFAULT_STEPS)[0]
     wanted = {known.steps: steps, known.queries: queries, "alpha": size if known.alpha else None}
@@ -167,11 +172,143 @@ def without_a_trace(
     theirs behind); outside nothing changed."""
     number = int(torch.randint(2**31, (), generator=make_generator(seed, device), device=device))
     weights = nn.ParameterList(weight for weight in model.parameters() if weight.requires_grad)
-    generators = forked_rng(device)
-    with ONE_AT_A_TIME, generators, torch.enable_grad():
+    with ONE_AT_A_TIME, forked_rng(device), torch.enable_grad():
         torch.manual_seed(number)
         try:
             weights.requires_grad_(False)
             yield number
         finally:
             weights.requires_grad_(True)
+
+
+def ddn(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float = inf,
+    norm: str = "l2",
+    steps: int = 100,
+    gamma: float = 0.05,
+    first_norm: float = 1.0,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """The nearest misclassified points in l2, by decoupled direction and norm: a step along the gradient,
+    then the norm of the perturbation shrinks where the point is misclassified and grows elsewhere.
+
+    Args:
+        model: deterministic, in eval mode, images in [0, 1] -> logits.
+        images: in [0, 1].
+        labels: true classes.
+        eps: a point farther away is pulled back to this distance (and then mostly classified correctly); inf:
+            never.
+        norm: ``l2``.
+        steps: at least 1.
+        gamma: share by which the norm shrinks or grows.
+        first_norm: of the perturbation, in units of the image.
+        targets: class that each image is driven to; None: any other.
+        seed: of the direction where the gradient is zero; None: torch's global generator.
+        max_batch: images that are attacked at a time.
+        callback: (images done, images, best points, their distances) after every ``max_batch`` images.
+
+    Returns:
+        images in [0, 1]; where no misclassified point was found, the image itself.
+
+    Raises:
+        ValueError: as ``contract.prepare``; for another norm, or a random model.
+        ImportError: without foolbox.
+
+    Source: Rony et al. 2019, algorithm 1.
+    """
+    check_settings(norm=(norm, one_of("l2")))
+    return _nearest(
+        "DDNAttack", model, images, labels, eps=eps, norm=norm, targets=targets, seed=seed,
+        max_batch=max_batch, callback=callback, steps=steps, gamma=gamma, init_epsilon=first_norm,
+    )  # fmt: skip
+
+
+def fmn(
+    model: Model,
+    images: Float[Tensor, "batch channels height width"],
+    labels: Int[Tensor, " batch"],
+    *,
+    eps: float = inf,
+    norm: str = "linf",
+    steps: int = 100,
+    alpha: float | None = None,
+    gamma: float = 0.05,
+    targets: Int[Tensor, " batch"] | None = None,
+    seed: int | torch.Generator | None = 0,
+    max_batch: int = 256,
+    callback: StepCallback | None = None,
+) -> Float[Tensor, "batch channels height width"]:
+    """The nearest misclassified points in linf, l2 or l1, by fast minimum norm: steps along the gradient of
+    the margin, projected onto a ball that shrinks where the point is misclassified and grows elsewhere.
+
+    Args:
+        alpha: first step size, the l2 norm of a step; it falls to a hundredth along half a cosine. None: 10
+            for linf, else 1.
+        gamma: share by which the radius shrinks or grows, at first; it falls to 0.001.
+        seed: not used, there is no random number.
+        other arguments, result and errors: as ``ddn``.
+
+    Source: Pintor et al. 2021, algorithm 1.
+    """
+    check_settings(norm=(norm, one_of(*FMN)))
+    return _nearest(
+        FMN[norm], model, images, labels, eps=eps, norm=norm, targets=targets, seed=seed,
+        max_batch=max_batch, callback=callback, steps=steps, gamma=gamma,
+        max_stepsize=alpha or (10.0 if norm == "linf" else 1.0),
+    )  # fmt: skip
+
+
+def _nearest(
+    name: str,
+    model: Model,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    eps: float,
+    norm: str,
+    steps: int,
+    targets: Tensor | None,
+    seed: int | torch.Generator | None,
+    max_batch: int,
+    callback: StepCallback | None,
+    **options: Any,
+) -> Tensor:
+    """What foolbox's attack ``name`` finds, pulled back to ``eps``."""
+    check_counts(steps=steps)
+    model, images, labels = prepare_attack(model, images, labels, targets)
+    if is_random(model, images, max_batch=max_batch):
+        raise ValueError(
+            "minimum-norm attacks follow one boundary, but the model is random; use pgd at several eps"
+        )
+    try:
+        import foolbox
+    except ImportError as error:
+        raise ImportError("minimum-norm attacks are those of foolbox: pip install foolbox") from error
+    attack = getattr(foolbox.attacks, name)(steps=steps, **options)
+    attack.project = partial(_project, norm)
+    wrapped, best = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device), images.clone()
+    for rows in torch.arange(len(images), device=images.device).split(max_batch):
+        untargeted, targeted = foolbox.Misclassification, foolbox.TargetedMisclassification
+        criterion = untargeted(labels[rows]) if targets is None else targeted(targets[rows])
+        with without_a_trace(model, seed, images.device):
+            best[rows] = attack.run(wrapped, images[rows], criterion).clamp(0, 1)
+        if callback is not None:
+            callback(int(rows[-1]) + 1, len(images), best.clone(), norm_of(best - images, norm))
+    return best if eps == inf else Ball(images, eps, norm).project(best)
+
+
+def _project(norm: str, x: Any, x0: Any, epsilon: Any) -> Any:
+    """Points of foolbox's own tensors into balls around x0. In l2 onto the sphere, from inside, too: nearer
+    points are found so (foolbox 3.3.4 divides each norm by itself there, and moves no point)."""
+    points, images, radius = x.raw, x0.raw, epsilon.raw * BEYOND
+    if norm == "l2":
+        factor = radius / norm_of(points - images, norm).clamp_min(1e-12)
+        return type(x)(images + (points - images) * factor.view(-1, 1, 1, 1))
+    return type(x)(Ball(images, radius, norm).project(points))

@@ -221,10 +221,6 @@ def corrupt(
         return function(images, strengths[int(severity) - 1], make_generator(seed, images.device)).clamp(0, 1)
 
 
-def _normal(images: Tensor, generator: torch.Generator | None) -> Tensor:
-    return torch.randn(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-
-
 def _impulse_noise(images: Tensor, share: float, generator: torch.Generator | None) -> Tensor:
     uniform = torch.rand(images.shape, generator=generator, device=images.device)
     return torch.where(uniform < share, (uniform < share / 2).to(images.dtype), images)
@@ -313,13 +309,19 @@ def _pixelate(images: Tensor, share: float, _generator: torch.Generator | None) 
 
 
 CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
-    "gaussian_noise": (lambda x, std, seed: x + std * _normal(x, seed), (0.04, 0.06, 0.08, 0.09, 0.10)),
+    "gaussian_noise": (
+        lambda x, std, seed: torch.normal(x, std, generator=seed),
+        (0.04, 0.06, 0.08, 0.09, 0.10),
+    ),
     "shot_noise": (
         lambda x, photons, seed: torch.poisson(x * photons, seed) / photons,
         (500, 250, 100, 75, 50),
     ),
     "impulse_noise": (_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
-    "speckle_noise": (lambda x, std, seed: x + x * std * _normal(x, seed), (0.06, 0.1, 0.12, 0.16, 0.2)),
+    "speckle_noise": (
+        lambda x, std, seed: torch.normal(x, x * std, generator=seed),
+        (0.06, 0.1, 0.12, 0.16, 0.2),
+    ),
     "gaussian_blur": (_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
     "defocus_blur": (_defocus_blur, ((0.3, 0.4), (0.4, 0.5), (0.5, 0.6), (1, 0.2), (1.5, 0.1))),
     "motion_blur": (_motion_blur, ((6, 1), (6, 1.5), (6, 2), (8, 2), (9, 2.5))),

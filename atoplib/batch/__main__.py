@@ -57,9 +57,9 @@ def run_recipe(options: argparse.Namespace) -> int:
     """Plan, check, and execute; returns the exit code. Raises ValueError or OSError, with a sentence, where
     nothing can be run.
     """
-    overrides = {"workspace": options.workspace} | parse_pairs(options.p)
-    overrides |= {"workspace": str(files.workspace_dir(str(overrides["workspace"] or "")))}
-    overrides |= {"smoke": True} if options.smoke else {}
+    smoke = {"smoke": True} if options.smoke else {}
+    overrides = {"workspace": options.workspace} | parse_pairs(options.p) | smoke
+    overrides["workspace"] = str(files.workspace_dir(str(overrides["workspace"] or "")))
     source = recipe.find_recipe(options.recipe, NOTEBOOKS)
     jobs = recipe.select(recipe.make_plan(source, NOTEBOOKS, overrides), options.only or ["*"])
     local, asked = options.engine == "local", parse_pairs(options.engine_option)

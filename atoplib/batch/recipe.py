@@ -183,15 +183,6 @@ def make_plan(source: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -
 _defaults = cache(parameters.read)
 
 
-def _names(wanted: Any) -> Iterator[str]:
-    """The runs that a parameter names: one, or those in a dict of any depth."""
-    if not isinstance(wanted, Mapping):
-        yield wanted
-        return
-    for each in wanted.values():
-        yield from _names(each)
-
-
 def _job(
     name: str,
     notebook: Path,
@@ -204,6 +195,7 @@ def _job(
     names.
     """
     needs: list[Job] = []
+    others: list[str] = []
 
     def run_of(field: str, wanted: Any) -> Any:
         if isinstance(wanted, dict):
@@ -215,6 +207,7 @@ def _job(
             raise RecipeError(
                 f"{name} asks for {field} = {wanted!r}, which comes after it: change their order"
             )
+        others.append(wanted)
         return wanted
 
     for field, rule in _defaults(notebook).run_fields.items():
@@ -231,10 +224,9 @@ def _job(
             wanted = (fitting or later or ["latest"])[0]
         values[field] = run_of(field, wanted)
     p = runs.resolve(parameters.read(notebook, values))
-    known = ("", "latest", "own", *(need.run_dir.name for need in needs))
-    for wanted in (name for field in p.run_fields for name in _names(getattr(p, field))):
+    for wanted in others:
         somewhere = wanted.startswith("pretrained") or wanted.endswith(parameters.WEIGHTS)
-        if wanted not in known and not somewhere:
+        if wanted not in ("", "latest", "own") and not somewhere:
             runs.find_run(p, wanted, "")  # raises unless it is there
     for need in needs:
         axes = need.axes | axes

@@ -97,13 +97,18 @@ def _run_process(
     job: Job, log: TextIO, stop: threading.Event, timeout: float | None, threads: int | None
 ) -> tuple[int, bool]:
     """Run papermill; returns its exit status, and whether it needed no longer than it was given."""
-    environment = os.environ | {runs.NAME_FROM_BATCH: job.run_dir.name, "PYTHONUNBUFFERED": "1"}
-    environment |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     until = time.monotonic() + (timeout or float("inf"))
     # In /tmp, as the system allows the name of a kernel's socket 107 letters.
     with tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as own:
-        # Notebooks that run side by side would otherwise share a history and race for ports.
-        environment |= {"IPYTHONDIR": own, "JUPYTER_RUNTIME_DIR": own}
+        environment = {
+            **os.environ,
+            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+            runs.NAME_FROM_BATCH: job.run_dir.name,
+            "PYTHONUNBUFFERED": "1",
+            # Notebooks that run side by side would otherwise share a history and race for ports.
+            "IPYTHONDIR": own,
+            "JUPYTER_RUNTIME_DIR": own,
+        }
         with subprocess.Popen(
             papermill_command(job),
             env=environment,

@@ -142,7 +142,8 @@ def load_images(
     those of a smaller n are the first of a larger one. "mnist" is the embedded mnist5k here, and nothing is
     downloaded. Errors as `load`."""
     name = "mnist5k" if dataset == "mnist" else dataset
-    chosen = getattr(load(name, image_size=image_size, data_dir=data_dir, download=False), split)
+    other = {"max_test" if split == "train" else "max_train": 1}  # which is not asked for
+    chosen = getattr(load(name, image_size=image_size, data_dir=data_dir, download=False, **other), split)
     rows = torch.from_numpy(subset(len(chosen.labels), n, seed))
     return to_float(chosen.images[rows]), chosen.labels[rows]
 

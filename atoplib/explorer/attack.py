@@ -8,7 +8,6 @@ Random numbers are those of ``evaluate``: a defence is reseeded with ``seed`` fo
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from math import ceil, inf
 from typing import Any
 
@@ -18,7 +17,9 @@ from torch import Tensor, nn
 
 from atoplib import decisions
 from atoplib.attacks import ATTACKS, bpda
-from atoplib.contract import adapt, check_eval_mode
+from atoplib.contract import adapt, check_eval_mode, device_of
+from atoplib.evaluation.protocols import usual_radii
+from atoplib.evaluation.results import percents
 from atoplib.pipeline import AToPPipeline
 
 Report = Callable[..., None]
@@ -48,8 +49,7 @@ class Scene:
         images, labels: in [0, 1]; images of one's own are appended.
         paths: attacks that were run, see ``attack_path``.
         given: how many of the images were there from the start.
-        grey: whether these have equal channels.
-        dataset: whose usual radii fit, as ``attacks.default_eps`` names it.
+        dataset: whose usual radii fit, as ``attacks.default_eps`` names it: ``mnist`` where these are grey.
     """
 
     defences: dict[str, nn.Module | Callable[[], nn.Module]]
@@ -61,8 +61,7 @@ class Scene:
     paths: dict[tuple, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.given, self.grey = len(self.images), bool((self.images == self.images[:, :1]).all())
-        self.dataset = "mnist" if self.grey else "cifar10"
+        self.given, self.dataset = len(self.images), usual_radii(self.images)
 
     def defence(self, name: str, values: Values | None = None) -> nn.Module:
         """The module of a defence, with the transform of the values where it is a pipeline; the original
@@ -94,25 +93,16 @@ class Scene:
         return self.random.get(key, True)
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: the device of its parameters or buffers, the CPU if it has none."""
-    return next(chain(module.parameters(), module.buffers(), [torch.empty(0)])).device
-
-
 def max_batch(images: Tensor) -> int:
     """Copies of images, of their size, that are in memory at once."""
     return max(1, PIXELS_A_BATCH // (images.shape[-1] * images.shape[-2]))
 
 
-class Grey(nn.Module):
+class Grey(nn.Sequential):
     """A model of RGB images as one of grey images: one channel, given to it three times."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, images: Float[Tensor, "batch 1 height width"]) -> Float[Tensor, "batch classes"]:
-        return self.model(images.expand(-1, 3, -1, -1))
+        return super().forward(images.expand(-1, 3, -1, -1))
 
 
 def is_attacking(values: Values) -> bool:
@@ -210,9 +200,7 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
         raise ValueError("accuracy over eps needs an attack with an eps above 0: choose one")
     defence, source, points = scene.defence(name, values), attacked_defence(values, name), []
     order = (torch.arange(scene.given) + values["image"]) % scene.given
-    order = order[scene.labels[order] != values["target"]][
-        :CURVE_IMAGES
-    ]  # no image has its own class as target
+    order = order[scene.labels[order] != values["target"]][:CURVE_IMAGES]  # none has its own class as target
     count, top = len(order), 1.0 if values["norm"] == "linf" else inf
     images, labels = (part[order].to(device_of(defence)) for part in (scene.images, scene.labels))
     for eps in dict.fromkeys(min(factor * values["eps"], top) for factor in CURVE_FACTORS):
@@ -221,5 +209,5 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
         decisions.reseed(defence, values["seed"] + 1)
         logits = decisions.sample_logits(defence, adversarial, max_batch=max_batch(images))[0]
         right = int((logits.argmax(dim=1) == labels).sum())
-        points.append((eps, *(100 * x for x in (right / count, *decisions.wilson_interval(right, count)))))
+        points.append((eps, *percents(right, count)))
     return points

@@ -24,7 +24,6 @@ from atoplib.figures import style
 SHOWN_BARS = 3
 CRISP_BELOW = 128  # pixels: a larger image is shrunk on screen, and looks better smoothed
 CELL, MARGIN, TEXT = 132, 10, 12  # pixels of the bitmap
-RIGHT, WRONG = (style.RIGHT, style.RIGHT_COLOUR), (style.WRONG, style.WRONG_COLOUR)
 
 
 def to_pixels(image: Float[torch.Tensor, "channels height width"]) -> UInt8[np.ndarray, "height width 3"]:
@@ -86,7 +85,9 @@ def decision(view: View, row: Row) -> dict[str, Any]:
         lines.append(f"{counts[view.label]} of {len(logits)} votes correct")
     if row.unpurified is not None:
         alone = int(row.unpurified[place])
-        lines.append(f"not purified: {names[alone]} {(RIGHT if alone == view.label else WRONG)[0]}")
+        lines.append(
+            f"not purified: {names[alone]} {(style.RIGHT if alone == view.label else style.WRONG)[0]}"
+        )
     bars = [[names[number], float(shares[number]), kinds.get(number, "other")] for number in best]
     return {"text": names[decided], "correct": decided == view.label, "bars": bars, "lines": lines}
 
@@ -195,7 +196,7 @@ def sheet(view: View) -> Image.Image:
         for column, (pixels, text) in enumerate(cells.values(), start=1):
             paste(column, y, pixels, text)
         made = decision(view, row)
-        mark, colour = RIGHT if made["correct"] else WRONG
+        mark, colour = style.RIGHT if made["correct"] else style.WRONG
         write(right, y, row.name, TEXT + 2)
         write(right, y + 22, f"{made['text']} {mark}", TEXT + 6, colour)
         bars = [f"{name}: {100 * share:.0f} %" for name, share, _ in made["bars"]]

@@ -40,8 +40,7 @@ class Worker:
     """
 
     def __init__(self, on_error: Callable[[Exception], None], on_idle: Callable[[], None]) -> None:
-        self.lock = threading.RLock()
-        self.changed = threading.Condition(self.lock)
+        self.lock = threading.Condition()  # of an RLock; notified when a job has ended
         self.latest = self.unfinished = 0
         self._turn = threading.Lock()
         self._on_error, self._on_idle = on_error, on_idle
@@ -58,13 +57,12 @@ class Worker:
         """Stop what runs and forget what waits; whether there was anything."""
         with self.lock:
             self.latest += 1
-            self.changed.notify_all()
             return self.unfinished > 0
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until nothing runs and nothing waits; False if that took longer than ``timeout`` seconds."""
         with self.lock:
-            return self.changed.wait_for(lambda: not self.unfinished, timeout)
+            return self.lock.wait_for(lambda: not self.unfinished, timeout)
 
     def _work(self, ticket: Ticket, job: Callable[[Ticket], None]) -> None:
         try:
@@ -79,4 +77,4 @@ class Worker:
                 self.unfinished -= 1
                 if not self.unfinished:
                     self._on_idle()
-                self.changed.notify_all()
+                self.lock.notify_all()

@@ -89,8 +89,9 @@ def accuracy_bars(
                 linestyle="--",
                 zorder=0.9,
             )
-        style_axes(axes, "y")
-        axes.set(ylabel=ACCURACY, ylim=(0, 112), yticks=range(0, 101, 20), xlim=(-0.5, a_row - 0.5))
+        style_axes(
+            axes, "y", ylabel=ACCURACY, ylim=(0, 112), yticks=range(0, 101, 20), xlim=(-0.5, a_row - 0.5)
+        )
         axes.set_xticks(range(len(shown)), _in_lines(shown), fontsize=9)
     legend_below(figure)
     return figure
@@ -207,9 +208,8 @@ def parameter_lines(
             sort = pd.api.types.is_numeric_dtype(points[parameter])
             means = points.groupby(parameter, sort=sort)[value].mean()
             one.plot(means.index, means, color=colours[name], label=plain(name))
-        style_axes(one)
         limits = (-3, 103) if "(%)" in values[value] else (0, None)
-        one.set(xlabel=plain(label or parameter.replace("_", " ")), ylabel=values[value], ylim=limits)
+        style_axes(one, xlabel=plain(label or parameter.replace("_", " ")), ylabel=values[value], ylim=limits)
         one.set_title(plain(heading), loc="left", fontsize=10)
         if log:
             one.set_xscale("log")
@@ -269,10 +269,9 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
         percent, words = "accuracy" in name, name.replace("_", " ")
         values = 100 * curves[name] if percent else curves[name]
         one.plot(epochs, values, color=SERIES[0], marker="o" if len(epochs) <= 40 else "", markersize=4)
-        style_axes(one)
         one.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         unit = "accuracy (%)" if percent else QUANTITIES.get(name.removeprefix("test_"), words)
-        one.set(xlabel="epoch", ylabel=plain(unit), xlim=limits)
+        style_axes(one, xlabel="epoch", ylabel=plain(unit), xlim=limits)
         one.set_title(plain(words), loc="left", fontsize=10)
         last = values.dropna().iloc[-1]
         number = f"{last:.1f} %" if percent else f"{last:.4g}"
@@ -312,9 +311,14 @@ def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: s
     for name, colour in colours_of(list(dict.fromkeys(proved["defence"]))).items():
         lower, upper = (part[part["defence"] == name] for part in (proved, broken))
         _bounds(axes, lower, upper, end, colour, plain(name))
-    style_axes(axes)
-    axes.set(xlim=(0, end), ylim=(0, 104), yticks=range(0, 101, 20), ylabel=f"vote's {ACCURACY}")
-    axes.set_xlabel("ℓ2 norm of the perturbation, images in [0, 1]")
+    style_axes(
+        axes,
+        xlim=(0, end),
+        ylim=(0, 104),
+        yticks=range(0, 101, 20),
+        xlabel="ℓ2 norm of the perturbation, images in [0, 1]",
+        ylabel=f"vote's {ACCURACY}",
+    )
     legend_below(figure)
     return figure
 

@@ -8,16 +8,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from atoplib.decisions import fixed_sample
-from atoplib.figures.style import (
-    DIVERGING,
-    MINUS,
-    RIGHT,
-    RIGHT_COLOUR,
-    WRONG,
-    WRONG_COLOUR,
-    new_figure,
-    plain,
-)
+from atoplib.figures.style import DIVERGING, MINUS, RIGHT, WRONG, new_figure, plain
 from atoplib.transforms import corrupt
 
 COLUMNS = {
@@ -207,7 +198,8 @@ def _answer(probabilities: Tensor, truth: int | None, classes: Sequence[str] | N
     text = f"{classes[predicted] if classes else predicted}, {100 * float(probabilities.max()):.0f} %"
     if truth is None:
         return text, "black"
-    return (f"{RIGHT} {text}", RIGHT_COLOUR) if predicted == truth else (f"{WRONG} {text}", WRONG_COLOUR)
+    mark, colour = RIGHT if predicted == truth else WRONG
+    return f"{mark} {text}", colour
 
 
 def _change(images: Tensor, clean: Tensor) -> Float[Tensor, "batch height width"]:

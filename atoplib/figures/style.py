@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import seaborn as sns
@@ -19,11 +20,11 @@ from atoplib.evaluation import eps_text
 from atoplib.evaluation.results import NORMS
 from atoplib.files import write_atomically
 
-RIGHT, WRONG, MINUS = "\N{CHECK MARK}", "\N{BALLOT X}", "\N{MINUS SIGN}"
+RIGHT, WRONG = ("\N{CHECK MARK}", "#2a86c8"), ("\N{BALLOT X}", "#d95f02")  # mark and colour of a decision
+MINUS = "\N{MINUS SIGN}"
 DIVERGING = "RdBu_r"  # white at 0, blue below, red above: apart for colour-blind eyes, too
 SEQUENTIAL = "cividis"  # which eyes of every kind see as one ramp of lightness
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
-RIGHT_COLOUR, WRONG_COLOUR = "#2a86c8", "#d95f02"  # correct, misclassified
 DEFENCE_COLOURS = {"undefended": "#666666", "AT": "#d55e00", "AP": "#56b4e9", "AToP": "#0072b2"}
 ACCURACY = "accuracy (%), 95 % interval"
 
@@ -61,11 +62,12 @@ def panels(
     return figure, list(axes[:count])
 
 
-def style_axes(axes: Axes, grid: str = "both") -> None:
-    """Two spines, and faint lines behind what is shown."""
+def style_axes(axes: Axes, grid: str = "both", **settings: Any) -> None:
+    """Two spines, faint lines behind what is shown, and labels, limits, ... as ``Axes.set`` takes them."""
     sns.despine(ax=axes)
     axes.set_axisbelow(True)
     axes.grid(True, axis=grid, color="#e0e0e0", linewidth=0.7)
+    axes.set(**settings)
 
 
 def legend_below(figure: Figure) -> None:

@@ -190,9 +190,11 @@ def masking_checklist(
     Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019, section 5; Hill et al. 2021
         (straight-through purifier).
     """
-    norms.check_eps(eps, norm)  # l1: random noise and small steps mean little there
-    check_settings(norm=(norm, one_of("linf", "l2")), steps=(steps, at_least(2)))
-    check_settings(images=(len(images), at_least(FEWEST_IMAGES)))  # that a comparison needs
+    check_settings(
+        norm=(norm, one_of("linf", "l2")),  # l1: random noise and small steps mean little there
+        steps=(steps, at_least(2)),
+        images=(len(images), at_least(FEWEST_IMAGES)),  # that a comparison needs
+    )
     check_counts(eot_samples=eot_samples, num_samples=num_samples)
     classifier = getattr(defence, "classifier", None) if classifier is None else classifier
     with forked_rng(images.device):
@@ -277,9 +279,10 @@ def _judge(probe: Probe, attacked: dict[str, Tensor]) -> Iterator[Check]:
         steps: wrong["main"],
         2 * steps: wrong["twice the steps"],
     }
-    stronger = ("restart", "larger steps", "margin loss", "falling steps", "targets")
-    others = {name: wrong[name] for name in stronger}
-    yield checks.check_effort("steps", "steps", by_steps, samples, others=others)
+    others = ("restart", "larger steps", "margin loss", "falling steps", "targets")
+    yield checks.check_effort(
+        "steps", "steps", by_steps, samples, others={name: wrong[name] for name in others}
+    )
     if probe.random:
         yield _check_eot(probe, wrong)
     both = probe.wrong(probe.hardest([main, attacked["restart"]]))

@@ -14,8 +14,7 @@ from torch import nn
 from atoplib.purifiers.autoencoders import DenoisingAutoencoder, ResidualPurifier
 from atoplib.purifiers.deepfill import DeepFillV2, PatchDiscriminator
 from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
-from atoplib.purifiers.frozen import FrozenGatedUNet, freeze_purifier
-from atoplib.purifiers.gated import GatedUNet
+from atoplib.purifiers.gated import FrozenGatedUNet, GatedUNet, freeze_purifier
 
 __all__ = [
     "PURIFIERS",

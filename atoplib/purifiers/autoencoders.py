@@ -9,10 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atoplib.parameters import at_least, between, check_settings
-from atoplib.purifiers.gated import check_size
+from atoplib.purifiers.gated import check_size, soft_clip
 
 GROUP_SIZE = 16  # channels that share mean and variance
-MOST_LEVELS = 8  # 2**8 px: deeper than any image here
 
 
 class ResidualBlock(nn.Module):
@@ -116,7 +115,7 @@ class DenoisingAutoencoder(nn.Module):
 
     def __init__(self, width: int = 24, levels: int = 2) -> None:
         super().__init__()
-        check_settings(width=(width, at_least(1)), levels=(levels, between(1, MOST_LEVELS)))
+        check_settings(width=(width, at_least(1)), levels=(levels, between(1, 8)))  # at 8 of 2**8 px
         self.levels, widths = levels, [width * 2**level for level in range(levels)]
         down = [_convolved(before, after, stride=2) for before, after in pairwise([5, *widths])]
         up = [_convolved(before, after) for before, after in pairwise([*widths[::-1], width])]
@@ -130,8 +129,7 @@ class DenoisingAutoencoder(nn.Module):
         Raises ValueError unless height and width are divisible by 2**levels.
         """
         check_size(inputs, 2**self.levels)
-        output = self.to_rgb(self.decoder(self.bottleneck(self.encoder(inputs))))
-        return 0.9 * F.hardtanh(output) + 0.1 * output
+        return soft_clip(self.to_rgb(self.decoder(self.bottleneck(self.encoder(inputs)))))
 
 
 def _convolved(before: int, after: int, stride: int = 1) -> nn.Sequential:

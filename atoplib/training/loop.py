@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib import checkpoints
-from atoplib.contract import to_channels_last
 from atoplib.data import Split, augment, epoch_batches, mixed_seed, to_float
+from atoplib.freezing import to_channels_last
 from atoplib.parameters import at_least, between, check_settings, one_of
 from atoplib.progress import Report
 from atoplib.runs import Run
@@ -282,8 +282,8 @@ class _Training:
 
     def _update(self, losses: list[Tensor]) -> None:
         """Every network's gradient of its own loss alone, then a step of every optimizer."""
-        how = {"peak": self.settings["learning_rate"], "schedule": self.settings["schedule"]}
-        rate = parts.learning_rate_at(self.step, self.total, **how)
+        peak, schedule = self.settings["learning_rate"], self.settings["schedule"]
+        rate = parts.learning_rate_at(self.step, self.total, peak=peak, schedule=schedule)
         for loss, optimizer in zip(losses, self.optimizers, strict=True):
             optimizer.zero_grad(set_to_none=True)
             loss.backward(inputs=_parameters(optimizer), retain_graph=len(losses) > 1)

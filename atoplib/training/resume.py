@@ -40,6 +40,7 @@ def begin(
             network.load_state_dict(given)
         else:
             by_run[run.path] = deepcopy(network.state_dict()), ""
+        network.train()  # as it will be, so that the modes of whatever else a step refers to can count
     device = next(next(iter(networks.values())).parameters()).device
     identity = {
         **{f"the {name} that was given": hashing.model_hash(each) for name, each in networks.items()},

@@ -1,0 +1,127 @@
+"""The hash of a network: whatever changes an answer, and nothing else."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from zoo import linear, nudged
+
+from atoplib.certification import NoisyInput
+from atoplib.hashing import model_hash
+
+
+class Holding(nn.Module):
+    """A network that keeps a number where torch does not look."""
+
+    def __init__(self, held):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 10)
+        self.held = held
+
+    def number(self):
+        held = self.held
+        while not isinstance(held, int | float | torch.Tensor):
+            held = held() if callable(held) else next(iter(held.values() if isinstance(held, dict) else held))
+        return held
+
+    def forward(self, x):
+        dark = self.layer(x.mean((2, 3)))
+        return torch.where(
+            (x.amin((1, 2, 3)) > 0.9)[:, None], dark + self.number(), dark
+        )  # on bright images only
+
+
+HOLDS = [
+    lambda n: n,
+    lambda n: [n],
+    lambda n: (0 * n + n,),
+    lambda n: {"n": n},
+    lambda n: torch.tensor(n),
+    lambda n: lambda: n,
+    lambda n: [{"n": (lambda: n,)}],
+]
+
+
+@pytest.mark.parametrize("hold", HOLDS)
+def test_a_constant_anywhere_makes_another_network(hold):
+    assert model_hash(Holding(hold(0.9)).eval()) == model_hash(Holding(hold(0.9)).eval())
+    assert model_hash(Holding(hold(0.9)).eval()) != model_hash(Holding(hold(0.90001)).eval())
+
+
+def replaced(network):
+    network.forward = lambda x, original=network.forward: original(1 - x)
+
+
+def hooked(network):
+    network[1].register_forward_hook(lambda module, inputs, output: -output)
+
+
+@pytest.mark.parametrize("change", [replaced, hooked, nudged])
+def test_another_function_is_another_network(change):
+    assert model_hash(linear()) == model_hash(linear()) != model_hash(linear(change))
+
+
+class Rolling(nn.Module):
+    """A network with random numbers of its own, and of numpy and Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 10)
+        self.norm = nn.BatchNorm2d(3)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def forward(self, x):
+        noise = (
+            torch.rand(len(x), 10, generator=self.generator)
+            + np.random.rand()
+            + random.random()
+            + torch.rand(1)
+        )
+        return self.layer(self.norm(x).mean((2, 3))) + noise
+
+
+def test_asking_a_random_network_gives_one_answer_and_disturbs_nothing():
+    network = Rolling().train()
+    kept = [network.generator.get_state(), torch.get_rng_state(), network.norm.running_mean.clone()]
+    others = (np.random.get_state()[2], random.getstate())
+    assert model_hash(network) == model_hash(network)
+    now = [network.generator.get_state(), torch.get_rng_state(), network.norm.running_mean]
+    assert (
+        all(map(torch.equal, kept, now))
+        and others == (np.random.get_state()[2], random.getstate())
+        and network.training
+    )
+
+
+def test_mode_and_seed_are_no_part_of_a_network(defences):
+    network = Holding(1)
+    assert model_hash(network.train()) == model_hash(network.eval())
+    before = model_hash(defences["AToP"])
+    defences["AToP"](torch.rand(2, 3, 32, 32))
+    assert model_hash(defences["AToP"]) == before
+
+
+def test_a_network_of_an_odd_size_is_its_own_equal():
+    odd = nn.Sequential(nn.Flatten(), nn.Linear(3 * 70 * 70, 10)).eval()
+    assert model_hash(odd) == model_hash(odd) == model_hash(odd, torch.rand(4, 3, 70, 70))
+
+
+def test_hooks_count_but_not_the_numbers_that_torch_gives_them():
+    def hooked(factor):
+        torch.manual_seed(0)
+        network = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+        network.register_forward_hook(lambda module, given, result: factor * result)
+        return model_hash(network)
+
+    assert hooked(2) == hooked(2) != hooked(3)
+
+
+def test_asking_a_random_network_about_its_hash_changes_neither_hash_nor_samples():
+    images = torch.rand(2, 3, 4, 4)
+    asked, other = (NoisyInput(nn.Flatten(), 0.5).eval() for _ in range(2))
+    before = model_hash(asked)
+    assert torch.equal(asked(images), other(images))
+    assert model_hash(asked) == before
