@@ -42,7 +42,7 @@ def test_before_there_is_a_run_latest_is_what_the_kit_has_and_that_is_said(tmp_p
     assert {p.classifier_run, p.at_run, p.ap_run, p.atop_run} == {"pretrained"} and len(said) == 4
     assert "no run of 01_train_classifier yet" in said[0]
     assert defences.find_weights(p, p.atop_run, "AToP") == pretrained_path("mnist5k", "atop")
-    for other in (dict(dataset="cifar100"), dict(image_size=64)):
+    for other in (dict(dataset="imagenette"), dict(image_size=64)):
         p = defences.resolve(parameters(tmp_path, **other), lambda sentence: pytest.fail(sentence))
         assert p.classifier_run == "latest"
         with pytest.raises(FileNotFoundError, match="run the notebook 01_train_classifier.ipynb first"):
