@@ -207,6 +207,8 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
 def _walk_function(function: types.FunctionType, seen: dict) -> Iterator[str]:
     module = function.__module__ or ""
     yield f"function {module}.{function.__qualname__} {_module_code(module)}"
+    if not _is_own(module) and getattr(sys.modules.get(module), function.__qualname__, None) is function:
+        return  # the module's source tells all of it, decorators among it
     for cell in function.__closure__ or ():
         try:
             yield from _walk(cell.cell_contents, seen)
@@ -271,7 +273,7 @@ def _walk_object(value: Any, seen: dict) -> Iterator[str]:
         case torch.fx.Graph():
             yield str(value)
         case Parameters():
-            yield from _walk({k: v for k, v in value.as_dict().items() if k not in NO_IDENTITY}, seen)
+            yield json_hash({k: v for k, v in value.as_dict().items() if k not in NO_IDENTITY})
         case numpy.ndarray() if kind is numpy.ndarray and not value.dtype.hasobject:
             yield f"{value.dtype} {value.shape} {_short(value.tobytes())}"
         case _ if kind.__module__.startswith(tuple(f"atoplib.{name}" for name in SHOWS_ONLY)):
