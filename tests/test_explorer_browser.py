@@ -234,10 +234,15 @@ def test_a_slow_attack_shows_its_progress_and_can_be_cancelled(page) -> None:
     current(page, "steps: 3")
     before = sources(page)
     page.get_by_role("button", name="Strict").click()
-    page.page.wait_for_function(
-        "() => /^Attack on .*[0-9] of/.test(document.querySelector('.atop-live [role=status]').innerText)"
+    page.get_by_role("button", name="Cancel").wait_for()
+    page.page.wait_for_function(  # in the page, so that a slow machine does not cancel too late
+        """() => {
+            const explorer = document.querySelector('.atop-live');
+            const shown = /^Attack on .*[0-9] of/.test(explorer.querySelector('[role=status]').innerText);
+            if (shown) [...explorer.querySelectorAll('button')].find(b => b.innerText === 'Cancel').click();
+            return shown;
+        }"""
     )
-    page.get_by_role("button", name="Cancel").click()
     page.page.wait_for_function("() => document.querySelector('.atop-live').dataset.busy === 'false'")
     assert "earlier values" in page.locator("[role=status]").inner_text()
     # rows before the one that was cancelled may be there already, the last one is not
