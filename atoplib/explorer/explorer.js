@@ -342,6 +342,8 @@ function render({ model, el }) {
   const showState = () => {
     const { classes: names, stale, own: isOwn, label, heard } = state();
     grid.classList.toggle("atop-stale", stale);
+    const text = model.get("shown").yaml;
+    if (text && !stale && document.activeElement !== yaml) yaml.value = text;
     entitle(classes, ["all", ...names]);
     entitle(own, names, label);
     ownLabel.hidden = !isOwn;
@@ -368,7 +370,6 @@ function render({ model, el }) {
     path.replaceChildren(shown.path ? drawChart(shown.path, set) : faint(drawn ? state().controls.shown_step.why ?? "\u2026" : ""));
     curve.replaceChildren(...(shown.curve ? [drawChart(shown.curve, set)] : []));
     askCurve.hidden = Boolean(shown.curve);
-    if (shown.yaml && document.activeElement !== yaml) yaml.value = shown.yaml;
     root.dataset.preview = Boolean(shown.preview);
     showState();
     answered();
