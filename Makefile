@@ -33,7 +33,7 @@ help:
 	@echo "make test                  run the tests, the notebooks included"
 	@echo "make test-long             those that take long: kills, Slurm, the browser, third-party attacks at length"
 	@echo "make lab                   JupyterLab on copies of the notebooks in lab/ (delete one to get it afresh)"
-	@echo "make clean-runs            remove replaced runs and leftovers; ARGS=--all: every run in $(WORKSPACE)/runs"
+	@echo "make clean-runs            remove replaced results and leftovers in $(WORKSPACE)/runs"
 	@echo "make setup                 install into $(VENV) only (the others do it when needed); PYTHON=PATH to choose"
 	@echo "make lock                  compile requirements.lock again after a change in pyproject.toml (needs uv)"
 
@@ -54,8 +54,9 @@ test-long: $(STAMP)
 reproduce: $(STAMP)
 	@$(RUN) -m atoplib.batch reproduce --workspace "$(WORKSPACE)" --results "$(RESULTS)" $(ARGS)
 
-clean-runs: $(STAMP)
-	@$(RUN) -m atoplib.batch.clean --workspace "$(WORKSPACE)" $(ARGS)
+# Results that were replaced, which every run keeps, and what killed processes left half written.
+clean-runs:
+	@find "$(WORKSPACE)/runs" \( -name 'superseded-*' -o -name '.*.part' -mmin +60 \) -prune -print -exec rm -r {} +
 
 # On copies, so that running a notebook changes nothing that is tracked; a copy that is there stays as it was left.
 lab: $(STAMP)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from scipy.special import betaincinv
 from torch import Tensor, nn
 
@@ -31,13 +31,12 @@ class Certificates(NamedTuple):
 
     Attributes:
         classes: the smoothed model's class within the radius; the most frequent one where it abstained.
-        radii: l2, in units of the image ([0, 1]); 0 where it abstained. Float64.
-        abstained: no class could be shown to have more than half of the probability.
+        radii: l2, in units of the image ([0, 1]); 0 where it abstained (no class could be shown to have more
+            than half of the probability). Float64.
     """
 
     classes: Int[Tensor, " batch"]
     radii: Float[Tensor, " batch"]
-    abstained: Bool[Tensor, " batch"]
 
 
 class NoisyInput(nn.Module):
@@ -162,7 +161,7 @@ def certify(
             progress(done if len(active) else n, n, "samples", {"certifiable": len(active) / len(images)})
     bounds = torch.from_numpy(lower_bound(right.cpu().numpy(), n, alpha)).to(images.device)
     radii = torch.where(bounds <= 0.5, 0.0, noise_std * torch.special.ndtri(bounds))
-    return Certificates(classes, radii, bounds <= 0.5)
+    return Certificates(classes, radii)
 
 
 def certified_accuracy(
@@ -179,18 +178,9 @@ def certified_accuracy(
 
     Returns:
         columns ``radius``, ``accuracy``, ``low``, ``high``, in percent, with the 95 % interval of Wilson.
-
-    Raises:
-        ValueError: for no image, labels of another number, or a negative radius.
     """
-    count = len(certificates.classes)
-    if not len(labels) or len(labels) != count or not all(radius >= 0 for radius in radii):
-        raise ValueError(
-            f"each certificate needs one label, and radii must be at least 0; got {count} certificates, "
-            f"{len(labels)} labels, radii {list(radii)}"
-        )
     held = torch.where(certificates.classes == labels, certificates.radii, 0.0).cpu().numpy()
     return pd.DataFrame(
-        [(float(radius), *percents(int((held > radius).sum()), count)) for radius in radii],
+        [(float(radius), *percents(int((held > radius).sum()), len(held))) for radius in radii],
         columns=["radius", "accuracy", "low", "high"],
     )

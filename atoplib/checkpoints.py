@@ -50,7 +50,7 @@ def save(
     if not _is_built_by(kind, architecture, options, module):
         architecture, options = CUSTOM + type(module).__name__, {}
     header = {"format": FORMAT, "kind": kind, "architecture": architecture, "options": dict(options), **facts}
-    tensors, header["extra_state"] = _tensors_of(module)
+    tensors, header["extra_state"] = tensors_of(module)
     header["sha256"] = _digest(header, tensors)
     metadata = {"atoplib": json.dumps(header, sort_keys=True)}
     write_atomically(Path(path), lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata))
@@ -74,12 +74,7 @@ def _shapes(state: Mapping[str, Any], extra: Collection[str] = ()) -> dict[str, 
     return {name: v.shape for name, v in state.items() if isinstance(v, Tensor) and name not in extra}
 
 
-def check_saveable(module: nn.Module) -> None:
-    """Raise CheckpointError, before an hour of training, if a network cannot be saved; nothing is written."""
-    _tensors_of(module)
-
-
-def _tensors_of(module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
+def tensors_of(module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
     """A copy of a module's state on the CPU, and the names of what is no tensor (``get_extra_state``), kept
     as bytes. Weights that share memory (tied, aliased) are copied once for each of their names."""
     tensors, extra = {}, []
@@ -242,12 +237,10 @@ def load_foreign(
     Raises:
         FileNotFoundError, CheckpointError: for the file. ValueError: for a factory that cannot build.
     """
-    if (mean is None) != (std is None):
-        raise ValueError(f"mean and std belong together, got mean={mean} and std={std}; give both or neither")
     tensors = _foreign_state(Path(path))
     network = classifiers.build_custom(factory, options or {})
     load_weights(network, tensors, path)
-    if mean is not None and std is not None:
+    if mean is not None or std is not None:
         network = nn.Sequential(classifiers.Normalize(mean, std), network)
     return network.to(device).eval()
 

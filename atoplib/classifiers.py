@@ -17,27 +17,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atoplib.parameters import above, check_settings
+
 
 class Normalize(nn.Module):
     """Subtract ``mean`` and divide by ``std``, one value a channel, both for images in [0, 1]."""
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
-            raise ValueError(f"mean and std need 3 values each, std above 0; got mean={mean}, std={std}")
+        check_settings(std=(min(std), above(0)))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
 
     def forward(self, images: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        return (images - self._for_each_pixel(self.mean, images)) / self._for_each_pixel(self.std, images)
-
-    @staticmethod
-    def _for_each_pixel(values: Tensor, images: Tensor) -> Tensor:
-        """Spread over one image in the layout of these: three values a pixel are no loop that a processor can
-        vectorise."""
-        channels_last = images.is_contiguous(memory_format=torch.channels_last)
-        form = torch.channels_last if channels_last else torch.contiguous_format
-        return values.expand(1, *images.shape[1:]).contiguous(memory_format=form)
+        return (images - self.mean) / self.std
 
 
 def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:

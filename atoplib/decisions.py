@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atoplib.contract import ContractError, adapt, check_labels
+from atoplib.parameters import at_least, between, check_counts, check_settings, one_of
 
 Model = Callable[[Tensor], Tensor]
 """Images (B, C, H, W) in [0, 1] -> logits (B, classes); may be random."""
@@ -51,10 +52,7 @@ def vote(logits: Float[Tensor, "samples batch classes"], rule: str = "majority")
     Raises:
         ValueError: for another rule.
     """
-    if rule not in VOTES:
-        raise ValueError(
-            f"unknown rule {rule!r}; allowed: {', '.join((*RULES, ANY))} (a vote: {', '.join(VOTES)})"
-        )
+    check_settings(vote=(rule, one_of(*VOTES)))
     return VOTES[rule](logits)
 
 
@@ -100,8 +98,7 @@ def sample_logits(
     Raises:
         ValueError: for num_samples < 1, or as ``check_finite``.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+    check_counts(num_samples=num_samples)
     model = adapt(model)
     index = torch.arange(num_samples * len(images), device=images.device) % max(1, len(images))
     with full_float32(images.device):
@@ -170,10 +167,7 @@ def wilson_interval(successes: float, trials: int, z: float = 1.959964) -> tuple
     Raises:
         ValueError: unless 0 <= successes <= trials and trials >= 1.
     """
-    if not (trials >= 1 and 0 <= successes <= trials):
-        raise ValueError(
-            f"successes must lie in 0..trials and trials be at least 1, got {successes} of {trials}"
-        )
+    check_settings(trials=(trials, at_least(1)), successes=(successes, between(0, trials)))
     proportion, spread = successes / trials, z * z / trials
     centre = (proportion + spread / 2) / (1 + spread)
     half = z / (1 + spread) * sqrt(proportion * (1 - proportion) / trials + spread / (4 * trials))
@@ -195,8 +189,7 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"unknown device {name!r}; allowed: auto, cpu, cuda, cuda:N")
+    check_settings(device=(name.partition(":")[0], one_of("auto", "cpu", "cuda")))
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(

@@ -23,6 +23,21 @@ def is_data(path: Path) -> bool:
     return not any(part[0] == "." or part.lower() in NOT_OF_THE_DATA for part in path.parts)
 
 
+def data_files(folder: Path) -> list[Path]:
+    """The files in and below a folder of data by name; links to files and to folders are followed.
+
+    Raises:
+        ValueError: for a folder that is there twice, by links: in a circle, or with the same images again.
+    """
+    found, seen = [], set()
+    for place, _, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            raise ValueError(f"{place} is a link to a folder that {folder} holds already: remove the link")
+        seen.add(os.path.realpath(place))
+        found += [path for path in (Path(place, name) for name in names) if is_data(path.relative_to(folder))]
+    return sorted(found)
+
+
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Call ``write`` on a temporary name beside ``path``, flush to disk, then rename; an earlier file
     survives a failure.
@@ -65,6 +80,21 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def read_yaml(text: str) -> Any:
+    """What a text in YAML 1.2 holds: only true and false are truth values, 010 is ten, and a name that is
+    there twice is an error.
+
+    Raises:
+        ValueError: for what is no YAML.
+    """
+    from ruamel.yaml import YAML, YAMLError
+
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be read as YAML: {error}") from error
 
 
 def set_aside(folder: Path, paths: Iterable[Path]) -> Path:

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from atoplib.files import is_data
+from atoplib.files import data_files
 from atoplib.parameters import Parameters
 
 PACKAGE = Path(__file__).resolve().parent
@@ -65,8 +65,7 @@ def path_hash(path: Path) -> str:
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    files = [each for each in sorted(path.rglob("*")) if each.is_file() and is_data(each.relative_to(path))]
-    facts = ((str(file.relative_to(path)), file.stat()) for file in files)
+    facts = ((str(file.relative_to(path)), file.stat()) for file in data_files(path))
     return json_hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts])
 
 
@@ -75,9 +74,9 @@ def tensor_hash(tensor: Any) -> str:
     import torch
 
     tensor = tensor.detach().cpu().contiguous()
-    return _short(
-        f"{tensor.dtype} {tuple(tensor.shape)}", tensor.flatten().view(torch.uint8).numpy().tobytes()
-    )
+    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def environment(device: Any = "cpu") -> dict[str, str]:

@@ -11,6 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
+from atoplib.parameters import check_settings, one_of
+
 GAN_LOSSES = ("hinge", "least_squares")
 
 
@@ -48,11 +50,10 @@ def discriminator_loss(
     Raises:
         ValueError: for an unknown kind.
     """
+    check_settings(kind=(kind, one_of(*GAN_LOSSES)))
     if kind == "hinge":
         return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
-    if kind == "least_squares":
-        return ((real - 1).square().mean() + fake.square().mean()) / 2
-    raise ValueError(f"unknown GAN loss {kind!r}; allowed: {', '.join(GAN_LOSSES)}")
+    return ((real - 1).square().mean() + fake.square().mean()) / 2
 
 
 def generator_loss(scores: Float[Tensor, "batch scores"], kind: str = "hinge") -> Float[Tensor, ""]:
@@ -62,12 +63,7 @@ def generator_loss(scores: Float[Tensor, "batch scores"], kind: str = "hinge") -
     2017, eq. 9).
 
     Raises:
-        ValueError: for an unknown kind, or scores of a detached image.
+        ValueError: for an unknown kind.
     """
-    if not scores.requires_grad and torch.is_grad_enabled():
-        raise ValueError("the generator's GAN loss got scores of a detached image: it would have no gradient")
-    if kind == "hinge":
-        return -scores.mean()
-    if kind == "least_squares":
-        return (scores - 1).square().mean() / 2
-    raise ValueError(f"unknown GAN loss {kind!r}; allowed: {', '.join(GAN_LOSSES)}")
+    check_settings(kind=(kind, one_of(*GAN_LOSSES)))
+    return -scores.mean() if kind == "hinge" else (scores - 1).square().mean() / 2

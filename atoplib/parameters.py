@@ -19,6 +19,7 @@ import re
 import types
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
@@ -72,7 +73,7 @@ class RunOf(NamedTuple):
         several: the parameter is a dict of such names.
     """
 
-    stage: str
+    stage: str = ""
     wanted: Mapping[str, Any] = {}
     several: bool = False
 
@@ -84,9 +85,8 @@ def run_of(stage: str, **wanted: Any) -> RunOf:
     return RunOf(stage, wanted)
 
 
-def runs_of(stage: str = "") -> RunOf:
-    """The rule of a parameter that names runs by names of one's own: {NAME: RUN} or {NAME: {KEY: RUN}}."""
-    return RunOf(stage, several=True)
+runs_of = partial(RunOf, several=True)
+"""The rule of a parameter that names runs by names of one's own: {NAME: RUN} or {NAME: {KEY: RUN}}."""
 
 
 def between(low: float, high: float) -> Rule:
@@ -294,7 +294,7 @@ def check_known(names: Iterable[str], known: Iterable[str], none: str = "there i
         none: what the message begins with.
     """
     known = sorted(known)
-    for name in (name for name in names if name not in known):
+    for name in (str(name) for name in names if name not in known):
         starts = [other for other in known if len(other) > 2 and name.lower().startswith(other)]
         starts += [other for other in known if len(name) > 2 and other.startswith(name.lower())]
         near = [

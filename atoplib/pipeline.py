@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib import checkpoints
-from atoplib.contract import adapt
+from atoplib.contract import adapt, check_eval_mode
 from atoplib.freezing import fold_batch_norms, freeze, to_channels_last
 from atoplib.parameters import above, at_least, between, check_settings, one_of
 from atoplib.purifiers import freeze_purifier
@@ -166,8 +166,7 @@ class AToPPipeline(nn.Module):
         Raises:
             ValueError: in train mode.
         """
-        if self.training:
-            raise ValueError("only a pipeline in eval mode can be frozen for attacks; call pipeline.eval()")
+        check_eval_mode(self)
         frozen = copy(self)
         frozen.purifier = to_channels_last(freeze_purifier(self.purifier))
         frozen.classifier = to_channels_last(fold_batch_norms(self.classifier))

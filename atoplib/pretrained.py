@@ -10,13 +10,7 @@ from atoplib.pipeline import load_pipeline
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 DEFENCES = ("undefended", "ap", "atop", "at")
-DATASETS = {
-    "mnist5k": "mnist",
-    "mnist": "mnist",
-    "cifar10": "cifar10",
-    "cifar10_jpeg": "cifar10",
-    "cifar100": "cifar100",
-}
+DATASETS = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar100": "cifar100"}
 """Which weights fit a data set of ``data.load``, at its own 32 px."""
 
 

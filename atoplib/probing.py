@@ -27,9 +27,9 @@ def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Leave modes, buffers and every source of random numbers as they were, the network's own, too."""
+    """Leave modes, seeds, buffers and every source of random numbers as they were, the network's own, too."""
     parts = list(model.modules())
-    modes = [(part, part.training) for part in parts]
+    kept = [(part, name, vars(part)[name]) for part in parts for name in {"training", "seed"} & {*vars(part)}]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     made = [(part._generators, dict(part._generators)) for part in parts if hasattr(part, "_generators")]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
@@ -44,10 +44,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for generators, before in made:  # those that the model made meanwhile would go on elsewhere
             generators.clear()
             generators.update(before)
-        for part, training in modes:
-            part.training = training
-        for buffer, kept in buffers:
-            buffer.data.copy_(kept)
+        for part, name, value in kept:
+            setattr(part, name, value)
+        for buffer, before in buffers:
+            buffer.data.copy_(before)
 
 
 def _states(values: Any) -> Iterator[tuple[Callable[[Any], None], Any]]:

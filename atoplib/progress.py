@@ -5,6 +5,7 @@ it by tqdm.
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -16,12 +17,10 @@ left out.
 
 def format_seconds(seconds: float) -> str:
     """12 s, 3 min 05 s, 2 h 07 min."""
-    seconds = round(seconds)
-    if seconds < 100:
-        return f"{seconds} s"
-    if seconds < 6000:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 100:
+        return f"{minutes} min {rest:02d} s" if round(seconds) >= 100 else f"{round(seconds)} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 class Progress:
@@ -34,9 +33,7 @@ class Progress:
         every: seconds between two renewals.
     """
 
-    def __init__(
-        self, title: str, listener: Callable[[str], None] | None = None, *, every: float = 0.5
-    ) -> None:
+    def __init__(self, title: str, listener: Callable[[str], Any] = str, *, every: float = 0.5) -> None:
         self.title, self.listener, self.every = title, listener, every
         self.first: int | None = None  # what was done before: a resumed training has not done it now
         self.started = self.last_shown = 0.0
@@ -64,8 +61,7 @@ class Progress:
             prefix=self.title,
             postfix=numbers or None,
         )
-        if self.listener is not None:
-            self.listener(line)
+        self.listener(line)
         ipython = sys.modules.get("IPython")
         if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):
             from IPython.display import display

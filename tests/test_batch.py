@@ -12,8 +12,7 @@ from PIL import Image
 from atoplib.batch import __main__ as command
 from atoplib.batch.checks import check
 from atoplib.batch.recipe import Job, RecipeError, find_recipe, make_plan, report_job, select
-from atoplib.files import write_json
-from atoplib.plain_yaml import load_yaml
+from atoplib.files import read_yaml, write_json
 from tests.small_notebooks import write_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -164,7 +163,7 @@ REFUSED = [
     ("notebooks: {10_what: }", "unknown notebook '10_what'; allowed: 01_train_classifier"),
     ("notebooks: {08_report: }", "unknown notebook"),
     (f"notebooks: {{{FIRST}: 3}}", "must be a mapping, got 3"),
-    (f"notebooks: {{{FIRST}: {{1: 2}}}}", "put it in quotes"),
+    (f"notebooks: {{{FIRST}: {{1: 2}}}}", "has no parameter"),
     (f"notebooks: {{{FIRST}: {{epochz: 2}}}}", "no parameter 'epochz' .did you mean 'epochs'"),
     (f"notebooks: {{{FIRST}: {{epochs: 0}}}}", "epochs must be at least 1, got 0"),
     (f"notebooks: {{{FIRST}: {{epochs: many}}}}", "'epochs' must be of type int"),
@@ -182,14 +181,9 @@ REFUSED = [
     (f"grid: {{device: [cpu, cuda]}}\nnotebooks: {{{FIRST}: }}", "the grid's device changes no run"),
     (f"grid: {{at: {{seed: [1]}}}}\nnotebooks: {{{FIRST}: }}", "names 'at', which is no entry"),
     (f"grid: {{seed: [0, 1]}}\nnotebooks: {{{FIRST}: {{seed: 3}}}}", "the grid's seed changes no run"),
-    (
-        f"grid: {{seed: {list(range(200))}, epochs: {list(range(1, 200))}}}\nnotebooks: {{{FIRST}: }}",
-        "at most 10000",
-    ),
     (f"shared: {{workspace: here}}\nnotebooks: {{{FIRST}: }}", "give it by --workspace DIR"),
     (f"notebooks: {{{SECOND}: {{classifier_run: nothere}}}}", "there is no run 'nothere' in "),
     ("notebooks: {06_compare: {others: {mine: {purifier: nothere}}}}", "there is no run 'nothere' in "),
-    (f"notebooks: &all {{{FIRST}: }}\nshared: *all", "an alias"),
     ("notebooks: !!python/object/apply:os.system ['touch /tmp/never']", "cannot be read as YAML"),
 ]
 
@@ -208,18 +202,16 @@ def test_a_recipe_is_found_by_name_or_path_and_a_missing_one_lists_those_that_ar
 
 
 @pytest.mark.parametrize(
-    "text",
-    ["010", "-010", "00.5", "1:30", "1:30.5", "0o10", "[1, 007]", "{a: 1, a: 2}", "{1: 2}", "x: [" * 3000],
+    "text", ["{a: 1, a: 2}", "x: [" * 3000, "*alias", "!!python/object/apply:os.system [ls]"]
 )
-def test_yaml_that_people_and_parsers_read_differently_is_refused(text):
+def test_yaml_that_is_damaged_says_a_thing_twice_or_runs_code_is_refused(text):
     with pytest.raises(ValueError, match="cannot be read as YAML"):
-        load_yaml(text if text.startswith("{") else f"epochs: {text}")
+        read_yaml(text)
 
 
-def test_plain_yaml_is_read_and_only_true_and_false_are_truth_values():
-    assert load_yaml("[0, 10, -3, 0.5, 1_000, 0x10, '010', true, False, no, yes, off]") == (
-        [0, 10, -3, 0.5, 1000, 16, "010", True, False, "no", "yes", "off"]
-    )
+def test_yaml_1_2_is_read_whose_truth_values_are_true_and_false_alone():
+    text = "[0, 010, -3, 0.5, 1e-3, '010', 1:30, true, False, no, yes, off]"
+    assert read_yaml(text) == [0, 10, -3, 0.5, 1e-3, "010", "1:30", True, False, "no", "yes", "off"]
 
 
 def test_overrides_are_read_as_yaml_but_for_comments():
@@ -230,7 +222,7 @@ def test_overrides_are_read_as_yaml_but_for_comments():
         "8/255",
         None,
         "/images #1",
-        "1e-3",
+        1e-3,
     ]
 
 
@@ -239,7 +231,7 @@ def test_overrides_are_read_as_yaml_but_for_comments():
     [
         (["-p", "epochz", "3"], "no notebook has the parameter 'epochz'"),
         (["--only", "nothing"], "--only nothing matches no run"),
-        (["-p", "epochs", "010"], "could mean an octal number"),
+        (["-p", "epochs", "1:30"], "must be of type int, got '1:30'"),
         (["--engine-option", "partition", "long"], "--engine-option is for --engine slurm, got partition"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_preprocessing_that_changes_the_shape_is_refused(without_shape_checks)
 
 
 def test_what_has_no_purified_image_is_refused():
-    with pytest.raises(ValueError, match="needs an AToPPipeline, but a Sequential has no purify"):
+    with pytest.raises(ValueError, match="needs an AToPPipeline .*not a Sequential"):
         bpda(classifier_of())
-    with pytest.raises(ValueError, match="cannot attack a pipeline that averages logits"):
+    with pytest.raises(ValueError, match="with average='images'"):
         bpda(pipeline_of(copies=2, average="logits"))

@@ -77,9 +77,7 @@ def test_the_shortcut_of_a_wide_block_is_the_identity_or_a_convolution_of_the_ac
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        (lambda: Normalize((0.5,), (0.5,)), "mean and std need 3 values each, std above 0"),
-        (lambda: Normalize((0.5,) * 3, (0.5, 0.0, 0.5)), "std above 0"),
-        (lambda: Normalize((0.5,) * 4, (0.5,) * 3), "need 3 values each"),
+        (lambda: Normalize((0.5,) * 3, (0.5, 0.0, 0.5)), "std must be above 0"),
         (
             lambda: build("resnet19"),
             "unknown classifier 'resnet19'; allowed: small_resnet, .*package.module:f",

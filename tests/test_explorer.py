@@ -314,5 +314,3 @@ def test_the_curve_counts_what_is_correct_at_each_eps() -> None:
         share = float((classifier(shown).argmax(dim=1) == labels).double().mean())
         low, high = decisions.wilson_interval(12 * share, 12)
         assert points[eps] == pytest.approx([100 * share, 100 * low, 100 * high])
-    with pytest.raises(ValueError, match="needs an attack"):
-        attack.robust_curve(make_scene(), {**values, "attack": attack.NO_ATTACK}, "bare", print)

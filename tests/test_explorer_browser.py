@@ -234,7 +234,7 @@ def test_a_slow_attack_shows_its_progress_and_can_be_cancelled(page) -> None:
     others = [page.get_by_label(f"show {name}", exact=True) for name in ("undefended", "AT", "AP")]
     for field in others:  # one row: it is there as a whole, or not yet
         field.uncheck()
-    current(page, "rows: [AToP")
+    current(page, 'rows: ["AToP')
     before, form = sources(page), page.locator("details", has_text="Set from YAML")
     form.locator("summary").click()
     page.get_by_label("parameters as YAML").fill("steps: 1000\neot_samples: 100")  # minutes, on any machine
@@ -295,7 +295,7 @@ def test_one_image_for_all_a_target_and_the_curve(page, scene) -> None:
     page.get_by_label("attack on").select_option("undefended")
     page.locator("summary", has_text="More").click()
     page.get_by_label("target", exact=True).select_option("7")
-    values = current(page, "attacked: undefended", "target: 7")
+    values = current(page, 'attacked: "undefended', "target: 7")
     assert sources(page) == expected(values, scene)
     page.get_by_role("button", name="Accuracy over").click()
     page.page.wait_for_function("() => document.querySelectorAll('.atop-live .atop-legend').length >= 8")
@@ -315,7 +315,7 @@ def test_every_control_has_a_name_and_those_that_do_not_apply_are_disabled(page)
     assert page.locator("input, select, button").count() > 30 and page.evaluate(nameless) == []
     for name in ("undefended", "AP", "AToP"):
         page.get_by_label(f"show {name}", exact=True).uncheck()
-    current(page, "rows: [AT")
+    current(page, 'rows: ["AT')
     for name in ("threat model", "transform", "votes"):
         assert page.get_by_label(name, exact=True).is_disabled(), name
     for name in ("undefended", "AP", "AToP"):
@@ -332,7 +332,7 @@ def test_nothing_is_wider_than_its_cell_in_either_theme(page, theme: str, width:
     page.page.wait_for_selector(f"body[data-jp-theme-name='JupyterLab {theme}']", state="attached")
     page.page.set_viewport_size({"width": width, "height": 800})
     page.get_by_label("transform", exact=True).select_option("RT3: noise, masks")
-    current(page, "transform: rt3")
+    current(page, 'transform: "rt3')
     widths = page.evaluate("element => [element.scrollWidth, element.clientWidth]")
     assert widths[0] <= widths[1]
     ground = "getComputedStyle(document.querySelector('.jp-Notebook')).backgroundColor"

@@ -46,13 +46,6 @@ def test_gan_losses_agree_with_hand_computed_values(kind, discriminator, generat
     assert discriminator_loss(torch.ones(2, 3), perfect, kind).item() == 0
 
 
-def test_the_gan_term_of_the_generator_refuses_scores_without_a_graph():
-    with pytest.raises(ValueError, match="detached"):
-        generator_loss(FAKE)
-    with torch.no_grad():  # a validation wants the number only
-        assert generator_loss(FAKE).item() == pytest.approx(0.125)
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_gradient_of_the_gan_term_reaches_every_weight_of_the_purifier_and_raises_the_scores(kind):
     purifier, discriminator = GatedUNet(width=4, blocks=0), PatchDiscriminator(width=2)
@@ -71,5 +64,5 @@ def test_the_gradient_of_the_gan_term_reaches_every_weight_of_the_purifier_and_r
 
 @pytest.mark.parametrize("loss", [discriminator_loss, lambda _, fake, kind: generator_loss(fake, kind)])
 def test_an_unknown_gan_loss_is_refused_with_the_allowed_ones(loss):
-    with pytest.raises(ValueError, match="unknown GAN loss 'wasserstein'; allowed: hinge, least_squares"):
+    with pytest.raises(ValueError, match="kind must be one of hinge, least_squares, got 'wasserstein'"):
         loss(REAL, FAKE.clone().requires_grad_(), "wasserstein")

@@ -23,12 +23,12 @@ from tiny_trainings import (
     without_times,
 )
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 from atoplib.checkpoints import CheckpointError, load_state
 from atoplib.data import Split
 from atoplib.pipeline import AToPPipeline
-from atoplib.training import accuracy, fit, loop, parts, resume
-from atoplib.training.parts import MovingAverage
+from atoplib.training import accuracy, fit, loop, parts
 
 
 def interrupt_at(step, error=KeyboardInterrupt):
@@ -87,7 +87,7 @@ def test_a_killed_training_goes_on_from_its_last_regular_save(kind, split, unint
 def test_an_interruption_in_the_middle_of_a_step_leaves_the_last_regular_save(
     split, uninterrupted, tmp_path, monkeypatch
 ):
-    moved, update = [], MovingAverage.update_parameters
+    moved, update = [], AveragedModel.update_parameters
 
     def interrupted(average, network):
         moved.append(network)
@@ -96,7 +96,7 @@ def test_an_interruption_in_the_middle_of_a_step_leaves_the_last_regular_save(
         update(average, network)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(MovingAverage, "update_parameters", interrupted)
+        patch.setattr(AveragedModel, "update_parameters", interrupted)
         Training(KINDS[2], split, seed=1).run(tmp_path, save_every=-1)
     assert state_of(tmp_path)["step"] == 7
     again = Training(KINDS[2], split, seed=1)
@@ -227,9 +227,9 @@ def test_what_a_training_depends_on_decides_on_its_reuse_and_the_old_result_is_k
 
 def test_an_edit_of_the_training_loop_is_another_training(split, tmp_path, monkeypatch):
     trained(tmp_path, *weighted(1.0), split)
-    known = resume.hashing.code_hash
+    known = parts.hashing.code_hash
     edited = {"atoplib.training.loop": "edited"}
-    monkeypatch.setattr(resume.hashing, "code_hash", lambda name: edited.get(name) or known(name))
+    monkeypatch.setattr(parts.hashing, "code_hash", lambda name: edited.get(name) or known(name))
     assert "the training loop" in trained(tmp_path, *weighted(1.0), split)[1][0]
 
 

@@ -377,12 +377,8 @@ def _original(
 ) -> Tensor:
     """The authors' AutoAttack, version standard; torch's global generators, which it seeds, are left as they
     were."""
-    try:
-        from pyautoattack import AutoAttack
-    except ImportError as error:
-        raise ImportError(
-            "AutoAttack of a deterministic model is the authors' own: pip install pyautoattack"
-        ) from error
+    from pyautoattack import AutoAttack  # an optional extra: pip install pyautoattack
+
     images, device = ball.images, labels.device
     if not isinstance(seed, int):
         seed = int(torch.randint(2**31, (), generator=seed, device=device))

@@ -168,11 +168,9 @@ def bpda(pipeline: nn.Module) -> IdentityBackward:
         ValueError: for what is no pipeline, or one that averages logits over several samples (their mean is
             that of no purified image).
     """
-    if not hasattr(pipeline, "purify") or not hasattr(pipeline, "classifier"):
+    if not hasattr(pipeline, "purify") or (pipeline.copies > 1 and pipeline.average == "logits"):
         raise ValueError(
-            f"bpda needs an AToPPipeline, but a {type(pipeline).__name__} has no purify and classifier; use "
+            f"bpda needs an AToPPipeline with average='images', not a {type(pipeline).__name__}; of others "
             "attacks.IdentityBackward(preprocess, classifier)"
         )
-    if getattr(pipeline, "copies", 1) > 1 and pipeline.average == "logits":
-        raise ValueError("bpda cannot attack a pipeline that averages logits; build it with average='images'")
     return IdentityBackward(pipeline.purify, pipeline.classifier)

@@ -287,10 +287,8 @@ def _nearest(
         raise ValueError(
             "minimum-norm attacks follow one boundary, but the model is random; use pgd at several eps"
         )
-    try:
-        import foolbox
-    except ImportError as error:
-        raise ImportError("minimum-norm attacks are those of foolbox: pip install foolbox") from error
+    import foolbox  # an optional extra: pip install foolbox
+
     attack = getattr(foolbox.attacks, name)(steps=steps, **options)
     attack.project = partial(_project, norm)
     wrapped, best = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device), images.clone()

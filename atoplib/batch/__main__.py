@@ -9,7 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from atoplib import files, plain_yaml
+from atoplib import files
 from atoplib.batch import checks, pages, recipe, runner
 
 MOST_ARRAY = 256  # runs that Slurm is given at once, unless --jobs says otherwise
@@ -50,7 +50,7 @@ def parse_pairs(pairs: Sequence[Sequence[str]]) -> dict[str, Any]:
     """NAME VALUE pairs; values as YAML reads them (true, 1, 0.5, null, text), but for its comments: " #" is
     text.
     """
-    return {name: value if " #" in value else plain_yaml.load_yaml(value) for name, value in pairs}
+    return {name: value if " #" in value else files.read_yaml(value) for name, value in pairs}
 
 
 def run_recipe(options: argparse.Namespace) -> int:

@@ -59,8 +59,6 @@ def check(p: Mapping[str, Any], *, here: bool = True) -> None:
         return
     facts = data.facts_of(p["dataset"])
     size = (p["image_size"], p["image_size"]) if p.get("image_size") else facts.size
-    if len(facts.classes) < 2:
-        raise ValueError(f"{p['dataset']} has {len(facts.classes)} class; a classifier needs at least 2")
     if (wanted := p.get("max_test")) and p["dataset"].startswith("folder:") and wanted > facts.test:
         raise ValueError(
             f"max_test is {wanted}, but {p['dataset']} has {facts.test} test images: give at most that"

@@ -18,11 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from math import prod
 from pathlib import Path
 from typing import Any
 
-from atoplib import hashing, parameters, plain_yaml, runs
+from atoplib import files, hashing, parameters, runs
 
 REPORT = "08_report"  # of what others measured: no notebook of a recipe
 
@@ -85,7 +84,7 @@ def _read(
     """A recipe's shared parameters, the axes of its grid, and its entries by name: their notebooks and own
     parameters.
     """
-    content = _mapping("the recipe", plain_yaml.load_yaml(source.read_text(encoding="utf-8")))
+    content = _mapping("the recipe", files.read_yaml(source.read_text(encoding="utf-8")))
     if set(content) - {"shared", "grid", "notebooks"} or not content.get("notebooks"):
         raise RecipeError(
             "it must hold 'notebooks' (name: parameters) and may hold 'shared' and 'grid', nothing else"
@@ -93,8 +92,6 @@ def _read(
     shared, grid, notebooks = (_mapping(name, content.get(name)) for name in ("shared", "grid", "notebooks"))
     entries = {name: _entry(name, _mapping(name, own), notebooks_dir) for name, own in notebooks.items()}
     axes = dict(_axes(grid, entries))
-    if (size := prod(map(len, axes.values()))) > 10_000:
-        raise RecipeError(f"the grid has {size} combinations; allowed: at most 10000")
     if any("workspace" in values for values in (shared, *(own for _, own in entries.values()))):
         raise RecipeError(
             "the workspace is no parameter of a recipe: give it by --workspace DIR (make: WORKSPACE=DIR)"

@@ -1,12 +1,11 @@
 """Images from files of any common format to 8-bit RGB squares: folders of them, one a class, and caches.
 
-A listing of a folder is sorted and stays within it. A cache is a .npy file (n, 3, h, w) of uint8, named by a
+A listing of a folder is sorted. A cache is a .npy file (n, 3, h, w) of uint8, named by a
 hash of all that decides on its pixels (of files their names, sizes and times), decoded by a pool of threads
 and written under another name first: a file with its name is whole, and a damaged one is made again.
 """
 
 import hashlib
-import io
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,10 +21,9 @@ from PIL import Image, ImageOps
 
 from atoplib.contract import first_line
 from atoplib.data.splits import subset
-from atoplib.files import is_data, write_atomically
+from atoplib.files import data_files, is_data, write_atomically
 from atoplib.progress import Report
 
-JPEG_QUALITY = 75
 CACHE_VERSION = 2  # raise it when the pixels that one and the same file gives change
 IMAGE_SUFFIXES = (".bmp", ".jfif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 OTHER_IMAGES = (".gif", ".avif", ".heic", ".heif", ".jp2", ".jxl", ".svg")  # that are not read
@@ -70,17 +68,15 @@ def folder_listings(name: str) -> list[Listing]:
 def scan_split(root: Path, split: str) -> Listing:
     """List the images of root/split in the order of their names; each folder in it is a class.
 
-    Raises ValueError for a split or a class without images and for links that lead out of root, to a folder
-    or to nothing. Warns of images of a format that is not read.
+    Raises ValueError for a split or a class without images, and for a folder that is there twice, by links.
+    Warns of images of a format that is not read.
     """
     folder, suffixes = root / split, ", ".join(IMAGE_SUFFIXES)
-    paths = [path for path in (folder, *sorted(folder.rglob("*"))) if is_data(path.relative_to(folder))]
-    _check_links(paths, Path(os.path.realpath(root)))
-    classes = [path.name for path in paths if path.parent == folder and path.is_dir()]
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and is_data(Path(path.name)))
     if not classes:
         raise ValueError(f"{folder} holds no class: make one folder of images for each class in it")
-    inner = [path for path in paths if path.parent not in (folder, root)]
-    images = [path for path in inner if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()]
+    inner = [path for path in data_files(folder) if path.parent != folder]
+    images = [path for path in inner if path.suffix.lower() in IMAGE_SUFFIXES]
     named = [path.relative_to(folder).parts[0] for path in images]
     if empty := sorted(set(classes) - set(named)):
         raise ValueError(
@@ -95,18 +91,6 @@ def scan_split(root: Path, split: str) -> Listing:
     return Listing(folder, tuple(classes), images, np.unique(named, return_inverse=True)[1])
 
 
-def _check_links(paths: list[Path], inside: Path) -> None:
-    """Raise ValueError for a link elsewhere, or to a folder, which could lead round in a circle or hold
-    training images a second time."""
-    for link in filter(Path.is_symlink, paths):
-        target = Path(os.path.realpath(link))
-        if not (target.is_file() and target.is_relative_to(inside)):
-            raise ValueError(
-                f"{link} is a link to {target}, but only links to files in {inside} are followed: copy what "
-                "it points to, or remove it"
-            )
-
-
 def read_image(path: str | os.PathLike[str], image_size: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """Decode an image file to 8-bit RGB (`data.load` says how); with image_size, the central square at that
     size.
@@ -117,9 +101,6 @@ def read_image(path: str | os.PathLike[str], image_size: int | None = None) -> U
     try:
         with Image.open(path) as image:
             _widen_transparency(image)
-            pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
-            if limit is not None and pixels > limit:  # PIL itself only warns up to twice as many
-                raise ValueError(f"it has {pixels} pixels, more than {limit}, so it is not decoded")
             with suppress(Exception):  # a damaged EXIF block is common and says nothing about the pixels
                 ImageOps.exif_transpose(image, in_place=True)
             rgb = _to_rgb(image)
@@ -136,13 +117,6 @@ def fit_square(image: Image.Image, size: int) -> Image.Image:
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.resize((size, size), Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-
-
-def through_jpeg(image: Image.Image) -> Image.Image:
-    """Encode at JPEG_QUALITY with halved colour planes (4:2:0) and decode again."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling="4:2:0")
-    return Image.open(buffer).convert("RGB")
 
 
 def decode(

@@ -21,6 +21,7 @@ from atoplib.contract import first_line
 from atoplib.data import images
 from atoplib.data.splits import Dataset, Split, subset, to_float
 from atoplib.files import workspace_dir
+from atoplib.parameters import at_least, check_settings
 from atoplib.progress import Report
 
 SMALL_SET_BYTES = 2**30
@@ -36,7 +37,6 @@ TORCHVISION = {  # name: torchvision's class, what it unpacks, what to put into 
         "the files *-ubyte.gz of Fashion-MNIST into {0}/FashionMNIST/raw",
     ),
     "cifar10": ("CIFAR10", "cifar-10-batches-py", f"cifar-10{CIFAR}"),
-    "cifar10_jpeg": ("CIFAR10", "cifar-10-batches-py", f"cifar-10{CIFAR}"),
     "cifar100": ("CIFAR100", "cifar-100-python", f"cifar-100{CIFAR}"),
     "imagenette": (
         "Imagenette",
@@ -61,7 +61,6 @@ KNOWN = {
     "mnist": Facts(TEN, 60000, 10000, (32, 32)),
     "fashion_mnist": Facts(TEN, 60000, 10000, (32, 32)),
     "cifar10": Facts(TEN, 50000, 10000, (32, 32)),
-    "cifar10_jpeg": Facts(TEN, 50000, 10000, (32, 32)),
     "cifar100": Facts(tuple(map(str, range(100))), 50000, 10000, (32, 32)),
     "imagenette": Facts(TEN, IMAGENETTE_IMAGES["train"], IMAGENETTE_IMAGES["val"], (256, 256)),
 }
@@ -83,9 +82,8 @@ def load(
 
     dataset: one of DATASETS. mnist5k is embedded (no network): 4,000 and 1,000 digits. mnist, fashion_mnist,
         cifar10, cifar100 and imagenette are downloaded by torchvision into data_dir (imagenette with a
-        shorter side of 320 px, in full for an image_size above that). cifar10_jpeg is CIFAR-10 after JPEG
-        (quality 75, 4:2:0). folder:PATH is a tree PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE (or val/,
-        read when there is no test/).
+        shorter side of 320 px, in full for an image_size above that). folder:PATH is a tree
+        PATH/train/CLASS/IMAGE and PATH/test/CLASS/IMAGE (or val/, read when there is no test/).
     image_size: side of the square images returned, in pixels. None: the set's own size (32; digits are
         zero-padded from 28 to 32), 256 for imagenette, for a folder the size that all its images share.
         Otherwise the central square is resized (bilinear, antialiased): the same as resizing the shorter side
@@ -105,10 +103,8 @@ def load(
     for data that are not there (and could not be downloaded), OSError where the cache cannot be written.
     """
     max_test = tuple(max_test) if isinstance(max_test, Sequence) else max_test
-    for argument, value in {"image_size": image_size, "max_train": max_train, "max_test": max_test}.items():
-        chosen = argument == "max_test" and isinstance(value, tuple)
-        if not (value is None or chosen) and (type(value) is not int or value < 1):
-            raise ValueError(f"{argument} is {value!r}: give a whole number of at least 1, or None")
+    numbers = {"image_size": image_size, "max_train": max_train, "max_test": max_test}
+    check_settings(**{k: (v, at_least(1)) for k, v in numbers.items() if isinstance(v, int)})
     _check_name(dataset)
     folder = Path(data_dir).expanduser() if str(data_dir) else workspace_dir() / "data"
     limits, options = (max_train, max_test), (image_size, folder, progress)
@@ -216,17 +212,16 @@ def _resized(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     chosen = subset(len(arrays[1]), limit)
     pixels, labels = (array if limit is None else array[chosen] for array in arrays)
-    size, jpeg = image_size or pixels.shape[-1], name == "cifar10_jpeg"
-    if not jpeg and size == pixels.shape[-1]:
+    size = image_size or pixels.shape[-1]
+    if size == pixels.shape[-1]:
         return pixels, labels, chosen
 
     def resized(index: int) -> np.ndarray:
         image = Image.fromarray(np.ascontiguousarray(pixels[index].transpose(1, 2, 0)))
-        return np.asarray(images.fit_square(images.through_jpeg(image) if jpeg else image, size))
+        return np.asarray(images.fit_square(image, size))
 
     digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-    parts = (name, digest, size, images.JPEG_QUALITY if jpeg else None)
-    path = images.cache_path(data_dir, f"{name}-{size}px", *parts)
+    path = images.cache_path(data_dir, f"{name}-{size}px", name, digest, size)
     return images.cached(path, range(len(labels)), resized, "images", progress), labels, chosen
 
 
@@ -239,8 +234,6 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
     make = partial(getattr(torchvision.datasets, kind), str(data_dir), **options)
     try:
         return make()
-    except PermissionError:
-        raise
     except Exception as error:  # "not found or corrupted", or any other for files that were cut short
         found = sorted(data_dir.glob(unpacked))
         if found and "not found" not in str(error):

@@ -13,7 +13,8 @@ from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
 from atoplib.contract import check_labels
-from atoplib.parameters import between, check_settings
+from atoplib.hashing import json_hash, tensor_hash
+from atoplib.parameters import between, check_settings, each
 
 SUBSET_SEED = 2024  # of the fixed subsets that max_train, max_test and load_images take
 
@@ -51,8 +52,7 @@ def subset(count: int, limit: int | tuple[int, ...] | None, seed: int = 0) -> np
     With a tuple, the images at these positions. Raises ValueError for a position that does not exist.
     """
     if isinstance(limit, tuple):
-        if not limit or not {*limit} <= {*range(count)} or len({*limit}) < len(limit):
-            raise ValueError(f"max_test must name test images, 0 to {count - 1}, each once; got {limit}")
+        check_settings(max_test=(limit, each(between(0, count - 1))))
         return np.asarray(limit, dtype=np.int64)
     if limit is None or limit >= count:
         return np.arange(count)
@@ -124,10 +124,9 @@ def channel_statistics(
     Pixels are counted, so the result is the same on every device. Raises ValueError for a channel that is
     constant: a classifier that divides by its deviation would return NaN.
     """
-    histogram = torch.zeros(3, 256, dtype=torch.int64)
-    for part in _parts(images):
-        channels = part.transpose(0, 1).flatten(1)
-        histogram += torch.stack([channel.bincount(minlength=256) for channel in channels]).cpu()
+    parts = images.split(max(1, 2**24 // images[0].numel()))
+    counts = [torch.stack([part[:, c].flatten().bincount(minlength=256) for c in range(3)]) for part in parts]
+    histogram = sum(counts).cpu()
     if bool((histogram.count_nonzero(dim=1) < 2).any()):
         raise ValueError(
             "a colour channel has one value in all images, so it cannot be normalised: check the images"
@@ -139,16 +138,9 @@ def channel_statistics(
 
 
 def fingerprint(split: Split) -> str:
-    """Return 16 hex digits of the SHA-256 of a split's shape, pixels and labels."""
-    digest = hashlib.sha256(repr(tuple(split.images.shape)).encode())
-    for part in (*_parts(split.images), split.labels):
-        digest.update(np.ascontiguousarray(part.cpu().numpy()))
-    return digest.hexdigest()[:16]
+    """16 hex digits of what a split holds."""
+    return json_hash([tensor_hash(split.images), tensor_hash(split.labels)])
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
     return (size - 1) - (size - 1 - index.abs()).abs()
-
-
-def _parts(images: Tensor) -> tuple[Tensor, ...]:
-    return images.split(max(1, 2**24 // max(1, images[:1].numel())))

@@ -217,7 +217,7 @@ def images_of(protocol: Protocol, dataset: str, max_test: int | None = None) -> 
     """The test images that a protocol attacks, for ``data.load(max_test=...)``: how many, or their
     positions."""
     count = max_test or protocol.num_images
-    standard = dataset in ("cifar10", "cifar100", "cifar10_jpeg")  # in the order that the literature numbers
+    standard = dataset in ("cifar10", "cifar100")  # in the order that the literature numbers
     if protocol.selection == "lee-kim" and standard and count <= 512:
         return np.random.RandomState(0).choice(10_000, 512, replace=False)[:count].tolist()
     return count

@@ -1,13 +1,16 @@
-"""Is it still a purifier? Its images beside the clean ones, and classified by networks that it never met."""
+"""What an accuracy does not say: the purified images beside the clean ones, and classified by networks that
+the purifier never met; how far a perturbation comes through; what a vote of so many samples changes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.decisions import full_float32, reseed
-from atoplib.evaluation.results import named_percents
+from atoplib.decisions import correct, fixed_sample, full_float32, reseed
+from atoplib.evaluation.results import percents
 from atoplib.pipeline import AToPPipeline
 
 
@@ -51,5 +54,49 @@ def purification_quality(
         "ssim": float(structural_similarity_index_measure(picture, clean, data_range=1.0)),
     }
     for name, predicted in answers.items():
-        found |= named_percents(name, int((predicted == labels).sum()), len(labels))
+        numbers = percents(int((predicted == labels).sum()), len(labels))
+        found |= dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
     return found
+
+
+@torch.no_grad()
+def purified_distance(
+    pipeline: AToPPipeline,
+    clean: Float[Tensor, "batch 3 height width"],
+    adversarial: Float[Tensor, "batch 3 height width"],
+    *,
+    seed: int = 0,
+    max_batch: int = 256,
+) -> float:
+    """Mean absolute difference of g(t(clean)) and g(t(adversarial)) over images, pixels and channels, in
+    1/255.
+
+    Both get the same sample of t, so that only the perturbation tells them apart: 0 where nothing of it
+    survives.
+    """
+    total = 0.0
+    pairs = zip(clean.split(max_batch), adversarial.split(max_batch), strict=True)
+    for number, (one, other) in enumerate(pairs):
+        with fixed_sample(pipeline, seed + number):
+            total += float((pipeline.purify(one) - pipeline.purify(other)).abs().sum(dtype=torch.float64))
+    return 255 * total / clean.numel()
+
+
+def vote_curve(
+    logits: Float[Tensor, "samples batch classes"],
+    labels: Int[Tensor, " batch"],
+    counts: Sequence[int],
+    rules: Sequence[str] = ("majority", "worst_of_n"),
+) -> pd.DataFrame:
+    """Accuracy in percent by each rule over n samples, for every n in ``counts``: the mean over the groups of
+    n there are.
+
+    Returns:
+        columns ``rule``, ``num_samples``, ``accuracy``, ``low``, ``high``.
+    """
+    rows = []
+    for rule, count in product(rules, counts):
+        groups = logits[: len(logits) // count * count].unflatten(0, (-1, count))
+        right = sum(float(correct(group, labels, rule).sum()) for group in groups) / len(groups)
+        rows.append([rule, count, *percents(right, len(labels))])
+    return pd.DataFrame(rows, columns=["rule", "num_samples", "accuracy", "low", "high"])

@@ -49,11 +49,6 @@ def percents(right: float, images: int) -> tuple[float, float, float]:
     return 100 * right / images, 100 * low, 100 * high
 
 
-def named_percents(name: str, right: float, images: int) -> dict[str, float]:
-    """The same as ``NAME``, ``NAME_low`` and ``NAME_high``."""
-    return dict(zip((name, f"{name}_low", f"{name}_high"), percents(right, images), strict=True))
-
-
 def worst_case(found: pd.DataFrame, attacks: pd.Series | np.ndarray, name: str = WORST) -> pd.DataFrame:
     """Several attacks together, a row a defence and image: an image counts as correct if it is under each of
     them. The clean images belong to them: an attack may turn a wrong classification into a correct one, which
@@ -145,12 +140,8 @@ class Evaluation:
         Raises:
             KeyError: for what was not measured, or not kept.
         """
-        kept = [x for key, x in self.images.items() if key[:2] == (defence, attack) and eps in (None, key[2])]
-        if not kept:
-            raise KeyError(
-                f"no images of {attack!r} on {defence!r} were kept; evaluate(keep_images=True) keeps them"
-            )
-        return kept[-1]
+        kept = (key for key in self.images if key[:2] == (defence, attack) and eps in (None, key[2]))
+        return self.images[max(kept, default=(defence, attack, "evaluate(keep_images=True) keeps them"))]
 
     def with_worst(self, name: str, attacks: Sequence[str]) -> "Evaluation":
         """The same with one more worst case for each defence: of its clean images and of ``attacks``."""

@@ -196,8 +196,6 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
     Raises:
         ValueError: without an attack.
     """
-    if not is_attacking(values):
-        raise ValueError("accuracy over eps needs an attack with an eps above 0: choose one")
     defence, source, points = scene.defence(name, values), attacked_defence(values, name), []
     order = (torch.arange(scene.given) + values["image"]) % scene.given
     order = order[scene.labels[order] != values["target"]][:CURVE_IMAGES]  # none has its own class as target

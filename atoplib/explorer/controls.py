@@ -1,17 +1,16 @@
 """The controls: one table of what can be set, from which follow checks, the page's fields, and the way to
 papermill parameters and back."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import yaml
-
 from atoplib import parameters
 from atoplib.attacks import ATTACKS, default_eps
 from atoplib.explorer.attack import EACH, NO_ATTACK, OWN, TRANSFORM, Scene, Values, is_attacking
+from atoplib.files import read_yaml
 from atoplib.pipeline import AToPPipeline
-from atoplib.plain_yaml import load_yaml
 
 THREAT_MODELS = {
     "white-box": "the gradient goes through transform, purifier and classifier",
@@ -235,10 +234,12 @@ def to_yaml(values: Values, notebook: Mapping[str, Any]) -> str:
     All values, also those that notebook 4 has no parameter for, are in a comment, from which ``from_yaml``
     sets them again.
     """
-    line = yaml.safe_dump(values, default_flow_style=True, sort_keys=False, width=math.inf).strip()
     own = {c.parameter or name: values[name] for name, c in CONTROLS.items() if c.parameter != ""}
     head = "# papermill notebooks/04_attack.ipynb out.ipynb -k python3 -f THIS_FILE\n"
-    return head + f"{MARK}{line}\n" + yaml.safe_dump({**notebook, **own}, sort_keys=False)
+    line, lines = (
+        [f"{k}: {json.dumps(v)}" for k, v in each.items()] for each in (values, {**notebook, **own})
+    )
+    return "\n".join([f"{head}{MARK}{{{', '.join(line)}}}", *lines, ""])
 
 
 def from_yaml(text: str) -> dict[str, Any]:
@@ -252,7 +253,7 @@ def from_yaml(text: str) -> dict[str, Any]:
     names = {c.parameter: name for name, c in CONTROLS.items() if c.parameter} | {n: n for n in CONTROLS}
     found = {}
     for part in (*marked, text):
-        content = load_yaml(part) or {}
+        content = read_yaml(part) or {}
         if not isinstance(content, dict):
             raise ValueError("the YAML must be a mapping such as 'eps: 0.3'")
         found |= {names[key]: value for key, value in content.items() if key in names}

@@ -105,7 +105,10 @@ class Explorer(anywidget.AnyWidget):
     def cancel(self) -> None:
         """Stop what is being computed."""
         if self.worker.cancel():
-            self._say(text="Cancelled: what is dimmed is of earlier values, what is missing was not computed.", busy=False)
+            self._say(
+                text="Cancelled: what is dimmed is of earlier values, what is missing was not computed.",
+                busy=False,
+            )
 
     def draw(self, png: str) -> None:
         """Take a picture of one's own (a data URL), fitted to the size of the images; its class is what the

@@ -8,7 +8,6 @@ from typing import Any
 
 import pandas as pd
 import seaborn as sns
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
@@ -232,8 +231,6 @@ def accuracy_over_eps(frame: pd.DataFrame, title: str = "", *, rule: str | None 
     """
     frame = read_frame(frame, *COLUMNS, "norm", "eps", rule=rule)
     attacked = frame[frame["attack"] != "clean"].assign(norm=lambda rows: rows["norm"].replace(NORMS))
-    if not len(attacked):
-        raise ValueError("the frame holds no attack but 'clean': evaluate with at least one eps")
     parts = []
     for (attack, norm), part in attacked.groupby(["attack", "norm"], sort=False):
         clean = frame[(frame["attack"] == "clean") & frame["defence"].isin(part["defence"])].assign(eps=0.0)
@@ -250,27 +247,19 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
             quantity may be missing in some epochs (a term in its warm-up). Names with ``accuracy`` are shares
             in [0, 1], shown in percent.
 
-    Raises:
-        ValueError: if there is no epoch, or no number beside ``epoch``.
     """
     frame = pd.DataFrame(list(history))
     curves = frame.select_dtypes("number").dropna(axis=1, how="all")
     curves = curves.drop(columns=["epoch", "seconds"], errors="ignore")
-    if not curves.shape[1]:
-        raise ValueError(
-            "history holds no number beside 'epoch': give entries such as {'epoch': 1, 'loss': 0.5}"
-        )
     epochs = frame.get("epoch", frame.index + 1)
     figure, axes = panels(curves.shape[1], 3.4, 2.6, title)
-    margin = 0.05 * (epochs.max() - epochs.min()) or 0.5
-    limits = epochs.min() - margin, epochs.max() + margin  # the same wherever a quantity begins
     for one, name in zip(axes, curves, strict=True):
         percent, words = "accuracy" in name, name.replace("_", " ")
         values = 100 * curves[name] if percent else curves[name]
         one.plot(epochs, values, color=SERIES[0], marker="o" if len(epochs) <= 40 else "", markersize=4)
         one.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         unit = "accuracy (%)" if percent else QUANTITIES.get(name.removeprefix("test_"), words)
-        style_axes(one, xlabel="epoch", ylabel=plain(unit), xlim=limits)
+        style_axes(one, xlabel="epoch", ylabel=plain(unit), xlim=(epochs.min() - 0.5, epochs.max() + 0.5))
         one.set_title(plain(words), loc="left", fontsize=10)
         last = values.dropna().iloc[-1]
         number = f"{last:.1f} %" if percent else f"{last:.4g}"
@@ -279,12 +268,11 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
 
 
 def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: str = "") -> Figure:
-    """What is proved and what is broken, over the l2 radius: a colour a defence, the gap between them shaded.
+    """What is proved and what is broken, over the l2 radius: a colour a defence.
 
     The accuracy against every perturbation of an l2 norm is no lower than certified (solid) and no higher
-    than the strongest attack leaves it (broken). Both are drawn as the steps that are known: a certificate
-    holds for all smaller radii, an attack for all larger ones. Both must belong to the same images and the
-    same rule, the majority vote.
+    than the strongest attack leaves it (broken). Both are drawn as the steps that are known, and must belong
+    to the same images and the same rule, the majority vote.
 
     Args:
         certified: columns ``defence``, ``radius`` (l2, images in [0, 1]), ``accuracy``, ``low``, ``high``
@@ -309,7 +297,14 @@ def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: s
     figure, (axes,) = panels(1, 6.4, 4.2, title)
     for name, colour in colours_of(list(dict.fromkeys(proved["defence"]))).items():
         lower, upper = (part[part["defence"] == name] for part in (proved, broken))
-        _bounds(axes, lower, upper, end, colour, plain(name))
+        look, label = {"color": colour, "clip_on": False}, f"{plain(name)}, strongest attack"
+        lower = pd.concat([lower.iloc[:1].assign(radius=0.0), lower])  # a certificate holds nearer, too
+        axes.fill_between(
+            lower["radius"], lower["low"], lower["high"], step="pre", color=colour, alpha=0.2, linewidth=0
+        )
+        axes.step("radius", "accuracy", data=lower, where="pre", label=f"{plain(name)}, certified", **look)
+        axes.step("radius", "accuracy", data=upper, where="post", linestyle="--", label=label, **look)
+        axes.errorbar(upper["radius"], upper["accuracy"], error_bars(upper), fmt="o", capsize=3, **look)
     style_axes(
         axes,
         xlim=(0, end),
@@ -343,29 +338,3 @@ def _cell_text(row: pd.Series, value: str) -> str:
     low, high = interval_of(value)
     number = f"{row[value]:.1f}".replace("nan", "–")
     return f"{number}\n[{row[low]:.0f}, {row[high]:.0f}]" if pd.notna(row.get(low)) else number
-
-
-def _bounds(axes: Axes, lower: pd.DataFrame, upper: pd.DataFrame, end: float, colour: str, name: str) -> None:
-    band = {"color": colour, "linewidth": 0}
-    axes.fill_between(lower["radius"], lower["low"], lower["high"], step="pre", alpha=0.2, **band)
-    values = [lower["accuracy"].iloc[0], *lower["accuracy"]]
-    axes.step([0.0, *lower["radius"]], values, where="pre", color=colour, label=f"{name}, certified")
-    known = sorted({0.0, end, *lower["radius"], *upper["radius"]})
-    # an attack reaches farther, too, and a certificate holds nearer, too
-    least = [min([100.0, *upper["accuracy"][upper["radius"] <= radius]]) for radius in known]
-    most = [max([0.0, *lower["accuracy"][lower["radius"] >= radius]]) for radius in known]
-    axes.step(known, least, where="post", color=colour, linestyle="--", label=f"{name}, strongest attack")
-    axes.errorbar(
-        upper["radius"],
-        upper["accuracy"],
-        error_bars(upper),
-        fmt="o",
-        color=colour,
-        markersize=5,
-        capsize=3,
-        clip_on=False,
-    )
-    # between two known radii: what is certified at the right end, what an attack broke at the left end
-    axes.fill_between(
-        known, [*most[1:], 0.0], least, step="post", alpha=0.08, label=f"{name}, not known", **band
-    )

@@ -81,13 +81,9 @@ def purification_grid(
         eps: of a linf attack: the scale of the perturbation. None: the largest value of the map, as for the
             residual.
         seed: of the sample that all pictures share.
-
-    Raises:
-        ValueError: for images of several shapes, or outside [0, 1].
     """
     defences = {"": defences} if isinstance(defences, nn.Module) else defences
     adversarial = adversarial if isinstance(adversarial, Mapping) else dict.fromkeys(defences, adversarial)
-    _check_images({"images": images, **adversarial})
     truths = [None] * len(images) if labels is None else labels.tolist()
     columns, notes, rows = {name: [] for name in COLUMNS}, {}, []
     for defence, model in defences.items():
@@ -120,11 +116,7 @@ def perturbation_maps(
         images: in [0, 1].
         adversarial: by attack, in [0, 1].
         eps: the scale; None: the largest value of the maps.
-
-    Raises:
-        ValueError: for shapes that differ, or values outside [0, 1].
     """
-    _check_images({"images": images, **adversarial})
     columns = {"clean": images}
     for name, batch in adversarial.items():
         columns |= {name: batch, f"{name} {MINUS} clean": _change(batch, images)}
@@ -145,11 +137,7 @@ def image_grid(
     Args:
         columns: by heading, in [0, 1]; all of one shape.
         names: at the left of the rows.
-
-    Raises:
-        ValueError: for an empty batch, shapes that differ, or values outside [0, 1].
     """
-    _check_images(columns)
     return _draw(columns, title, names or [""] * len(next(iter(columns.values()))))
 
 
@@ -210,14 +198,3 @@ def _scale(maps: Tensor) -> float:
     """The largest magnitude in units of 1/255; 1 where nothing changed, as a map needs a range."""
     largest = float(maps.abs().max())
     return largest if largest > 1e-3 else 1.0
-
-
-def _check_images(batches: Mapping[str, Tensor]) -> None:
-    form = next(iter(batches.values())).shape
-    for name, images in batches.items():
-        fits = images.shape == form and images.ndim == 4 and images.numel()
-        if not (fits and images.min() >= -1e-4 and images.max() <= 1 + 1e-4):  # so that NaN fails, too
-            raise ValueError(
-                f"{name} must be (batch, 3, height, width) in [0, 1] like the first images, at least one, "
-                f"got {tuple(images.shape)}" + (f", {images.min():g} to {images.max():g}" if fits else "")
-            )

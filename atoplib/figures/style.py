@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from atoplib.evaluation import eps_text
 from atoplib.evaluation.results import NORMS
 from atoplib.files import write_atomically
+from atoplib.parameters import check_settings, one_of
 
 RIGHT, WRONG = ("\N{CHECK MARK}", "#2a86c8"), ("\N{BALLOT X}", "#d95f02")  # mark and colour of a decision
 MINUS = "\N{MINUS SIGN}"
@@ -138,8 +139,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     """
     path, left_out = Path(path), {"png": ("Software",), "pdf": ("CreationDate", "Creator", "Producer")}
     kind = path.suffix[1:].lower()
-    if kind not in left_out:
-        raise ValueError(f"cannot write a figure as {path.suffix!r} ({path}): it must end in .png or .pdf")
+    check_settings(suffix=(kind, one_of(*left_out)))
     metadata = dict.fromkeys(left_out[kind])
     write_atomically(path, lambda part: figure.savefig(part, format=kind, metadata=metadata))
     return path

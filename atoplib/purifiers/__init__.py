@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from atoplib.parameters import check_settings, one_of
 from atoplib.purifiers.autoencoders import DenoisingAutoencoder, ResidualPurifier
 from atoplib.purifiers.deepfill import DeepFillV2, PatchDiscriminator
-from atoplib.purifiers.diffusion import DiffusionPurifier, MissingDiffusers, load_diffusers
+from atoplib.purifiers.diffusion import DiffusionPurifier, load_diffusers
 from atoplib.purifiers.gated import FrozenGatedUNet, GatedUNet, freeze_purifier
 
 __all__ = [
@@ -23,7 +24,6 @@ __all__ = [
     "DiffusionPurifier",
     "FrozenGatedUNet",
     "GatedUNet",
-    "MissingDiffusers",
     "PatchDiscriminator",
     "ResidualPurifier",
     "build",
@@ -48,10 +48,9 @@ def build(name: str, **options: Any) -> nn.Module:
 
     Raises:
         ValueError: for an unknown name or an option that the architecture lacks.
-        MissingDiffusers: for ``diffusion`` without the optional extra.
+        ImportError: for ``diffusion`` without the optional extra.
     """
-    if name not in PURIFIERS:
-        raise ValueError(f"unknown purifier {name!r}; allowed: {', '.join(PURIFIERS)}")
+    check_settings(purifier=(name, one_of(*PURIFIERS)))
     try:
         return PURIFIERS[name](**options)
     except (TypeError, NotImplementedError, ZeroDivisionError) as error:  # diffusers raises the latter two

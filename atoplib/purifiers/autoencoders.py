@@ -54,8 +54,6 @@ class ResidualPurifier(nn.Module):
     def __init__(self, width: int = 64, blocks: int = 4, fold: int = 2, context: bool = True) -> None:
         super().__init__()
         check_settings(width=(width, at_least(1)), blocks=(blocks, between(0, 100)), fold=(fold, at_least(1)))
-        if width > GROUP_SIZE and width % GROUP_SIZE:
-            raise ValueError(f"width must be below or a multiple of {GROUP_SIZE}, got {width}")
         self.fold = fold
         self.stem = nn.Conv2d(5 * fold**2, width, 3, padding=1)
         self.encode = ResidualBlock(width)

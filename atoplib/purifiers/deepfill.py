@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from atoplib.parameters import at_least, check_settings
 from atoplib.purifiers.gated import GatedConv2d, GatedUpConv2d, check_size
 
 SOFTMAX_SCALE = 10.0
@@ -32,15 +33,12 @@ class DeepFillV2(nn.Module):
     The public weights have ``width`` 48: 4.1 M parameters, 27.7 G multiply-adds (55 GFLOP) for a 256 px
     image.
 
-    Raises ValueError for a width that is not a positive multiple of 4 and for an input of another size.
+    Raises ValueError for a width below 4 and for an input of another size.
     """
 
     def __init__(self, width: int = 48):
         super().__init__()
-        if width < 4 or width % 4:
-            raise ValueError(
-                f"width must be a positive multiple of 4 (48 in the public weights), got {width}"
-            )
+        check_settings(width=(width, at_least(4)))
         w, dilations = width, enumerate((*DILATIONS, 1, 1), start=1)
         coarse = {
             "conv1": GatedConv2d(5, w // 2, 5),

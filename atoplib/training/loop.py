@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 from atoplib import checkpoints
 from atoplib.data import Split, augment, epoch_batches, mixed_seed, to_float
+from atoplib.decisions import forked_rng
 from atoplib.freezing import to_channels_last
 from atoplib.parameters import at_least, between, check_settings, one_of
 from atoplib.progress import Report
 from atoplib.runs import Run
-from atoplib.training import parts, resume
+from atoplib.training import parts
 
 CHECK_EVERY = 10  # steps between two looks at the loss: each look waits for the device
 ON_DEVICE_BYTES = 2**30  # of training images that live where they are used; more stay where they are
@@ -124,9 +125,9 @@ def fit(
         ema_decay=(ema_decay, between(0, 1 - 1e-9)),
     )
     for network in networks.values():
-        checkpoints.check_saveable(network)
+        checkpoints.tensors_of(network)  # before an hour of training: can it be saved?
     say = notify or (lambda sentence: None)
-    state = None if run is None else resume.begin(run, (step, validate), settings, networks, data, say)
+    state = None if run is None else parts.begin_run(run, (step, validate), settings, networks, data, say)
     training = _Training(step, networks, data, settings, run, state or {})
     if state is not None:
         loaded = f"Loaded, not trained again: all that it depends on is as it was; trained {run.age()} ago."
@@ -139,7 +140,7 @@ def fit(
             progress(training.step * batch_size, training.total * batch_size, "images", numbers)
 
     try:
-        with torch.random.fork_rng(training.gpus), resume.Interruption() as interruption:
+        with forked_rng(training.device), parts.Interruption() as interruption:
             report()
             training.close_epoch(validate, save, keep_every)  # one that was interrupted before it was closed
             for x, y in training.batches():
@@ -164,7 +165,7 @@ def fit(
         for network in networks.values():
             network.eval()
         if run is not None:
-            resume.leave(run, networks)
+            parts.leave_run(run, networks)
     history = training.history
     if run is not None:
         run.record(history=history, train_seconds=history[-1]["seconds"], train_flops=training.flops)
@@ -195,11 +196,10 @@ class _Training:
             if state:
                 checkpoints.load_weights(network, state["networks"][name], run.state_path)
         self.result, decay = networks[self.name], settings["ema_decay"]
-        self.average = parts.MovingAverage(self.result, decay) if decay else None
+        self.average = parts.moving_average(self.result, decay) if decay else None
         if self.average and state:
             self.average.load_state_dict(state["averaged"])
         self.device = next(self.result.parameters()).device
-        self.gpus = [self.device] if self.device.type == "cuda" else []
         place = self.device if data.images.nbytes <= ON_DEVICE_BYTES else data.images.device
         self.data = Split(data.images.to(place), data.labels.to(place))
         self.dtype = parts.compute_dtype(settings["dtype"], self.device)

@@ -1,23 +1,32 @@
 """What a training is made of beside its loop: optimizer, schedule of the learning rate, moving average,
-precision; what a network is worth on clean images, and what computing it costs."""
+precision; what a network is worth on clean images, and what computing it costs; how a training is found
+again, and ended by a signal."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from itertools import chain
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext, suppress
+from copy import deepcopy
 from math import cos, pi
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoplib.data import Split, to_float
-from atoplib.decisions import forked_rng, reseed, sample_logits
+from atoplib import hashing
+from atoplib.checkpoints import load_state
+from atoplib.data import Split, fingerprint, to_float
+from atoplib.decisions import reseed, sample_logits
+from atoplib.files import read_json, write_json
+from atoplib.probing import undisturbed
+from atoplib.runs import Run
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
 GUESSING = 1.2  # times the accuracy of guessing: a training that ends below has collapsed
+IDENTITY = "training.json"
+RESULTS = ("state.pt*", "*.safetensors", "metrics.json", "figures", "pictures", IDENTITY)
 PIXELS_AT_ONCE = 2**22  # a GPU of 24 GB holds a DeepFillV2 at 256 px on so many
 
 
@@ -77,30 +86,19 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=learning_rate, betas=betas)
 
 
-class MovingAverage(AveragedModel):
+def moving_average(module: nn.Module, decay: float) -> AveragedModel:
     """Exponential moving average of weights and buffers, its decay growing from 0 so that early weights are
-    forgotten.
+    forgotten."""
 
-    The count of updates stays with the host, so that none of them waits for the device, as those of its
-    base class do.
-    """
+    def update(averaged: list[Tensor], current: list[Tensor], _count: Tensor) -> None:
+        count = int(average.n_averaged)  # on the host, so that no update waits for the device
+        if averaged[0].is_floating_point():
+            torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
+        else:
+            torch._foreach_copy_(averaged, current)
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        super().__init__(module, use_buffers=True)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update_parameters(self, model: nn.Module) -> None:
-        """Take in the weights that a model has now."""
-        count = int(self.n_averaged)
-        rate = min(self.decay, (1 + count) / (10 + count)) if count else 0.0
-        pairs = list(zip(*(chain(m.parameters(), m.buffers()) for m in (self.module, model)), strict=True))
-        floating = [(old, new) for old, new in pairs if old.is_floating_point()]
-        torch._foreach_lerp_([old for old, _ in floating], [new for _, new in floating], 1 - rate)
-        for old, new in pairs:
-            if not old.is_floating_point():
-                old.copy_(new)
-        self.n_averaged += 1
+    average = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    return average
 
 
 def accuracy(
@@ -112,27 +110,19 @@ def accuracy(
     Args:
         model: in eval mode, images in [0, 1] -> logits.
         num_samples: forward passes an image whose share of correct ones counts, for a random model.
-        seed: of its random numbers, also those from torch's generators, which are put back afterwards; a
-            model's own start anew from the seed that it had.
+        seed: of its random numbers, also those from torch's generators; all are put back afterwards.
         max_batch: images at once; None chooses by their size.
     """
     max_batch = max_batch or max(1, min(500, PIXELS_AT_ONCE // split.images[0, 0].numel()))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), split.labels.device)
     correct = torch.zeros((), device=device)
-    seeds = [(part, part.seed) for part in model.modules() if {"reseed", "seed"} <= {*dir(part)}]
-    try:
-        with forked_rng(device):
-            torch.manual_seed(seed)
-            reseed(model, seed)
-            for images, labels in zip(
-                split.images.split(max_batch), split.labels.split(max_batch), strict=True
-            ):
-                x = to_float(images.to(device))
-                logits = sample_logits(model, x, num_samples=num_samples, max_batch=max_batch)
-                correct += (logits.argmax(dim=2) == labels.to(device)).float().mean(dim=0).sum()
-    finally:
-        for part, before in seeds:
-            part.reseed(before)
+    with undisturbed(model):
+        torch.manual_seed(seed)
+        reseed(model, seed)
+        for images, labels in zip(split.images.split(max_batch), split.labels.split(max_batch), strict=True):
+            x = to_float(images.to(device))
+            logits = sample_logits(model, x, num_samples=num_samples, max_batch=max_batch)
+            correct += (logits.argmax(dim=2) == labels.to(device)).float().mean(dim=0).sum()
     return float(correct) / len(split.labels)
 
 
@@ -167,3 +157,93 @@ def collapse_warning(history: list[dict[str, float]], classes: int) -> str:
         f"({100 * history[best]['accuracy']:.1f} % in epoch {best + 1}). "
         f"Try a smaller learning_rate, eps or classification_weight, or a longer ramp_epochs."
     )
+
+
+def begin_run(
+    run: Run,
+    functions: Sequence[Callable[..., Any] | None],
+    settings: Mapping[str, Any],
+    networks: Mapping[str, nn.Module],
+    data: Split,
+    notify: Callable[[str], None],
+) -> dict[str, Any] | None:
+    """The state in a run's directory to go on from, None at the start; arguments as ``fit``. What a training
+    that depended on something else left there is moved aside, and said.
+
+    A cell that is executed again means the networks as they were given, not what the training made of them
+    meanwhile: so each of them keeps, by run, the weights with which it was given, and its hash as it was left
+    (``hashing.GIVEN``).
+    """
+    for network in networks.values():
+        by_run = vars(network).setdefault(hashing.GIVEN, {})
+        given, left = by_run.get(run.path, ({}, ""))
+        if left and hashing.model_hash(network) == left:
+            network.load_state_dict(given)
+        else:
+            by_run[run.path] = deepcopy(network.state_dict()), ""
+        network.train()  # as it will be, so that the modes of whatever else a step refers to can count
+    device = next(next(iter(networks.values())).parameters()).device
+    identity = {
+        **{f"the {name} that was given": hashing.model_hash(each) for name, each in networks.items()},
+        "the step, or what it refers to": hashing.json_hash(
+            [f and hashing.function_hash(f) for f in functions]
+        ),
+        "settings of the training": hashing.json_hash(dict(settings)),
+        "which weights are trained": hashing.json_hash(
+            [weight.requires_grad for each in networks.values() for weight in each.parameters()]
+        ),
+        "the training images": fingerprint(data),
+        "the training loop of atoplib": hashing.code_hash("atoplib.training.loop"),
+        "torch, Python or the kind of device": hashing.json_hash(hashing.environment(device)),
+    }
+    before = read_json(run.path / IDENTITY) or {}
+    changed = [name for name in before | identity if before.get(name) != identity.get(name)]
+    if changed and any(run.path.glob("state.pt*")):
+        folder = run.supersede(RESULTS)
+        # A step refers to its networks: another network is not another step.
+        reasons = [name for name in changed if name.endswith("given")] or changed
+        reason = f"changed: {', '.join(reasons)}" if before else "it is not noted on what it depended"
+        notify(f"Trained anew, not loaded ({reason}). What was there is kept in {folder}.")
+    write_json(run.path / IDENTITY, identity)
+    state, note = load_state(run.state_path)
+    if note:
+        notify(note)
+    return state
+
+
+def leave_run(run: Run, networks: Mapping[str, nn.Module]) -> None:
+    """Remember how the networks are left."""
+    for network in networks.values():
+        given, _ = vars(network)[hashing.GIVEN][run.path]
+        vars(network)[hashing.GIVEN][run.path] = given, hashing.model_hash(network)
+
+
+class Interruption:
+    """Holds a first Ctrl-C back until ``check`` is called, so that no step is cut in half; a second one
+    comes at once.
+
+    A scheduler's SIGTERM counts as a Ctrl-C, but never comes at once: it may be sent to a whole group of
+    processes that pass it on to each other. Outside the main thread, where Python allows no handler (and
+    delivers no signal), it does nothing.
+    """
+
+    def __enter__(self) -> "Interruption":
+        self.asked, self.pressed, self.before = False, False, {}
+        with suppress(ValueError):
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _ask(self, number: int, *_: object) -> None:
+        if number == signal.SIGINT and self.pressed:
+            raise KeyboardInterrupt
+        self.asked, self.pressed = True, self.pressed or number == signal.SIGINT
+
+    def check(self) -> None:
+        """Raise the KeyboardInterrupt that was held back, if there was one."""
+        if self.asked:
+            raise KeyboardInterrupt
