@@ -2,17 +2,19 @@
 
 import os
 import re
+import subprocess
+from pathlib import Path
 
 import nbformat
 import pytest
-from filelock import FileLock
 from nbformat import v4
 
-from atoplib.batch import clean, pages, tables
+from atoplib.batch import pages, tables
 from atoplib.batch.recipe import Job, make_plan
 from atoplib.files import write_json, write_text
 from tests.small_notebooks import write_notebooks
 
+ROOT = Path(__file__).resolve().parents[1]
 FIRST = "01_train_classifier"
 CHAIN = "notebooks: {01_train_classifier: , 02_pretrain_purifier: , 03_finetune_atop: , 04_attack: }"
 
@@ -81,21 +83,17 @@ def test_results_hold_numbers_plots_and_notebooks_and_no_weights_pictures_or_fol
     assert readme.startswith("# mine") and "3 s on a device" in readme
 
 
-def test_clean_removes_what_no_result_needs_and_leaves_a_run_in_use_alone(tmp_path, complete):
-    used, idle = complete(f"notebooks: {{{FIRST}: }}\ngrid: {{seed: [0, 1]}}")
-    before = {path.name for path in idle.run_dir.iterdir()}
-    for name in ("superseded-1/state.pt", ".x.part", ".batch/papermill.log", "state.pt", "state.pt.previous"):
-        for job in (used, idle):
-            write_text(job.run_dir / name, "x")
-    workspace = ["--workspace", str(tmp_path / "workspace")]
-    with FileLock(used.run_dir / "run.lock", is_singleton=False):
-        holder = os.fork()  # a lock is another's only in another process
-        if holder == 0:
-            os._exit(clean.main(workspace))
-        assert os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1]) == 0
-    assert {"superseded-1", ".x.part"} <= {path.name for path in used.run_dir.iterdir()}
-    assert {path.name for path in idle.run_dir.iterdir()} == before | {"state.pt"}
-    assert clean.main([*workspace, "--all"]) == 0 and not used.run_dir.exists() and not idle.run_dir.exists()
+def test_make_clean_runs_removes_what_was_replaced_or_left_half_written_an_hour_ago(
+    tmp_path, complete
+):
+    (job,) = complete(f"notebooks: {{{FIRST}: }}")
+    before = {path.name for path in job.run_dir.iterdir()}
+    for name in ("superseded-1/state.pt", ".old.part", ".new.part"):
+        write_text(job.run_dir / name, "x")
+    os.utime(job.run_dir / ".old.part", (0, 0))
+    command = ["make", "-s", "-C", str(ROOT), "clean-runs", f"WORKSPACE={tmp_path / 'workspace'}"]
+    subprocess.run(command, check=True, capture_output=True)
+    assert {path.name for path in job.run_dir.iterdir()} == before | {".new.part"}
 
 
 def test_tables_hold_parameters_of_a_run_and_of_all_it_was_computed_from_and_compare_what_is_comparable(
