@@ -2,7 +2,7 @@
 attacks, evaluation.
 
 The first four names are a whole first hour; the modules below are what the notebooks use. ``import atoplib``
-loads none of them before it is asked for."""
+loads none of them but ``hashing`` before it is asked for."""
 
 import importlib
 from typing import Any
@@ -22,6 +22,8 @@ _MODULES = (
 )  # fmt: skip
 
 __all__ = [*_FUNCTIONS, *_MODULES]
+
+importlib.import_module("atoplib.hashing")  # first: it notes the source of every other as it is imported
 
 
 def __getattr__(name: str) -> Any:

@@ -59,14 +59,14 @@ def json_hash(value: Any) -> str:
 
 
 def path_hash(path: Path) -> str:
-    """The SHA-256 of a file; of a folder, a digest of the names, sizes and times of all files in it, hidden
-    ones and what is no data aside.
+    """The SHA-256 of a file; of a folder, a digest of the names, sizes and times (of change, too, which no
+    program can set) of all files in it, hidden ones and what is no data aside.
     """
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     facts = ((str(file.relative_to(path)), file.stat()) for file in data_files(path))
-    return json_hash([[name, stat.st_size, stat.st_mtime_ns] for name, stat in facts])
+    return json_hash([[name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns] for name, stat in facts])
 
 
 def tensor_hash(tensor: Any) -> str:

@@ -284,6 +284,15 @@ def test_links_to_files_and_to_folders_of_a_class_are_followed_and_what_is_there
     assert path_hash(tree) != before and len(load(tree).train.labels) == 9
 
 
+def test_a_file_that_is_replaced_by_one_of_equal_name_size_and_time_is_another(tree):
+    path, before, hashed = tree / "train" / "cat" / "0.png", load(tree).train.images[0], path_hash(tree)
+    other, stat = (tree / "train" / "dog" / "0.png").read_bytes(), path.stat()
+    path.write_bytes(other[: stat.st_size].ljust(stat.st_size, b"\0"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_size == stat.st_size and path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert path_hash(tree) != hashed and not torch.equal(load(tree).train.images[0], before)
+
+
 def test_missing_folders_splits_and_classes_are_named(tmp_path):
     (tmp_path / "half" / "train").mkdir(parents=True)
     for name in ("folder:", "folder:  ", "folder:/no/such/place", f"folder:{tmp_path}/half"):

@@ -133,7 +133,7 @@ def decode(
         folder, chosen = listing.folder, subset(len(listing.files), limit)
         files = [listing.files[index] for index in chosen]
         stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
-        names = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        names = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
         label, place = f"folder-{folder.name}-{image_size or 'own'}px", os.path.realpath(folder)
         path = cache_path(data_dir, label, place, names, image_size)
         read = partial(read_image, image_size=image_size)
