@@ -1,6 +1,7 @@
 """APGD follows its algorithm, agrees with the original, and is blind to the scale of the logits."""
 
 from importlib.util import find_spec
+from itertools import product
 
 import pytest
 import torch
@@ -236,11 +237,11 @@ def test_an_image_of_a_random_model_leaves_once_no_vote_is_correct():
 # The original
 
 
-def original_apgd(model, images, labels, *, eps, norm, steps, loss):
+def original_apgd(model, images, labels, *, eps, norm, steps, loss, seed=0):
     import pyautoattack
 
     names = {"linf": "Linf", "l2": "L2", "l1": "L1"}
-    original = pyautoattack.AutoAttack(model, norm=names[norm], eps=eps, seed=0)
+    original = pyautoattack.AutoAttack(model, norm=names[norm], eps=eps, seed=seed)
     original.apgd.n_restarts, original.apgd_targeted.n_target_classes = 1, 3
     for attack in (original.apgd, original.apgd_targeted):
         attack.n_iter = attack.n_iter_orig = steps
@@ -253,24 +254,25 @@ def original_apgd(model, images, labels, *, eps, norm, steps, loss):
 
 @has_original
 @pytest.mark.parametrize(
-    "norm, eps, count, steps",
+    "norm, eps, count, steps, seeds",
     [
-        ("linf", 0.3, 12, 15),
-        ("l2", 2.0, 12, 15),
-        pytest.param("linf", 0.3, 64, 40, marks=pytest.mark.long),
-        pytest.param("l2", 2.0, 64, 40, marks=pytest.mark.long),
-        pytest.param("l1", 10.0, 64, 40, marks=pytest.mark.long),
+        ("linf", 0.3, 12, 15, 1),
+        ("l2", 2.0, 12, 15, 1),
+        pytest.param("linf", 0.3, 64, 40, 3, marks=pytest.mark.long),
+        pytest.param("l2", 2.0, 64, 40, 3, marks=pytest.mark.long),
+        pytest.param("l1", 10.0, 64, 40, 3, marks=pytest.mark.long),
     ],
 )
-def test_apgd_is_at_most_one_image_weaker_than_the_original(digits, defences, norm, eps, count, steps):
+def test_apgd_is_at_most_one_image_weaker_than_the_original(digits, defences, norm, eps, count, steps, seeds):
+    """In the mean over the seeds: the number that either breaks differs by two or three from seed to seed."""
     model, (images, labels) = defences["AT"], (part[:count] for part in digits)
-    options = {"eps": eps, "norm": norm, "steps": steps}
-    ours, theirs = torch.zeros(2, count, dtype=torch.bool)
-    for loss in ("ce", "targeted_dlr"):
-        ours |= broken(model, apgd(model, images, labels, loss=loss, num_targets=3, **options), labels)
-        theirs |= broken(model, original_apgd(model, images, labels, loss=loss, **options), labels)
+    ours, theirs = torch.zeros(2, seeds, count, dtype=torch.bool)
+    for seed, loss in product(range(seeds), ("ce", "targeted_dlr")):
+        options = {"eps": eps, "norm": norm, "steps": steps, "loss": loss, "seed": seed}
+        ours[seed] |= broken(model, apgd(model, images, labels, num_targets=3, **options), labels)
+        theirs[seed] |= broken(model, original_apgd(model, images, labels, **options), labels)
+    counts = ours.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()
     assert 0.1 < theirs.float().mean() < 0.9
-    assert ours.sum() >= theirs.sum() - 1 and (ours != theirs).sum() <= max(4, count // 10), (
-        ours.sum(),
-        theirs.sum(),
+    assert ours.sum() >= theirs.sum() - seeds and (ours != theirs).sum() <= seeds * max(4, count // 10), (
+        counts
     )

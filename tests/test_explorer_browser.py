@@ -270,6 +270,8 @@ def test_a_drawn_and_an_uploaded_image_are_attacked_and_purified(page, tmp_path:
     Image.fromarray(np.full((60, 60, 3), 90, np.uint8)).save(tmp_path / "grey.png")
     page.get_by_label("image file").set_input_files(tmp_path / "grey.png")
     current(page, "image: 201")
+    page.get_by_label("image", exact=True).press("Home")
+    current(page, "image: 0")
 
 
 def test_playing_walks_along_the_path_and_stops_at_its_end(page) -> None:

@@ -332,7 +332,7 @@ function render({ model, el }) {
   };
   const makeOption = ([name, value], given) => {
     const kind = { boolean: "checkbox", number: "number" }[typeof value] ?? "text";
-    const field = make("input", { type: kind, ariaLabel: name, step: "any", placeholder: "default", onchange: () => {
+    const field = make("input", { type: kind, ariaLabel: `option ${name}`, step: "any", placeholder: "default", onchange: () => {
       const typed = field.value === "" ? null : isNaN(field.value) ? field.value : Number(field.value);
       set({ options: { ...given, [name]: kind === "checkbox" ? field.checked : typed } });
     } });
