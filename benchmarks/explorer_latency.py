@@ -23,10 +23,10 @@ MNIST = "explore(rows=[{rows}], threat_model='{threat_model}')"
 CIFAR10 = "explore({{'AToP': load_pretrained('cifar10', 'AToP')}}, noise, threat_model='{threat_model}')"
 EPS, ALL = "\u2113\u221e \u03b5", "'undefended', 'AT', 'AP', 'AToP'"
 CASES = {  # name: cell, slider, milliseconds aimed at
-    "MNIST, AToP, noise, transfer": (MNIST.format(rows="'AToP'", threat_model="transfer"), "noise", 150),
+    "MNIST, AToP, missing, transfer": (MNIST.format(rows="'AToP'", threat_model="transfer"), "missing", 150),
     "MNIST, AToP, eps, PGD-10": (MNIST.format(rows="'AToP'", threat_model="white-box"), EPS, 300),
     "MNIST, four defences, eps, PGD-10": (MNIST.format(rows=ALL, threat_model="white-box"), EPS, 1200),
-    "CIFAR-10, AToP, noise, transfer": (CIFAR10.format(threat_model="transfer"), "noise", 400),
+    "CIFAR-10, AToP, missing, transfer": (CIFAR10.format(threat_model="transfer"), "missing", 400),
     "CIFAR-10, AToP, eps, PGD-10": (CIFAR10.format(threat_model="white-box"), EPS, 900),
 }  # fmt: skip
 TURN = """(root, label) => new Promise(resolve => {
