@@ -236,7 +236,7 @@ def test_a_model_that_predicts_something_else_is_refused(diffusers, tmp_path):
         ({"steps": 0}, "steps must lie in 1..250, got 0"),
         ({"steps": 251}, "steps must lie in 1..250"),
         ({"unet": {"depth": 3}}, "does not take the options .*'depth'"),
-        ({"unet": {"block_out_channels": []}}, "does not take the options|needs|empty|range"),
+        ({"unet": {"block_out_channels": []}}, "does not take the options .*out of range"),
         ({"unet": {"block_out_channels": [9]}}, "norm_num_groups|num_channels|divisible"),
         ({"schedule": {"beta_schedule": "steep"}}, "does not take the options .*steep is not implemented"),
         (

@@ -53,5 +53,5 @@ def build(name: str, **options: Any) -> nn.Module:
     check_settings(purifier=(name, one_of(*PURIFIERS)))
     try:
         return PURIFIERS[name](**options)
-    except (TypeError, NotImplementedError, ZeroDivisionError) as error:  # diffusers raises the latter two
+    except (TypeError, NotImplementedError, ZeroDivisionError, IndexError) as error:  # of diffusers, too
         raise ValueError(f"purifier {name!r} does not take the options {options}: {error}") from error
