@@ -30,11 +30,12 @@ def data_files(folder: Path) -> list[Path]:
         ValueError: for a folder that is there twice, by links: in a circle, or with the same images again.
     """
     found, seen = [], set()
-    for place, _, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if is_data(Path(name))]
         if os.path.realpath(place) in seen:
             raise ValueError(f"{place} is a link to a folder that {folder} holds already: remove the link")
         seen.add(os.path.realpath(place))
-        found += [path for path in (Path(place, name) for name in names) if is_data(path.relative_to(folder))]
+        found += [Path(place, name) for name in names if is_data(Path(name))]
     return sorted(found)
 
 

@@ -1,8 +1,8 @@
 """Images from files of any common format to 8-bit RGB squares: folders of them, one a class, and caches.
 
-A listing of a folder is sorted. A cache is a .npy file (n, 3, h, w) of uint8, named by a
-hash of all that decides on its pixels (of files their names, sizes and times), decoded by a pool of threads
-and written under another name first: a file with its name is whole, and a damaged one is made again.
+A listing of a folder is sorted. A cache is a .npy file (n, 3, h, w) of uint8, named by a hash of all that
+decides on its pixels (of files their names, sizes and times), decoded by a pool of threads and written under
+another name first: a file with its name is whole, and a damaged one is made again.
 """
 
 import hashlib
@@ -95,8 +95,8 @@ def read_image(path: str | os.PathLike[str], image_size: int | None = None) -> U
     """Decode an image file to 8-bit RGB (`data.load` says how); with image_size, the central square at that
     size.
 
-    Raises ValueError, naming the file, if it is damaged, too large (PIL's MAX_IMAGE_PIXELS) or of unknown
-    value range.
+    Raises ValueError, naming the file, if it is damaged, too large for PIL (twice its MAX_IMAGE_PIXELS) or of
+    unknown value range.
     """
     try:
         with Image.open(path) as image:

@@ -192,9 +192,6 @@ def attack_path(scene: Scene, values: Values, name: str, report: Report) -> dict
 def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> list[tuple[float, ...]]:
     """Robust accuracy of a defence over eps, attacked as the values say, on the images from the one shown on:
     (eps, correct in a single sample, ends of the 95 % interval), in percent.
-
-    Raises:
-        ValueError: without an attack.
     """
     defence, source, points = scene.defence(name, values), attacked_defence(values, name), []
     order = (torch.arange(scene.given) + values["image"]) % scene.given

@@ -227,7 +227,7 @@ def accuracy_over_eps(frame: pd.DataFrame, title: str = "", *, rule: str | None 
             ``accuracy``, ``low``, ``high`` (percent).
 
     Raises:
-        ValueError: as ``parameter_lines``, or where nothing but ``clean`` is in the frame.
+        ValueError: as ``parameter_lines``.
     """
     frame = read_frame(frame, *COLUMNS, "norm", "eps", rule=rule)
     attacked = frame[frame["attack"] != "clean"].assign(norm=lambda rows: rows["norm"].replace(NORMS))
@@ -246,7 +246,6 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
             ... without it); every other number gets a panel, but ``seconds``, which tell of the machine. A
             quantity may be missing in some epochs (a term in its warm-up). Names with ``accuracy`` are shares
             in [0, 1], shown in percent.
-
     """
     frame = pd.DataFrame(list(history))
     curves = frame.select_dtypes("number").dropna(axis=1, how="all")

@@ -113,9 +113,8 @@ class DenoisingAutoencoder(nn.Module):
 
     def __init__(self, width: int = 24, levels: int = 2) -> None:
         super().__init__()
-        check_settings(
-            width=(width, at_least(1)), levels=(levels, between(1, 8))
-        )  # 8 take images of 256 px at least
+        # 8 levels take images of 256 px at least
+        check_settings(width=(width, at_least(1)), levels=(levels, between(1, 8)))
         self.levels, widths = levels, [width * 2**level for level in range(levels)]
         down = [_convolved(before, after, stride=2) for before, after in pairwise([5, *widths])]
         up = [_convolved(before, after) for before, after in pairwise([*widths[::-1], width])]

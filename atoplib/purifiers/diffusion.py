@@ -199,8 +199,7 @@ class DiffusionPurifier(nn.Module):
             noise: standard normal, ``noise_planes`` planes an image, its own for each.
 
         Raises:
-            ValueError: for a number of planes other than ``noise_planes``, or a size that the U-Net cannot
-                halve.
+            ValueError: for a size that the U-Net cannot halve.
         """
         first, *others = noise.split(self.channels, dim=1)
         state = noised(self._prepared(inputs[:, :3]), first, self.path[0])
