@@ -73,6 +73,10 @@ $(STAMP): requirements.lock pyproject.toml
 	    echo "The pinned packages have changed: bringing $(VENV) up to date."; \
 	    rm -f "$(STAMP)"; \
 	else \
+	    if [ -n "$(DONE)" ] && [ "$(DONE)" != "$(CURDIR)" ] && [ -e "$(DONE)/pyproject.toml" ]; then \
+	        echo "$(VENV) belongs to $(DONE): choose another with VENV=DIR." >&2; \
+	        exit 1; \
+	    fi; \
 	    if [ -n "$$(ls -A "$(VENV)" 2>/dev/null)" ] && [ ! -e "$(OURS)" ]; then \
 	        echo "$(VENV) exists and was not made by this Makefile: remove it, or choose another with VENV=DIR." >&2; \
 	        exit 1; \

@@ -248,7 +248,7 @@ def check_labels(labels: Tensor, count: int) -> None:
 def check_logits(logits: Tensor, images: Tensor) -> None:
     """Raise ContractError unless these are finite logits (B, classes), two or more, and no probabilities."""
     _require(
-        logits.ndim != 1 and logits.shape[1:] != (1,),
+        logits.shape not in ((len(images),), (len(images), 1)),
         f"the model returns one logit an image, {tuple(logits.shape)}, but one for each class is needed: "
         "make two of z by torch.cat([torch.zeros_like(z), z], dim=1) with z of shape (batch, 1), the same "
         "decision",

@@ -14,15 +14,15 @@ from torch.nn import functional as F
 from atoplib.contract import ContractError, adapt, check_labels
 from atoplib.parameters import at_least, between, check_counts, check_settings, one_of
 
+# Images (B, C, H, W) in [0, 1] -> logits (B, classes); may be random.
 Model = Callable[[Tensor], Tensor]
-"""Images (B, C, H, W) in [0, 1] -> logits (B, classes); may be random."""
 
+# By which accuracies are reported: what a user of the model meets (the first sample), two votes over the
+# samples, and every sample correct (an attacker may try again).
 RULES = ("single", "majority", "mean_softmax", "worst_of_n")
-"""By which accuracies are reported: what a user of the model meets (the first sample), two votes over the
-samples, and every sample correct (an attacker may try again)."""
+# At least one sample is correct: by which an attack goes on, whatever is reported, for there is something
+# left to break.
 ANY = "any"
-"""At least one sample is correct: by which an attack goes on, whatever is reported, for there is something
-left to break."""
 
 PROBES = 8  # a model of few possible samples often gives one image the same one twice
 
@@ -56,19 +56,21 @@ def vote(logits: Float[Tensor, "samples batch classes"], rule: str = "majority")
     return VOTES[rule](logits)
 
 
+# Logits (samples, batch, classes) -> classes (batch,).
 VOTES: dict[str, Callable[[Tensor], Tensor]] = {
     "single": lambda logits: logits[0].argmax(dim=1),
     "majority": lambda logits: F.one_hot(logits.argmax(dim=2), logits.shape[2]).sum(dim=0).argmax(dim=1),
     "mean_softmax": lambda logits: logits.softmax(dim=2).mean(dim=0).argmax(dim=1),
 }
-"""Logits (samples, batch, classes) -> classes (batch,)."""
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Within the block float32 is computed as float32: no autocast, and on CUDA no TF32, whose 10 bits of
-    mantissa may flip a close decision."""
-    settings = (torch.backends.cudnn.conv, torch.backends.cuda.matmul) if device.type == "cuda" else ()
+    """Within the block float32 is computed as float32: no autocast, no TF32, nor what
+    ``torch.set_float32_matmul_precision`` allows, whose short mantissas may flip a close decision."""
+    backends = torch.backends
+    cuda, cpu = (backends.cudnn.conv, backends.cuda.matmul), (backends.mkldnn.conv, backends.mkldnn.matmul)
+    settings = cuda if device.type == "cuda" else cpu
     with torch.autocast(device.type, enabled=False):
         before = [setting.fp32_precision for setting in settings]
         try:
@@ -189,7 +191,10 @@ def pick_device(name: str = "auto") -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    check_settings(device=(name.partition(":")[0], one_of("auto", "cpu", "cuda")))
+    kind, _, number = name.partition(":")
+    check_settings(
+        device=(name if number and not number.isdecimal() else kind, one_of("auto", "cpu", "cuda"))
+    )
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(

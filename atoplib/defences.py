@@ -16,15 +16,15 @@ from atoplib import checkpoints, classifiers, decisions, freezing, hashing, pret
 from atoplib.parameters import WEIGHTS, Parameters
 from atoplib.pipeline import load_pipeline
 
+# Which notebook makes each defence, and the parameters of its run that ``latest`` means.
 STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "undefended": ("01_train_classifier", {"adversarial": False, "purifier_run": ""}),
     "AT": ("01_train_classifier", {"adversarial": True, "purifier_run": ""}),
     "AP": ("02_pretrain_purifier", {}),
     "AToP": ("03_finetune_atop", {}),
 }
-"""Which notebook makes each defence, and the parameters of its run that ``latest`` means."""
+# The parameter that names each defence.
 FIELDS = {"undefended": "classifier_run", "AP": "ap_run", "AToP": "atop_run", "AT": "at_run"}
-"""The parameter that names each defence."""
 
 
 class Defences(dict[str, nn.Module]):
@@ -56,7 +56,8 @@ def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None
             kind = next(defences, "").lower()
             if (pretrained.DATASETS.get(p.dataset), kind) in pretrained.available():
                 absent[name] = "pretrained"
-                notify(f"{name}: no run of {rule.stage} yet, so the kit's weights for {p.dataset} are used.")
+                wanted = "".join(f", {key} = {value!r}" for key, value in rule.wanted.items() if value)
+                notify(f"{name}: no run of {rule.stage}{wanted}, so the kit's weights for {p.dataset} serve.")
     return p.replace(**absent)
 
 

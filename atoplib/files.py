@@ -10,12 +10,12 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+# What network drives, archives and file systems put into folders, in lower case; thumbnails are in some of
+# them.
 NOT_OF_THE_DATA = frozenset(
     ("@eadir", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "@__thumb", "#recycle", "#snapshot")
     + ("~snapshot", "__macosx", "lost+found", "$recycle.bin", "system volume information", "thumbs.db")
 )
-"""What network drives, archives and file systems put into folders, in lower case; thumbnails are in some of
-them."""
 
 
 def is_data(path: Path) -> bool:

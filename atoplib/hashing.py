@@ -12,12 +12,14 @@ import functools
 import hashlib
 import importlib
 import json
+import platform
 import sys
 import sysconfig
 import types
 import uuid
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +27,15 @@ from atoplib.files import data_files
 from atoplib.parameters import Parameters
 
 PACKAGE = Path(__file__).resolve().parent
+# Parts of the package that change no number: they show, keep or start what others compute.
 SHOWS_ONLY = ("batch", "explorer", "figures", "progress", "runs")
-"""Parts of the package that change no number: they show, keep or start what others compute."""
+# Parameters that tell where a result is made and kept, and do not change what it is.
 NO_IDENTITY = ("workspace", "data_dir", "device", "keep_every")
-"""Parameters that tell where a result is made and kept, and do not change what it is."""
+PACKAGES = ("torch", "torchvision", "numpy", "torchattacks")
+# The attribute by which a network remembers with which weights it was given to a training.
 GIVEN = "_given"
-"""The attribute by which a network remembers with which weights it was given to a training."""
 NO_ATTRIBUTES = (
-    "seed", "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_generators",
+    "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_generators",
     GIVEN,
 )  # fmt: skip
 NO_MEMBERS = (
@@ -43,8 +46,8 @@ NO_MEMBERS = (
 PLAIN = (bool, int, float, complex, str, bytes, type(None), slice, range)
 TABLES = (dict, types.MappingProxyType)
 ROWS = (list, tuple, type({}.keys()), type({}.values()), type({}.items()))
+# Libraries whose objects keep nothing that could decide on a number: locks.
 NO_CONTENT = ("_thread", "_queue")
-"""Libraries whose objects keep nothing that could decide on a number: locks."""
 LIBRARIES = tuple(f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("stdlib", "platlib", "purelib"))
 
 
@@ -73,17 +76,25 @@ def tensor_hash(tensor: Any) -> str:
     """16 hex digits of a tensor's type, shape and bytes."""
     import torch
 
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = tensor.detach().cpu() if tensor.layout is torch.strided else tensor.detach().to_dense().cpu()
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
     digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     digest.update(tensor.flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 
-def environment(device: Any = "cpu") -> dict[str, str]:
-    """What computes: another release of torch, or another kind of device, gives other numbers."""
-    import torch
+def versions() -> dict[str, str]:
+    """Releases of Python and of the packages that decide numbers."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
-    return {"torch": torch.__version__, "device": torch.device(device).type, "python": sys.version.split()[0]}
+
+def environment(device: Any = "cpu") -> dict[str, str]:
+    """What computes: other releases, or another kind of device, give other numbers."""
+    return {"device": str(device).partition(":")[0], **versions()}
 
 
 def code_hash(module: str) -> str:
@@ -105,20 +116,32 @@ def code_hash(module: str) -> str:
 
 
 def notebook_hash(notebook: Path) -> str:
-    """16 hex digits of a notebook's code cells but its parameters, and of all of atoplib that they import."""
+    """16 hex digits of a notebook's code cells but its parameters, of all of atoplib that they import, and of
+    modules of the user's own beside it or in the folder that we are in."""
     cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     sources = ["".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", [])]
     lines = [line for source in sources for line in source.splitlines()]
     plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
-    imported = {name: path for name in _imports(plain) if (path := _source(name))}
+    names = _imports(plain)
+    imported = {name: path for name in names if (path := _source(name))}
+    own = {name: [path_hash(path) for path in _beside(name, notebook)] for name in names}
     # What a notebook imports itself counts even where it only shows.
     texts = {name: code_hash(name) + _text_when_imported(name, path) for name, path in imported.items()}
-    return json_hash([sources, texts])
+    return json_hash([sources, texts, own])
+
+
+def _beside(module: str, notebook: Path) -> list[Path]:
+    """The files of a user's own module or package, beside a notebook or where its kernel starts, here."""
+    stems = [folder / module.split(".")[0] for folder in (notebook.parent, Path.cwd())]
+    found = [file for stem in stems for file in (stem.with_suffix(".py"), *stem.glob("**/*.py"))]
+    return [file for file in found if file.is_file() and not file.is_relative_to(PACKAGE)]
 
 
 def _source(module: str) -> Path | None:
-    stem = PACKAGE.joinpath(*module.split(".")[1:])
-    return next((path for path in (stem / "__init__.py", stem.with_suffix(".py")) if path.is_file()), None)
+    root, *names = module.split(".")
+    stem = PACKAGE.joinpath(*names)
+    files = (stem / "__init__.py", stem.with_suffix(".py")) if root == "atoplib" else ()
+    return next((path for path in files if path.is_file()), None)
 
 
 class _Sources(dict[str, str]):
@@ -151,7 +174,7 @@ def _imports(source: str) -> tuple[str, ...]:
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names += [str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return tuple(name for name in names if name.split(".")[0] == "atoplib")
+    return tuple(names)
 
 
 def function_hash(function: Callable[..., Any]) -> str:
@@ -271,6 +294,7 @@ def _walk_object(value: Any, seen: dict) -> Iterator[str]:
             yield f"{value.device} {value.initial_seed()}"  # its state moves
         case torch.fx.Graph():
             yield str(value)
+            yield from _walk([node.target for node in value.nodes], seen)
         case Parameters():
             yield json_hash({k: v for k, v in value.as_dict().items() if k not in NO_IDENTITY})
         case numpy.ndarray() if kind is numpy.ndarray and not value.dtype.hasobject:
@@ -326,8 +350,8 @@ def model_hash(model: Any, images: Any = None) -> str:
 
     Where a part is neither torch's nor the kit's, also of what the whole answers to probe images, or to the
     first of ``images`` (B, C, H, W) where it takes none of those: what is kept where none of this looks
-    changes an answer. A network that answers the same images differently is random, and its answers do not
-    count.
+    changes an answer. Of a random network the answers after one seed count, unless it has a generator of its
+    own.
     """
     import torch
 
@@ -340,14 +364,18 @@ def model_hash(model: Any, images: Any = None) -> str:
     for name, part in model.named_modules():
         kind = type(part)
         compiled = isinstance(part, torch.jit.ScriptModule) or kind.__name__ == "OptimizedModule"
-        own |= compiled or kind.__module__.split(".")[0] not in ("atoplib", "torch", "torchvision")
+        own |= (
+            compiled
+            or isinstance(part, torch.fx.GraphModule)
+            or kind.__module__.split(".")[0] not in ("atoplib", "torch", "torchvision")
+        )
         computed_from = dict(part.named_parameters(recurse=False))
         kept = {
             # hooks in their order, without the numbers that torch counts up
             key: list(value.values()) if "_hooks" in key and isinstance(value, Mapping) else value
             for key, value in sorted(vars(part).items())
             # weight, where torch computes it anew from weight_orig at every call
-            if _decides(key, value) and f"{key}_orig" not in computed_from
+            if _decides(part, key, value) and f"{key}_orig" not in computed_from
         }
         # what torch compiled keeps nothing that can be read: its answers tell
         parts += [name, *_walk_class(kind, {}), *_walk({} if compiled else kept, dict(met))]
@@ -358,7 +386,9 @@ def model_hash(model: Any, images: Any = None) -> str:
     return _short(*parts, *(answers(model, images) if own else ()))
 
 
-def _decides(name: str, value: Any) -> bool:
-    """Whether an attribute of a part is worth a look: not its weights, parts and seed, nor empty tables."""
+def _decides(part: Any, name: str, value: Any) -> bool:
+    """Whether an attribute of a part is worth a look: not its weights, parts and the seed of what can be
+    reseeded, nor empty tables."""
     empty = isinstance(value, bool | int | str | dict | list | tuple | set | None) and not value
-    return name not in NO_ATTRIBUTES and not (name.startswith("_") and empty)
+    reseeded = name == "seed" and hasattr(part, "reseed")
+    return name not in NO_ATTRIBUTES and not reseeded and not (name.startswith("_") and empty)

@@ -85,8 +85,8 @@ def run_of(stage: str, **wanted: Any) -> RunOf:
     return RunOf(stage, wanted)
 
 
+# The rule of a parameter that names runs by names of one's own: {NAME: RUN} or {NAME: {KEY: RUN}}.
 runs_of = partial(RunOf, several=True)
-"""The rule of a parameter that names runs by names of one's own: {NAME: RUN} or {NAME: {KEY: RUN}}."""
 
 
 def between(low: float, high: float) -> Rule:
@@ -146,6 +146,7 @@ def _rule(holds: Callable[[Any], bool], says: str) -> Rule:
     return rule
 
 
+# Rules of what nearly every notebook takes.
 COMMON: dict[str, Rule] = {
     "experiment": _rule(
         lambda value: Path(value).name == value and value[:1] not in ("", "."), "must be a plain folder name"
@@ -156,7 +157,6 @@ COMMON: dict[str, Rule] = {
     "max_test": at_least(1),
     "max_batch": at_least(1),
 }
-"""Rules of what nearly every notebook takes."""
 
 
 def check(

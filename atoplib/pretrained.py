@@ -10,8 +10,8 @@ from atoplib.pipeline import load_pipeline
 
 FOLDER = Path(__file__).resolve().parents[1] / "data" / "pretrained"
 DEFENCES = ("undefended", "ap", "atop", "at")
+# Which weights fit a data set of ``data.load``, at its own 32 px.
 DATASETS = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar100": "cifar100"}
-"""Which weights fit a data set of ``data.load``, at its own 32 px."""
 
 
 def available(folder: Path = FOLDER) -> list[tuple[str, str]]:

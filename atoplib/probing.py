@@ -13,8 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+# Edges of the images that networks are asked about, most usual first.
 PROBE_SIZES = ((32, 32), (28, 28), (64, 64), (224, 224), (96, 96), (128, 128), (24, 40), (299, 299))
-"""Edges of the images that networks are asked about, most usual first."""
 
 
 def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
@@ -30,7 +30,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave modes, seeds, buffers and every source of random numbers as they were, the network's own, too."""
     parts = list(model.modules())
     kept = [(part, name, vars(part)[name]) for part in parts for name in {"training", "seed"} & {*vars(part)}]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    dense = (each for each in model.buffers() if each.layout is torch.strided and 0 not in each.stride())
+    buffers = [(buffer, buffer.clone()) for buffer in dense]  # into others nothing can be written in place
     made = [(part._generators, dict(part._generators)) for part in parts if hasattr(part, "_generators")]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     states = [each for part in parts for each in _states(vars(part))]
@@ -66,7 +67,8 @@ def _states(values: Any) -> Iterator[tuple[Callable[[Any], None], Any]]:
 
 def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:
     """What a network makes of the first probe images that it takes, in eval mode, as text; where it takes
-    none, of ``images`` (B, C, H, W). Nothing for a random network, or one that takes none of these either.
+    none, of ``images`` (B, C, H, W). Nothing for a network that takes none of these either, or whose random
+    numbers come from a generator of its own.
     """
     tensors = (*network.parameters(), *network.buffers(), torch.zeros(()))
     weight = next(tensor for tensor in tensors if tensor.is_floating_point())
@@ -77,12 +79,21 @@ def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:
         for probe in chain(probes, own):
             try:
                 probe = probe.to(weight.device, weight.dtype)
-                first, second = (_numbers(network(probe)) for _ in range(2))
+                first, second = (_numbers(_seeded(network)(probe)) for _ in range(2))
             except Exception:  # whatever a network of another size raises
                 continue
             if first == second:
                 yield from first
             return
+
+
+def _seeded(network: nn.Module) -> nn.Module:
+    """The network itself, before whose next pass all sources of random numbers that it may share start
+    anew."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
+    return network
 
 
 def _numbers(output: Any) -> list[str]:

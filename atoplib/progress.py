@@ -9,10 +9,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+# Called as ``report(done, total, unit, numbers)``; ``numbers`` is a mapping such as {"loss": 0.3}, or may be
+# left out.
 Report = Callable[..., None]
-"""Called as ``report(done, total, unit, numbers)``; ``numbers`` is a mapping such as {"loss": 0.3}, or may be
-left out.
-"""
 
 
 def format_seconds(seconds: float) -> str:

@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,9 +29,8 @@ from atoplib import hashing, progress
 from atoplib.files import read_json, set_aside, workspace_dir, write_json, write_text
 from atoplib.parameters import Parameters
 
+# The environment variable by which a batch tells a notebook the name of its run.
 NAME_FROM_BATCH = "ATOPLIB_RUN"
-"""The environment variable by which a batch tells a notebook the name of its run."""
-PACKAGES = ("torch", "torchvision", "numpy", "torchattacks", "papermill")
 EDITED = "edited by hand"  # in place of a hash, of code that no file holds
 
 
@@ -161,10 +159,17 @@ def in_use(run_dir: Path) -> bool:
 class Run:
     """A run's directory; made by ``open_run``. ``finish`` ends it, or leaving it as a context manager."""
 
-    def __init__(self, path: Path, parameters: Parameters, manifest: dict[str, Any], lock: FileLock) -> None:
+    def __init__(
+        self,
+        path: Path,
+        parameters: Parameters,
+        manifest: dict[str, Any],
+        lock: FileLock,
+        before: dict[str, Any],
+    ) -> None:
         self.path, self.parameters, self.manifest = path, parameters, manifest
         self.metrics: dict[str, Any] = read_json(path / "metrics.json") or {}
-        self._lock, self.started = lock, time.monotonic()
+        self._lock, self._before, self.started, self.opened = lock, before, time.monotonic(), time.time()
 
     @property
     def state_path(self) -> Path:
@@ -201,12 +206,18 @@ class Run:
         return progress.format_seconds(time.time() - max(state.stat().st_mtime for state in states))
 
     def finish(self, status: str = "complete", error: str = "", **metrics: Any) -> None:
-        """Write how the run ended, and free its directory."""
+        """Write how the run ended, and free its directory. One whose training or measurements were all loaded
+        keeps the time that they took and when they ended."""
         self.record(**metrics)
+        made = [
+            path.stat().st_mtime for pattern in ("state.pt*", "pieces/*") for path in self.path.glob(pattern)
+        ]
+        loaded = self._before if made and max(made) < self.opened else {}
+        seconds = round(self.manifest["seconds"] + time.monotonic() - self.started, 2)
         self.manifest |= {
             "status": status,
-            "seconds": round(self.manifest.get("seconds", 0) + time.monotonic() - self.started, 2),
-            "ended": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "seconds": loaded.get("seconds", seconds),
+            "ended": loaded.get("ended", datetime.now(UTC).isoformat(timespec="milliseconds")),
             "number": 1 + max((n for n, *_ in _ended(self.path.parent, self.manifest["stage"])), default=0),
         } | ({"error": error} if error else {})
         write_json(self.path / "manifest.json", self.manifest)
@@ -242,7 +253,7 @@ def open_run(
     for left_over in path.rglob(".*.part"):  # of a process that was killed while it wrote
         left_over.unlink(missing_ok=True)
     before = read_json(path / "manifest.json") or {}
-    begun = {} if before.get("status") == "complete" else before
+    done, begun = (before, {}) if before.get("status") == "complete" else ({}, before)
     if str(p.as_dict().get("dataset", "")).startswith("folder:"):
         inputs = {**(inputs or {}), "data": Path(p.dataset.removeprefix("folder:")).expanduser()}
     notebook = notebook or Path(__file__).resolve().parents[1] / "notebooks" / f"{stage}.ipynb"
@@ -271,7 +282,7 @@ def open_run(
     }
     write_json(path / "parameters.json", p.as_dict())
     write_json(path / "manifest.json", manifest)
-    return Run(path, p, manifest, lock)
+    return Run(path, p, manifest, lock, done)
 
 
 def _is_edited(notebook: Path) -> bool:
@@ -290,11 +301,8 @@ def _is_edited(notebook: Path) -> bool:
 def identity(notebook: Path) -> dict[str, Any]:
     """What a run depends on beside its parameters and inputs: its notebook's code with all of atoplib that it
     imports, and releases of the packages that decide numbers."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {"code": hashing.notebook_hash(notebook) if notebook.is_file() else "", "versions": versions}
+    code = hashing.notebook_hash(notebook) if notebook.is_file() else ""
+    return {"code": code, "versions": hashing.versions()}
 
 
 def difference(run_dir: Path, notebook: Path) -> str:

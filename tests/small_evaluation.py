@@ -26,6 +26,11 @@ def linear(seed=0, classes=3):
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, classes)).eval()
 
 
+def pooled():
+    """Of three classes, for images of any size."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3)).eval()
+
+
 LABELS = linear()(IMAGES).argmax(dim=1)  # so that the undefended classifier is correct on all of them
 
 

@@ -7,7 +7,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from small_evaluation import pooled
 
 from atoplib.batch import __main__ as command
 from atoplib.batch.checks import check
@@ -254,6 +256,8 @@ def images(root: Path, *, classes: int = 2, size: tuple[int, int] = (32, 32), co
 
 
 TRAINING = {"device": "cpu", "batch_size": 4, "image_size": None}
+ALONE = {"device": "cpu", "attack": None, "norm": "linf"}
+FOREIGN = ALONE | {"classifier_run": "three.pth", "classifier": "small_evaluation:pooled"}
 PURIFIER = TRAINING | {"purifier": "gated_unet", "purifier_options": {}, "transform": "rt2", "grid_size": 8}
 
 
@@ -265,6 +269,12 @@ PURIFIER = TRAINING | {"purifier": "gated_unet", "purifier_options": {}, "transf
         ({"count": 1}, TRAINING, "batch_size is 4, but 2 images are trained on"),
         ({}, {"device": "cpu", "max_test": 9}, "max_test is 9, but .* has 8 test images"),
         ({}, {"device": "cuda:77"}, "cuda:77"),
+        ({}, {"device": "cuda:x"}, "device must be one of auto, cpu, cuda, got 'cuda:x'"),
+        ({}, ALONE | {"attack": "nope"}, "attack must be one of fgsm"),
+        ({}, ALONE | {"attack": "square", "norm": "l1"}, "norm of square must be one of linf, l2"),
+        ({}, ALONE | {"others": {"mine": {"purifier": "gone.pth"}}}, "there is no file gone.pth"),
+        ({"classes": 3}, FOREIGN, ""),
+        ({}, FOREIGN, "tells 3 classes apart, but .* has 2"),
         ({"size": (36, 36)}, PURIFIER, "8 x 8"),
         ({"size": (40, 24)}, PURIFIER | {"purifier_options": {"fold": 4}}, "divisible by 16, got 24 x 40"),
         ({"size": (40, 24)}, PURIFIER | {"purifier_options": {"fold": 4}, "image_size": 64}, ""),
@@ -276,9 +286,11 @@ PURIFIER = TRAINING | {"purifier": "gated_unet", "purifier_options": {}, "transf
     ],
 )
 def test_what_data_sizes_and_device_refuse_is_known_before_anything_trains(
-    tmp_path, folder, parameters, sentence
+    tmp_path, monkeypatch, folder, parameters, sentence
 ):
     p = {"dataset": images(tmp_path / "images", **folder), **parameters}
+    torch.save(pooled().state_dict(), tmp_path / "three.pth")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=sentence) if sentence else nullcontext():
         check(p)
 

@@ -189,3 +189,10 @@ def test_random_numbers_are_reseeded_and_fixed_wherever_in_a_model_they_are():
     reseed(calm, 3)
     with fixed_sample(calm, 3):
         assert torch.equal(calm(images), calm(images))
+
+
+def test_decisions_are_computed_in_float32_whatever_torch_is_told():
+    seen, precision = [], lambda: torch.backends.mkldnn.matmul.fp32_precision
+    before = precision()
+    sample_logits(lambda x: seen.append(precision()) or x[:, :, 0, 0], torch.rand(2, 3, 1, 1))
+    assert seen == ["ieee"] != [precision()] == [before]

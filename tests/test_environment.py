@@ -9,12 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
+
+from benchmarks import attack_speed, leaderboard, picture, size, training_speed  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -160,3 +163,9 @@ def test_make_help_lists_every_target_and_the_docs_mention_no_other():
 def test_notebooks_find_the_kernel_of_this_environment():
     kernel = Path(sys.prefix, "share/jupyter/kernels/python3/kernel.json")
     assert kernel.is_file(), f"`-k python3` would start another kernel: {kernel} is not there"
+
+
+def test_a_step_of_the_notebook_can_be_timed():
+    for parameters in (training_speed.STEP, training_speed.TRANSFER | {"gan_weight": 1.0}):
+        call = training_speed.fine_tuning(parameters, 32, 4, "float32", torch.device("cpu"))
+        assert training_speed.seconds_of(call, torch.device("cpu"), least=0) > 0

@@ -14,14 +14,16 @@ from small_evaluation import (
     NAMES,
     PROTOCOL,
     ROWS,
+    accuracy,
     assert_same,
+    linear,
     purifying,
     run,
     setting,
 )
 
 from atoplib import evaluation
-from atoplib.attacks import ATTACKS
+from atoplib.attacks import ATTACKS, losses
 from atoplib.evaluation import measure
 
 
@@ -180,3 +182,42 @@ def test_a_further_worst_case_is_of_the_attacks_that_are_chosen(result):
     assert found.correct["other", "worst unseen"].equals(right)
     with pytest.raises(KeyError, match="keep_images=True"):
         found.adversarial("other", "worst case")
+
+
+# who is who, and what is refused before anything is moved
+
+
+def test_defences_may_have_numbers_for_names_and_another_network_is_measured_anew(tmp_path):
+    first = run({0.25: linear()}, run_dir=tmp_path)
+    second = run({0.25: linear(7)}, run_dir=tmp_path)
+    assert accuracy(first, "0.25", "clean") == 100 > accuracy(second, "0.25", "clean")
+
+
+@pytest.mark.parametrize(
+    "defences, options, message",
+    [
+        ({"the classifier": linear(7), "undefended": linear()}, {}, "names of their own"),
+        ({"sister of a": linear(7), "a": linear()}, {}, "names of their own"),
+        ({1: linear(), "1": linear(7)}, {}, "names of their own"),
+        (None, {"seed": "a"}, "seed must be a whole number"),
+        (None, {"dtype": "float32"}, "dtype a torch.dtype"),
+        (None, {"eps": {"Linf": 0.1}}, "each norm of eps must be one of linf"),
+    ],
+)
+def test_a_wrong_call_is_refused_and_moves_nothing(directory, defences, options, message):
+    before = sorted(directory.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        run(defences, run_dir=directory, **options)
+    assert sorted(directory.rglob("*")) == before
+
+
+def test_a_loss_of_ones_own_in_the_table_counts(tmp_path, monkeypatch):
+    before = run(run_dir=tmp_path)
+    monkeypatch.setitem(losses.LOSSES, "ce", lambda logits, labels: -losses.margin(logits, labels))
+    after = run(run_dir=tmp_path)
+    assert accuracy(before, "undefended", "white-box") < accuracy(after, "undefended", "white-box")
+
+
+@pytest.mark.parametrize("values, best", [([1, 3, 3], "b and c"), ([2, 1, 0], "a"), ([0, 0, 0], "nobody")])
+def test_who_keeps_most_is_said_of_all_who_are_level(values, best):
+    assert evaluation.leaders(pd.Series(values, index=["a", "b", "c"])) == best

@@ -297,14 +297,6 @@ def test_a_random_module_of_another_kind_gets_its_votes_and_no_purifier() -> Non
     assert row.logits.shape == (8, 1, CLASSES) and row.purified is None
 
 
-def test_the_next_misclassified_image_is_the_first_one() -> None:
-    scene, values, (images, labels) = make_scene(), {**VALUES, "rows": ["bare"]}, make_images()
-    wrong = (make_classifier()(images).argmax(dim=1) != labels).nonzero()[:, 0].tolist()
-    order = torch.arange(12).roll(-4).tolist()
-    assert wrong and compute.next_misclassified(scene, values, order) == next(n for n in order if n in wrong)
-    assert compute.next_misclassified(scene, values, [n for n in order if n not in wrong]) is None
-
-
 def test_the_curve_counts_what_is_correct_at_each_eps() -> None:
     values, classifier = {**VALUES, "rows": ["bare"], "image": 2}, make_classifier()
     points = {point[0]: point[1:] for point in attack.robust_curve(make_scene(), values, "bare", print)}

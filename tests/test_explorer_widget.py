@@ -17,7 +17,7 @@ from atoplib import attacks
 from atoplib import explorer as package
 from atoplib.explorer import Explorer, attack, compute, explore, make_explorer, page, still
 from atoplib.explorer.controls import PRESETS, changed, from_yaml
-from atoplib.explorer.worker import Worker
+from atoplib.explorer.widget import Worker
 from tests.test_explorer import (
     CLASSES,
     SIZE,
@@ -157,12 +157,11 @@ def test_cancelling_keeps_the_earlier_picture_and_marks_it_as_stale() -> None:
     assert ask(explorer, "compute").values["rows"] == ["slow"] and not explorer.state["stale"]
 
 
-def test_buttons_go_on_search_resample_and_set_presets() -> None:
+def test_buttons_go_on_resample_and_set_presets() -> None:
     explorer = make(image=1)
     assert ask(explorer, "move", by=1, label=-1).values["image"] == 2
     assert ask(explorer, "move", by=1, label=1).values["image"] == 5
     assert [ask(explorer, "move", by=-1, label=-1).values["image"] for _ in range(2)] == [4, 3]
-    assert ask(explorer, "search", label=1).values["image"] == 5
     explorer.handle({"do": "curve"})
     assert explorer.worker.wait(120) and len(explorer.shown["curve"]["points"]) == 2 * len(
         attack.CURVE_FACTORS

@@ -172,27 +172,6 @@ def test_curves_have_a_panel_for_every_number_in_percent_where_it_is_an_accuracy
     assert len({axes.get_xlim() for axes in figure.axes}) == 1 and figure.axes[0].get_xlabel() == "epoch"
 
 
-def bounds(name, values):
-    rows = [
-        {"defence": "AToP", name: at, "accuracy": value, "low": value - 5, "high": value + 5}
-        for at, value in values
-    ]
-    return pd.DataFrame(rows)
-
-
-def test_a_certificate_holds_for_smaller_radii_and_an_attack_for_larger_ones():
-    certified, attacked = (
-        bounds("radius", [(0.5, 70), (1.0, 40)]),
-        bounds("eps", [(0.0, 90), (0.75, 80), (1.5, 20)]),
-    )
-    figure = drawn(figures.certificate_curves(certified, attacked))
-    proved, broken = (line for line in figure.axes[0].lines if line.get_drawstyle().startswith("steps"))
-    assert proved.get_drawstyle() == "steps-pre" and broken.get_drawstyle() == "steps-post"
-    assert proved.get_xdata().tolist() == [0, 0.5, 1.0] and proved.get_ydata().tolist() == [70, 70, 40]
-    assert broken.get_ydata().tolist() == [90, 80, 20]
-    assert "l2" in figure.axes[0].get_xlabel().replace("ℓ", "l")
-
-
 # images
 
 IMAGES = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -284,15 +263,8 @@ def test_maps_of_several_attacks_share_a_scale_and_an_image_grid_has_its_heading
     "draw, given, message",
     [
         (figures.accuracy_bars, [frame_of().iloc[:0]], "no row"),
-        (figures.accuracy_bars, [frame_of().drop(columns="low")], "lacks low"),
         (figures.accuracy_bars, [pd.concat([frame_of(), frame_of()])], "are there twice"),
         (figures.attack_heatmap, [pd.concat([frame_of(), frame_of()])], "duplicate entries"),
-        (
-            figures.certificate_curves,
-            [bounds("radius", [(0.5, 70)]), bounds("eps", [(0.4, 20)])],
-            "give one model, images and rule",
-        ),
-        (figures.certificate_curves, [bounds("radius", []), bounds("eps", [(0, 90)])], "lacks"),
         (figures.save_figure, [Figure(), "figure.jpg"], "suffix must be one of png, pdf"),
     ],
 )

@@ -258,6 +258,17 @@ def test_a_notebooks_code_is_its_cells_but_the_parameters_and_what_they_import(t
     assert written("a = 1", code) != first
 
 
+def test_a_notebooks_code_holds_the_users_own_modules_beside_it(tmp_path):
+    hashes = set()
+    for number in (1, 2):
+        (tmp_path / "mine.py").write_text(f"x = {number}")
+        (tmp_path / "n.ipynb").write_text(
+            '{"cells": [{"cell_type": "code", "metadata": {}, "source": ["import mine"]}]}'
+        )
+        hashes.add(notebook_hash(tmp_path / "n.ipynb"))
+    assert len(hashes) == 2
+
+
 def test_hashes_are_the_same_in_every_process():
     code = """
 import test_hashing as t

@@ -348,3 +348,12 @@ def test_steps_that_never_fall_have_not_converged(defences, digits):
     checks = masking_checklist(defences["AT"], images, labels, **settings)
     (steps,) = [check for check in checks if check.name == "steps"]
     assert "too high" in steps.detail and "converged" not in steps.detail
+
+
+def test_a_finished_checklist_is_loaded_until_what_it_depends_on_changes(tmp_path, monkeypatch):
+    model = network().eval()
+    first = masking_checklist(model, IMAGES[:8], LABELS[:8], **FAST, run_dir=tmp_path)
+    monkeypatch.setattr("atoplib.masking.checklist._plan", lambda *_: pytest.fail("it was made again"))
+    assert masking_checklist(model, IMAGES[:8], LABELS[:8], **FAST, run_dir=tmp_path) == first
+    with pytest.raises(BaseException, match="made again"):
+        masking_checklist(model, IMAGES[:8], LABELS[:8], **{**FAST, "eps": 0.06}, run_dir=tmp_path)

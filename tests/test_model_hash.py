@@ -1,5 +1,6 @@
 """The hash of a network: whatever changes an answer, and nothing else."""
 
+import os
 import random
 
 import numpy as np
@@ -10,6 +11,7 @@ from zoo import linear, nudged
 
 from atoplib.certification import NoisyInput
 from atoplib.hashing import model_hash
+from atoplib.probing import undisturbed
 
 
 class Holding(nn.Module):
@@ -125,3 +127,34 @@ def test_asking_a_random_network_about_its_hash_changes_neither_hash_nor_samples
     before = model_hash(asked)
     assert torch.equal(asked(images), other(images))
     assert model_hash(asked) == before
+
+
+def test_a_random_network_is_known_by_its_answers_to_one_seed(monkeypatch):
+    class Noisy(nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3)) + float(os.environ["NOISE"]) * torch.randn(len(x), 3)
+
+    def found(noise):
+        monkeypatch.setenv("NOISE", noise)
+        return model_hash(Noisy().eval())
+
+    assert found("0.1") == found("0.1") != found("0.2")
+
+
+def test_a_graph_that_calls_a_function_of_ones_own_is_known_by_that_function():
+    def traced(factor):
+        graph = torch.fx.Graph()
+        graph.output(graph.call_function(lambda x: factor * x, (graph.placeholder("x"),)))
+        return model_hash(torch.fx.GraphModule(nn.Module(), graph))
+
+    assert traced(1.0) == traced(1.0) != traced(2.0)
+
+
+def test_buffers_of_every_layout_have_a_hash_and_are_left_as_they_were():
+    network = nn.Flatten().eval()
+    expanded, turned = torch.ones(1, 1).expand(1, 3), torch.randn(2, dtype=torch.cfloat).conj()
+    for number, buffer in enumerate((expanded, torch.eye(3).to_sparse(), turned)):
+        network.register_buffer(f"buffer{number}", buffer)
+    with undisturbed(network):
+        pass
+    assert model_hash(network) == model_hash(network)

@@ -2,12 +2,15 @@
 
 from dataclasses import replace
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 
-from atoplib.decisions import wilson_interval
-from atoplib.evaluation.quality import purification_quality, purified_distance, vote_curve
+from atoplib.decisions import RULES, wilson_interval
+from atoplib.evaluation import Evaluation, compare_attacks, compare_defences, masked_gradients, mcnemar
+from atoplib.evaluation.quality import purification_quality, purified_distance
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import Transform
 
@@ -46,18 +49,6 @@ def test_the_distance_is_that_of_the_perturbation_where_nothing_is_purified_and_
     assert purified_distance(pipeline, IMAGES, moved, max_batch=4) == pytest.approx(3, rel=1e-4)
     assert purified_distance(make_pipeline(), IMAGES, IMAGES) == 0
     assert purified_distance(make_pipeline(copies=3), IMAGES, IMAGES) == 0
-
-
-def test_votes_are_counted_over_every_group_of_samples():
-    right, wrong = torch.tensor([9.0, 0.0]), torch.tensor([0.0, 9.0])
-    logits = torch.stack([right, wrong, right, right, wrong, right]).unsqueeze(1)  # 6 samples of one image
-    votes = vote_curve(logits, torch.tensor([0]), [1, 3])
-    found = votes.set_index(["rule", "num_samples"])["accuracy"]
-    assert found["majority", 1] == found["worst_of_n", 1] == pytest.approx(400 / 6)
-    assert (found["majority", 3], found["worst_of_n", 3]) == (100, 0)
-    assert votes.loc[0, ["low", "high"]].tolist() == pytest.approx(
-        [100 * end for end in wilson_interval(4 / 6, 1)]
-    )
 
 
 # quality
@@ -101,3 +92,79 @@ def test_classifiers_see_the_purified_image_also_beyond_the_range():
     shown = torch.zeros_like(CLEAN)
     shown[:, 0] = 0.6  # purified: 0.6 + 1.1, 1.1, 1.1 in place of 1, 1, 1
     assert quality(2.2, shown, threshold=1.2)["other"] == pytest.approx(200 / 6), "class 1 for all"
+
+
+def remaining(broken: range) -> np.ndarray:
+    right = np.ones(128, dtype=bool)
+    right[list(broken)] = False
+    return right
+
+
+def outcome(right, attack="PGD", threat_model="white-box", norm="linf", defence="a") -> pd.DataFrame:
+    """What became of each image, by every rule the same."""
+    what = {"defence": defence, "attack": attack, "threat_model": threat_model, "norm": norm, "eps": 0.1}
+    by_rule = dict.fromkeys(RULES, np.array(right, dtype=bool))
+    return pd.DataFrame({**what, "image": range(len(right)), **by_rule})
+
+
+def evaluation(*outcomes, **facts) -> Evaluation:
+    return Evaluation(pd.concat(outcomes, ignore_index=True), np.zeros(len(outcomes[0])), facts)
+
+
+def test_five_images_more_are_significant_and_four_may_be_chance():
+    """0.5^5 < 0.05 < 0.5^4."""
+    found = compare_attacks(
+        {"ours": remaining(range(0)), "five": remaining(range(5)), "four": remaining(range(4))}, "ours"
+    )
+    assert found.p.tolist() == pytest.approx([1 / 32, 1 / 16]) and found.significant.tolist() == [True, False]
+    assert found.attack.tolist() == ["five", "four"] and found.remaining.tolist() == [123, 124]
+
+
+def test_only_images_on_which_the_two_differ_count():
+    few, many = remaining(range(10)), remaining(range(5, 40))
+    assert mcnemar(few, many, alternative="less") == (30, 5, pytest.approx(1, abs=0.01))
+    assert mcnemar(many, few, alternative="less")[2] < 0.01
+    assert mcnemar(few, few) == mcnemar(few, few, alternative="less") == (0, 0, 1)
+    one, other = [1] * 8 + [0] * 2 + [1] * 90, [0] * 8 + [1] * 2 + [1] * 90
+    p = pytest.approx(2 * (1 + 10 + 45) / 2**10)  # 2 or fewer of 10, to either side
+    assert mcnemar(one, other) == (8, 2, p) and mcnemar(other, one) == (2, 8, p)
+
+
+def test_a_defence_is_paired_with_every_other_under_every_attack_that_both_met():
+    found = compare_defences(
+        evaluation(
+            outcome([1, 1], "x", defence="AToP"),
+            outcome([1, 0], "y", defence="AToP"),
+            outcome([0, 1], "x", defence="AT"),
+            outcome([0, 0], "y", defence="AP"),
+        ),
+        "AToP",
+    )
+    assert found[["attack", "other", "only_first", "only_other"]].values.tolist() == [
+        ["x", "AT", 1, 0],
+        ["y", "AP", 1, 0],
+    ]
+    with pytest.raises(ValueError, match="first must be one of a, got 'AToPP'"):
+        compare_defences(evaluation(outcome([1])), "AToPP")
+
+
+def test_a_weaker_attack_that_wins_is_told():
+    ours, square = outcome([1] * 20), outcome([0] * 6 + [1] * 14, "Square")
+    flow = outcome([0] * 20, "flow", norm="flow")
+    (sentence,) = masked_gradients(evaluation(ours, square, flow, gradient_free=["Square"]))
+    assert (
+        sentence.startswith("a: Square breaks 6 images that the white-box attacks miss")
+        and "p 0.016" in sentence
+    )
+    assert masked_gradients(evaluation(ours, outcome([0] * 4 + [1] * 16, "T", "transfer"))) == []
+    assert len(masked_gradients(evaluation(ours, outcome([0] * 6 + [1] * 14, "T", "transfer")))) == 1
+    strong = outcome([0] * 20, "known sample")
+    assert (
+        len(
+            masked_gradients(
+                evaluation(ours, square, strong, gradient_free=["Square"], known_sample=["known sample"])
+            )
+        )
+        == 1
+    )
+    assert masked_gradients(evaluation(strong, square, gradient_free=["Square"])) == []

@@ -50,6 +50,19 @@ def test_an_edit_of_a_step_an_attack_or_a_network_is_another_training(tmp_path, 
     said, second = execute(stage, tmp_path, [(old, new)])
     assert any(sentence.startswith("Trained anew, not loaded (changed:") for sentence in said)
     assert second.run.path == first.run.path and (first.run.path / "superseded-1" / "state.pt").is_file()
+    said, third = execute(stage, tmp_path)  # the edit is taken back
+    assert any("comes back" in sentence for sentence in said) and any("Loaded" in each for each in said)
+    assert third.metrics["test_accuracy"] == first.metrics["test_accuracy"]
+
+
+def test_a_training_that_is_only_loaded_keeps_the_time_that_it_took(tmp_path):
+    _, first = execute(STAGES[0], tmp_path)
+    first.run.finish()
+    path = first.run.path / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"seconds": 1234, "ended": "once"}))
+    _, again = execute(STAGES[0], tmp_path)
+    again.run.finish()
+    assert {**json.loads(path.read_text()), "seconds": 1234, "ended": "once"} == json.loads(path.read_text())
 
 
 def test_a_classifier_starts_from_another_runs_weights_and_owes_its_cost(tmp_path):

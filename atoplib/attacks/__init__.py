@@ -63,6 +63,8 @@ __all__ = [
     "third_party",
 ]
 
+# The usual eps by norm and data set: in units of the image ([0, 1]); flow: of half the image's side; patches;
+# degrees; severity.
 RADII: dict[str, dict[str, float]] = {
     "linf": {"mnist": 0.3, "cifar10": 8 / 255},
     "l2": {"mnist": 2.0, "cifar10": 0.5},
@@ -72,10 +74,20 @@ RADII: dict[str, dict[str, float]] = {
     "rotation": {"mnist": 30, "cifar10": 30},
     "corruption": {"mnist": 3, "cifar10": 3},
 }
-"""The usual eps by norm and data set: in units of the image ([0, 1]); flow: of half the image's side;
-patches; degrees; severity."""
 
-SHARED = {"model", "images", "labels", "eps", "norm", "name", "targets", "seed", "max_batch", "callback"}
+SHARED = {
+    "model",
+    "images",
+    "labels",
+    "eps",
+    "norm",
+    "name",
+    "targets",
+    "seed",
+    "max_batch",
+    "callback",
+    "ball",
+}
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,8 @@ from atoplib.parameters import check_counts, check_settings, one_of
 RHO = 0.75  # a step size is halved unless the loss rose in more than this share of the steps looked at
 NEW_SHARE = 0.75  # alpha of eq. 4: share of the new step, the rest is momentum
 SPREAD = 4.0  # of the logits in the cross-entropy: standard deviation over the classes, in the median image
+# (multiple of eps, share of the steps); Croce & Hein 2021, section 4.3.
 L1_STAGES = ((3, 0.3), (2, 0.3), (1, 0.4))
-"""(multiple of eps, share of the steps); Croce & Hein 2021, section 4.3."""
 PUBLISHED_SCHEDULE = 10_000  # of Square's shares; 5,000 queries run the first half of it
 
 

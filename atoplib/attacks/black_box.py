@@ -13,9 +13,8 @@ from atoplib.decisions import Model, supports_fixed_sample
 from atoplib.parameters import above, at_least, check_counts, check_settings, one_of
 
 FIRST_SHARE = 0.8  # of the pixels, that the first squares cover; as in AutoAttack
+# The share of pixels is halved after so many of 10,000 queries (Andriushchenko et al. 2020, supplement B).
 HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
-"""The share of pixels is halved after so many of 10,000 queries (Andriushchenko et al. 2020, supplement
-B)."""
 
 
 def square(

@@ -20,8 +20,8 @@ from atoplib.contract import Adapted, adapt
 from atoplib.decisions import Model
 from atoplib.parameters import check_counts, check_settings, one_of
 
+# (step, steps, adversarial images, loss of each image), called after every step of an attack.
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
-"""(step, steps, adversarial images, loss of each image), called after every step of an attack."""
 
 
 class EOTGradient(NamedTuple):

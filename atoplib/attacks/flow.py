@@ -1,20 +1,23 @@
 """Flow attack (StAdv): pixels move instead of changing their values."""
 
+from functools import partial
+from typing import Self
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from atoplib.attacks.eot import StepCallback, eot_gradient, make_generator
-from atoplib.attacks.losses import likely_targets, target_margin
-from atoplib.attacks.norms import of_l1_norm_1
-from atoplib.attacks.pgd import step_sizes
-from atoplib.attacks.queries import at_rows, broken_samples, prepare_attack
-from atoplib.decisions import Model, is_random, sample_logits
-from atoplib.parameters import above, at_least, check_counts, check_settings, one_of
+from atoplib.attacks.eot import StepCallback
+from atoplib.attacks.norms import Ball
+from atoplib.attacks.pgd import ENSEMBLE, LIKELY, pgd
+from atoplib.decisions import Model
+from atoplib.parameters import above, at_least, check_settings, one_of
 
 MOMENTUM = 0.6
+# Of eps. In front of MNIST's AT half of eps finds more than the whole or a quarter of it.
 FIRST_STEP = 0.5
-"""Of eps. In front of MNIST's AT half of eps finds more than the whole or a quarter of it."""
+# The losses of the runs, the last one of all further ones.
+GOALS = ("margin", "mean_softmax", "margin", LIKELY)
 
 
 def flow(
@@ -24,114 +27,103 @@ def flow(
     *,
     eps: float = 0.05,
     norm: str = "flow",
-    steps: int = 100,
-    eot_samples: int = 20,
-    restarts: int = 1,
+    steps: int = 30,
+    eot_samples: int = 5,
+    restarts: int = 10,
     control: int | None = None,
+    rule: str = "any",
+    votes: int = 10,
     targets: Int[Tensor, " batch"] | None = None,
     seed: int | torch.Generator | None = 0,
     max_batch: int = 256,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
-    """Adversarial images whose pixels moved by at most ``eps``.
+    """Adversarial images whose pixels moved by at most ``eps``: ``pgd_ensemble`` in the space of flows.
 
     How smooth a flow must be is part of the threat (``control``), not of the loss: weighed against logits, it
     would make a classifier whose logits are larger seem less robust.
 
     Args:
-        model, images, labels, seed, max_batch, callback: as ``pgd``.
+        model, images, labels, rule, votes, targets, seed, max_batch, callback: as ``pgd``.
         eps: largest displacement of a pixel along either axis, in units of the sampling grid, in which the
             image is 2 wide and 2 high: 0.05 is 0.8 px at 32 px. Above 0, at most 2.
-        steps, eot_samples: of each run.
-        restarts: runs: the margin from rest, the margin from a random flow, then the margins of the most
-            likely other classes, from random flows. Images that a deterministic model misclassifies take part
-            in no further run.
+        steps, eot_samples: of each run; many short runs find more than few long ones.
+        restarts: runs, each from a random flow, on the images that are not yet misclassified.
         control: None moves each pixel by itself; a number moves a grid of so many control points along each
             edge, and the pixels between them follow bilinearly: another, smoother threat. At least 2.
-        targets: class that each image is driven to in all runs.
 
     Returns:
-        images in [0, 1]: of all flows on the way the one with the largest mean margin, for each image.
+        images in [0, 1].
 
     Raises:
         ValueError: as ``pgd``.
 
     Source: Xiao et al. 2018, section 3, without the flow loss; the bound: Laidlaw et al. 2021, appendix.
     """
-    return find_flow(
-        model, images, labels, eps=eps, norm=norm, steps=steps, eot_samples=eot_samples, restarts=restarts,
-        control=control, targets=targets, seed=seed, max_batch=max_batch, callback=callback,
-    )[0]  # fmt: skip
+    free = 2 if control is None else control
+    check_settings(norm=(norm, one_of("flow")), eps=(eps, above(0, 2)), control=(free, at_least(2)))
+    return pgd(
+        model, images, labels, eps=eps, norm=norm, steps=steps, alpha=FIRST_STEP * eps, cycles=1,
+        momentum=MOMENTUM, loss=GOALS, early_stop=ENSEMBLE["early_stop"], eot_samples=eot_samples,
+        restarts=restarts, rule=rule, votes=votes, targets=targets, ball=partial(FlowBall, control=control),
+        seed=seed, max_batch=max_batch, callback=callback,
+    )  # fmt: skip
 
 
-def find_flow(
-    model: Model,
-    images: Float[Tensor, "batch channels height width"],
-    labels: Int[Tensor, " batch"],
-    *,
-    eps: float = 0.05,
-    norm: str = "flow",
-    steps: int = 100,
-    eot_samples: int = 20,
-    restarts: int = 1,
-    control: int | None = None,
-    targets: Int[Tensor, " batch"] | None = None,
-    seed: int | torch.Generator | None = 0,
-    max_batch: int = 256,
-    callback: StepCallback | None = None,
-) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch 2 height width"]]:
-    """What ``flow`` returns, and the flow: ascent by the sign of the gradient, with momentum and a step that
-    falls along half a cosine from ``FIRST_STEP * eps`` to 0.06 of it. A scale of the logits changes
-    nothing."""
-    free = control is None
-    check_settings(
-        norm=(norm, one_of("flow")), eps=(eps, above(0, 2)), control=(2 if free else control, at_least(2))
-    )
-    check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts)
-    model, images, labels = prepare_attack(model, images, labels, targets)
-    random, generator = is_random(model, images, max_batch=max_batch), make_generator(seed, images.device)
-    eot_samples = eot_samples if random else 1
-    kind, (height, width) = {"device": images.device, "dtype": images.dtype}, images.shape[2:]
-    shape = (len(images), 2, *((height, width) if free else (control, control)))
-    best = torch.zeros(len(images), 2, height, width, **kind)
-    best_margin = torch.full((len(images),), -torch.inf, device=images.device)
-    warped, rows = images.clone(), torch.arange(len(images), device=images.device)
-    goals = [targets] * restarts
-    if targets is None and restarts > 2:
-        logits = sample_logits(model, images, num_samples=eot_samples, max_batch=max_batch).mean(dim=0)
-        likely = likely_targets(logits, labels, restarts - 2)
-        goals = [None, None, *(likely[run % len(likely)] for run in range(restarts - 2))]
-    sizes = step_sizes(FIRST_STEP * eps, steps, cycles=1)
-    for run, goal in enumerate(goals):
-        points = torch.zeros(shape, **kind)
-        if run:
-            points = (torch.rand(shape, generator=generator, **kind) * 2 - 1) * eps
-        points, past = points[rows], torch.zeros(shape, **kind)[rows]
-        for step in range(steps + 1):  # the last one looks at what the last step has found
-            with torch.enable_grad():
-                points = points.detach().requires_grad_()
-                moves = points if free else spread(points, height, width)
-                moved = warp(images[rows], moves)
-                found = eot_gradient(
-                    model, moved, labels[rows], loss="margin" if goal is None else target_margin,
-                    targets=at_rows(goal, rows), eot_samples=eot_samples, max_batch=max_batch,
-                )  # fmt: skip
-                (gradient,) = torch.autograd.grad((moved * found.gradient).sum(), points)
-            better = found.loss > best_margin[rows]
-            best_margin[rows] = torch.where(better, found.loss, best_margin[rows])
-            best[rows] = torch.where(better.view(-1, 1, 1, 1), moves.detach(), best[rows])
-            warped[rows] = moved.detach()
-            if callback is not None and step > 0:
-                callback(run * steps + step, restarts * steps, warped.clone(), best_margin.clone())
-            if step < steps:
-                past = MOMENTUM * past + of_l1_norm_1(gradient)
-                points = (points.detach() + sizes[step] * past.sign()).clamp(-eps, eps)
-        if not random and run + 1 < restarts:
-            logits = sample_logits(model, warp(images, best), max_batch=max_batch)
-            rows = (~broken_samples(logits, labels, targets)[0]).nonzero().squeeze(1)
-            if len(rows) == 0:
-                break
-    return warp(images, best).clamp(0, 1), best
+class FlowBall(Ball):
+    """The flows of at most ``eps``, (B, 2, H, W), or of control points in place of pixels, which ``pgd``
+    searches as it does changes of values.
+
+    Args:
+        images, eps, control: as ``flow``.
+    """
+
+    def __init__(
+        self,
+        images: Float[Tensor, "batch channels height width"],
+        eps: float,
+        norm: str = "flow",
+        control: int | None = None,
+    ) -> None:
+        self.images, self.eps, self.norm, self.control = images.detach(), eps, norm, control
+
+    def rows(self, index: Tensor | slice) -> Self:
+        """The flows of some of the images."""
+        return type(self)(self.images[index], self.eps, self.norm, self.control)
+
+    def start(self, generator: torch.Generator | None = None) -> Float[Tensor, "batch 2 rows columns"]:
+        """A flow of each image, uniform in the ball."""
+        sides = self.images.shape[2:] if self.control is None else (self.control, self.control)
+        like = {"device": self.images.device, "dtype": self.images.dtype}
+        return self.eps * (2 * torch.rand(len(self.images), 2, *sides, generator=generator, **like) - 1)
+
+    def direction(self, gradient: Tensor, points: Tensor | None = None) -> Tensor:
+        """The signs: the bound is along each axis by itself."""
+        return gradient.sign()
+
+    def project(self, points: Float[Tensor, "batch 2 rows columns"]) -> Float[Tensor, "batch 2 rows columns"]:
+        """The nearest flows within the bound."""
+        return points.clamp(-self.eps, self.eps)
+
+    def images_at(
+        self, points: Float[Tensor, "batch 2 rows columns"]
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The images after these flows."""
+        return warp(self.images, points if self.control is None else spread(points, *self.images.shape[2:]))
+
+    def gradient_at(
+        self, points: Float[Tensor, "batch 2 rows columns"], gradient: Float[Tensor, "batch channels h w"]
+    ) -> Float[Tensor, "batch 2 rows columns"]:
+        """The gradient with respect to flows."""
+        with torch.enable_grad():
+            points = points.detach().requires_grad_()
+            return torch.autograd.grad(self.images_at(points), points, gradient)[0]
+
+    def check(
+        self, points: Float[Tensor, "batch channels height width"], tolerance: float = 1e-6
+    ) -> Float[Tensor, "batch channels height width"]:
+        """The images in [0, 1]: whatever the flow, a mean of four leaves it by a rounding alone."""
+        return points.clamp(0, 1)
 
 
 def warp(
@@ -153,12 +145,12 @@ def warp(
     sides = torch.tensor([height, width], device=images.device).view(2, 1, 1)
     axes = (torch.arange(side, device=images.device) for side in (height, width))
     points = torch.stack(torch.meshgrid(*axes, indexing="ij")) + flow * sides / 2
-    # no clamp: its gradient is zero at the very border, where the outermost pixels rest, so they would never
-    # move
-    points = torch.where(points < 0, 0.0, points)
-    points = torch.where(points > sides - 1, (sides - 1).to(points.dtype), points)
+    # beyond the border the gradient is that at the border: of a clamp it would be zero, and what began there
+    # would never come back
+    inside = torch.minimum(points.detach().clamp_min(0), (sides - 1).to(points.dtype))
     # the upper left of the four neighbours stays one short of the border, so that the lower right exists
-    corner = torch.minimum(points.detach().floor().long(), (sides - 2).clamp_min(0))
+    corner = torch.minimum(inside.floor().long(), (sides - 2).clamp_min(0))
+    points = inside + (points - points.detach())
     down, right = (points - corner).unbind(dim=1)
     row, column = corner.unbind(dim=1)
     pixels = images.detach().flatten(2)

@@ -8,8 +8,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
+# (logits, labels) -> (B,); a targeted loss takes the target classes (B,) as a third argument.
 Loss = Callable[..., Tensor]
-"""(logits, labels) -> (B,); a targeted loss takes the target classes (B,) as a third argument."""
 
 MEAN_SOFTMAX = "mean_softmax"
 SPREAD = 2.0  # of the kit's AToP on MNIST, 0.5 to 4 were tried: 1 and 2 find most

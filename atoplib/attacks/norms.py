@@ -64,6 +64,14 @@ class Ball:
         radius = torch.rand((len(noise), 1, 1, 1), generator=generator, **kind)
         return self.project(self.images + self.eps * radius ** (1 / self.images[0].numel()) * noise)
 
+    def images_at(self, points: Tensor) -> Float[Tensor, "batch channels height width"]:
+        """What points of the ball look like: here they are images themselves."""
+        return points
+
+    def gradient_at(self, points: Tensor, gradient: Float[Tensor, "batch channels height width"]) -> Tensor:
+        """The gradient with respect to points, from that with respect to ``images_at`` them."""
+        return gradient
+
     def direction(
         self,
         gradient: Float[Tensor, "batch channels height width"],

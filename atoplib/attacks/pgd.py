@@ -1,6 +1,6 @@
 """FGSM, N-FGSM and PGD, with EOT for random models: one loop, restarts around it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from inspect import signature
 from itertools import cycle
@@ -19,16 +19,16 @@ from atoplib.decisions import Model, sample_logits
 from atoplib.parameters import above, at_least, between, check_counts, check_settings, one_of
 
 LIKELY = "likely_targets"
+# The defaults of ``pgd_ensemble`` that are not those of ``pgd``.
 ENSEMBLE = {
     "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
     "momentum": 0.75, "cycles": 3, "early_stop": 3,
 }  # fmt: skip
-"""The defaults of ``pgd_ensemble`` that are not those of ``pgd``."""
+# Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
+# get lost in the noise; the projection makes up for steps that are too large.
 SMALLEST_STEP = 1 / 3
-"""Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
-get lost in the noise; the projection makes up for steps that are too large."""
+# Of a step size that falls, in units of the first.
 LAST_STEP = 0.06
-"""Of a step size that falls, in units of the first."""
 
 
 def pgd(
@@ -50,6 +50,7 @@ def pgd(
     rule: str = "any",
     votes: int = 10,
     targets: Int[Tensor, " batch"] | None = None,
+    ball: Callable[..., Ball] = Ball,
     seed: int | torch.Generator | None = 0,
     max_batch: int = 256,
     callback: StepCallback | None = None,
@@ -83,6 +84,8 @@ def pgd(
         rule, votes: by which an image counts as misclassified between restarts (``strongest_attempt``).
         targets: class that each image is driven to, by the margin between it and the true one, in place of
             ``loss``.
+        ball: makes what is searched from images, eps and norm; ``flow`` searches displacements of pixels by
+            another than ``Ball``.
         seed: of the attack's own random numbers; None: torch's global generator. The model's are not
             reseeded.
         max_batch: copies of images (images x samples) that are in memory at once.
@@ -107,7 +110,7 @@ def pgd(
         check_settings(start=(start, one_of("random", "clean")))
         start = images if start == "clean" else None
     max_batch = max_batch if checked else max(max_batch, len(images))
-    ball, generator = Ball(images, eps, norm), make_generator(seed, images.device)
+    whole, generator = ball(images, eps, norm), make_generator(seed, images.device)
     sizes = step_sizes(eps, steps, alpha, cycles)
     goals = [(losses[min(number, len(losses) - 1)], None) for number in range(restarts)]
     if targets is not None:
@@ -119,7 +122,7 @@ def pgd(
 
     def attempt(number: int, rows: Tensor, report: StepCallback | None) -> Tensor:
         goal, classes = goals[number]
-        near = ball.rows(rows) if restarts > 1 else ball
+        near = whole.rows(rows) if restarts > 1 else whole
         begin = near.start(generator) if number or start is None else near.project(start[rows])
         return _ascend(
             model, begin, labels[rows], near, goal, at_rows(classes, rows), sizes=sizes,
@@ -135,7 +138,7 @@ def pgd(
             model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
             callback=callback,
         )  # fmt: skip
-    return ball.check(adversarial) if checked else adversarial
+    return whole.check(adversarial) if checked else adversarial
 
 
 def pgd_ensemble(
@@ -233,28 +236,30 @@ def _ascend(
     max_batch: int,
     callback: StepCallback | None,
 ) -> Tensor:
-    """One run from ``x``; ``reach``: an image is done where it is classified as its class of ``classes``."""
-    result, losses = x.clone(), torch.zeros(len(x), device=x.device)
+    """One run from the point ``x`` of a ball; ``reach``: an image is done where it is classified as its class
+    of ``classes``."""
+    result, losses = ball.images.clone(), torch.zeros(len(x), device=x.device, dtype=torch.float32)
     rows = torch.arange(len(x), device=x.device)
     in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x)
     for step, size in enumerate(sizes):
         found = eot_gradient(
-            model, x, labels, loss=goal, eot_samples=eot_samples, targets=classes, max_batch=max_batch
-        )
-        past = momentum * past + of_l1_norm_1(found.gradient)
+            model, ball.images_at(x), labels, loss=goal, eot_samples=eot_samples, targets=classes,
+            max_batch=max_batch,
+        )  # fmt: skip
+        past = momentum * past + of_l1_norm_1(ball.gradient_at(x, found.gradient))
         x = ball.project(x + size * ball.direction(past, x))
         if callback is not None:
-            result[rows], losses[rows] = x, found.loss
+            result[rows], losses[rows] = ball.images_at(x), found.loss
             callback(step + 1, len(sizes), result.clone(), losses.clone())
         if early_stop:
             done = broken_samples(found.logits, labels, classes if reach else None).all(dim=0)
             in_a_row = torch.where(done, in_a_row + 1, 0)
             stays = in_a_row < early_stop
             if not stays.all():
-                result[rows], ball = x, ball.rows(stays)
+                result[rows], ball = ball.images_at(x), ball.rows(stays)
                 each = (rows, x, labels, in_a_row, past, classes)
                 rows, x, labels, in_a_row, past, classes = (at_rows(values, stays) for values in each)
                 if len(rows) == 0:
                     break
-    result[rows] = x
+    result[rows] = ball.images_at(x)
     return result.detach()

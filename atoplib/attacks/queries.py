@@ -27,9 +27,9 @@ from atoplib.decisions import (
 )
 from atoplib.parameters import at_least, check_counts, check_settings, one_of
 
+# The steps that it reports at most; (positions of the images to attack, callback) -> adversarial images at
+# these positions.
 Attempt = tuple[int, Callable[[Tensor, StepCallback | None], Tensor]]
-"""The steps that it reports at most; (positions of the images to attack, callback) -> adversarial images at
-these positions."""
 
 
 class Finite(Adapted):

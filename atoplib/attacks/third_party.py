@@ -46,6 +46,7 @@ class ThirdParty(NamedTuple):
 
 
 ASCENT = ThirdParty(LINF, "steps", alpha=True)
+# The attacks of torchattacks 3.5.1 that ask for nothing but a model.
 THIRD_PARTY: dict[str, ThirdParty] = {
     # one step
     "GN": ThirdParty(BOTH),
@@ -83,7 +84,6 @@ THIRD_PARTY: dict[str, ThirdParty] = {
     "Square": ThirdParty(BOTH, queries="n_queries"),
     "AutoAttack": ThirdParty(BOTH),
 }
-"""The attacks of torchattacks 3.5.1 that ask for nothing but a model."""
 
 
 def third_party(

@@ -308,6 +308,8 @@ def _pixelate(images: Tensor, share: float, _generator: torch.Generator | None) 
     return torch.from_numpy(coarse).view_as(pixels).permute(0, 3, 1, 2).to(images) / 255
 
 
+# Name: its function, and its strength at severities 1 to 5, those of CIFAR-10-C (Hendrycks & Dietterich
+# 2019).
 CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
     "gaussian_noise": (
         lambda x, std, seed: torch.normal(x, std, generator=seed),
@@ -334,5 +336,3 @@ CORRUPTIONS: dict[str, tuple[Callable[..., Tensor], tuple]] = {
     "jpeg": (lambda x, quality, _: v2.functional.jpeg(_bytes(x), quality).to(x) / 255, (80, 65, 58, 50, 40)),
     "pixelate": (_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
 }
-"""Name: its function, and its strength at severities 1 to 5, those of CIFAR-10-C (Hendrycks & Dietterich
-2019)."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from atoplib.batch.recipe import Job, RecipeError
-from atoplib.parameters import WEIGHTS
+from atoplib.parameters import WEIGHTS, Parameters, check_settings, one_of
 
 
 def begin_checks(jobs: Sequence[Job], *, here: bool) -> Future[None]:
@@ -42,19 +42,30 @@ def _check(labelled: Sequence[tuple[str, Mapping[str, Any]]], here: bool) -> Non
             raise RecipeError(f"{label}: {error}") from error
 
 
+def _texts(value: Any) -> list[str]:
+    """A text itself, or the texts in the values of a dict."""
+    inner = value.values() if isinstance(value, Mapping) else ()
+    return [value] if isinstance(value, str) else [text for each in inner for text in _texts(each)]
+
+
 def check(p: Mapping[str, Any], *, here: bool = True) -> None:
     """Raise ValueError or OSError for what is wrong with the parameters of one notebook on the data that they
     name.
     """
     import torch
 
-    from atoplib import classifiers, data, decisions, purifiers, transforms
+    from atoplib import classifiers, contract, data, decisions, defences, purifiers, transforms
+    from atoplib.attacks import ATTACKS
 
     if here:
         decisions.pick_device(p["device"])
     for name, value in p.items():
-        if name.endswith("_run") and str(value).endswith(WEIGHTS) and not Path(value).expanduser().is_file():
-            raise ValueError(f"{name} is {value}, but there is no such file")
+        for path in _texts(value) if name.endswith("_run") or isinstance(value, dict) else ():
+            if path.endswith(WEIGHTS) and not Path(path).expanduser().is_file():
+                raise ValueError(f"{name} is {value}, but there is no file {path}")
+    if (attack := p.get("attack")) not in (None, "none"):
+        check_settings(attack=(attack, one_of(*ATTACKS)))
+        check_settings(**{f"norm of {attack}": (p["norm"], one_of(*ATTACKS[attack].norms))})
     if not p.get("dataset"):
         return
     facts = data.facts_of(p["dataset"])
@@ -70,6 +81,15 @@ def check(p: Mapping[str, Any], *, here: bool = True) -> None:
         )
     if "grid_size" in p and p["transform"] != "none":
         transforms.patch_size(*size, p["grid_size"])
+    if str(p.get("classifier_run", "")).endswith(WEIGHTS):
+        network = defences.load_classifier(Parameters({**p, "device": "cpu"}))
+        image, label = torch.zeros(1, 3, *size), torch.zeros(1, dtype=torch.int64)
+        classes = decisions.sample_logits(*contract.prepare(network, image, label)[:2]).shape[2]
+        if classes != len(facts.classes):
+            raise ValueError(
+                f"the network of classifier_run tells {classes} classes apart, but {p['dataset']} has "
+                f"{len(facts.classes)}: give weights that were trained on it"
+            )
     # RuntimeError: of an operation that needs numbers, which the device meta has not; the notebook will tell
     with torch.device("meta"), suppress(RuntimeError):
         if "purifier_options" in p and not p.get("weights"):

@@ -47,13 +47,18 @@ def write_index(experiment_dir: Path) -> Path:
     for stage in sorted({path.name.rpartition("-")[0] for path in complete_runs(experiment_dir)}):
         paths = complete_runs(experiment_dir, stage)[::-1]
         runs = tables.runs_frame(paths)
-        parameters = runs[[column for column in runs if column.startswith(f"{stage}.")]].map(str)
-        axes = parameters.loc[:, parameters.nunique() > 1].map(html.escape)
-        shown = axes.rename(columns=lambda column: column.partition(".")[2]).assign(
-            result=[html.escape(tables.headline(path)) for path in paths],
-            files=[_links(path, experiment_dir) for path in paths],
-            ended=runs["ended"].str[:16].str.replace("T", " "),
-            took=runs["seconds"].map(format_seconds),
+        texts = [
+            {name: html.escape(str(value)) for name, value in tables.own(path).items()} for path in paths
+        ]
+        shown = (
+            tables.pandas.DataFrame(texts)
+            .loc[:, lambda frame: frame.nunique() > 1]
+            .assign(
+                result=[html.escape(tables.headline(path)) for path in paths],
+                files=[_links(path, experiment_dir) for path in paths],
+                ended=runs["ended"].str[:16].str.replace("T", " "),
+                took=runs["seconds"].map(format_seconds),
+            )
         )
         with tables.pandas.option_context("display.max_colwidth", None):
             parts += [f"<h2>{stage}</h2>", shown.to_html(escape=False, index=False, border=0)]

@@ -25,8 +25,8 @@ from atoplib import files, hashing, parameters, runs
 
 REPORT = "08_report"  # of what others measured: no notebook of a recipe
 
+# Entry (None: every notebook that has it) and parameter.
 Axis = tuple[str | None, str]
-"""Entry (None: every notebook that has it) and parameter."""
 
 
 class RecipeError(ValueError):

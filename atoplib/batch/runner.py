@@ -32,9 +32,9 @@ SAY_SECONDS = 60.0  # between two lines about a run where no terminal renews the
 ASK_SECONDS = 20  # between two questions to Slurm
 
 
+# Begins jobs that are ready together, and ends them when the event is set. Each of the calls waits until its
+# job has ended, and returns why it failed; "" if it is complete.
 Engine = Callable[[Sequence[Job], threading.Event], list[Callable[[], str]]]
-"""Begins jobs that are ready together, and ends them when the event is set. Each of the calls waits until its
-job has ended, and returns why it failed; "" if it is complete."""
 
 
 # ----------------------------------------------------------------------------------------- on this machine

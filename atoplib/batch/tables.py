@@ -9,13 +9,13 @@ import pandas
 from atoplib import files, hashing
 
 HEAD = ("stage", "status", "ended", "seconds", "hardware", "revision")
+# Parameters that are no axes of a comparison.
 NO_AXES = (
     # what was measured: accuracies are compared only where these agree, and the images do
     *("dataset", "image_size", "image", "max_test", "protocol", "attack", "norm", "smoke"),
     # how something is computed, or how much is loaded: not what a comparison is about
     *("attack_batch", "max_batch", "dtype", "keep_images", "masking_images", "max_train", "experiment"),
 )
-"""Parameters that are no axes of a comparison."""
 PRETRAINED, FINETUNED = "02_pretrain_purifier", "03_finetune_atop"
 
 
@@ -49,7 +49,7 @@ def scores_frame(run_dirs: Iterable[Path]) -> pandas.DataFrame:
             constant = {"run": run_dir.name, "measured": _measured(run_dir, frame)} | parameters(run_dir)
             columns = {name: [value] * len(frame) for name, value in constant.items()}
             frames.append(pandas.concat([frame, pandas.DataFrame(columns)], axis=1))
-    return pandas.concat(frames[1:] or frames, ignore_index=True)
+    return pandas.concat(frames[1:] or frames, ignore_index=True).copy()  # of few blocks
 
 
 def varied(frame: pandas.DataFrame) -> list[str]:
@@ -86,6 +86,12 @@ def trained_with(scores: pandas.DataFrame, name: str) -> pandas.Series:
     return pandas.Series([value(row) for _, row in scores.iterrows()], index=scores.index, dtype=object)
 
 
+def own(run_dir: Path) -> dict[str, Any]:
+    """A run's parameters, but for those that say where it is made."""
+    values = (files.read_json(run_dir / "parameters.json") or {}).items()
+    return {name: value for name, value in values if name not in hashing.NO_IDENTITY}
+
+
 def parameters(run_dir: Path) -> dict[str, Any]:
     """Parameters of a run and of the runs beside it that it was computed from, as ``STAGE.name``, each once,
     the nearest first.
@@ -93,13 +99,8 @@ def parameters(run_dir: Path) -> dict[str, Any]:
     found, queue = dict[str, Any](), [run_dir]
     for path in queue:  # which grows meanwhile
         manifest = files.read_json(path / "manifest.json") or {}
-        values = (files.read_json(path / "parameters.json") or {}).items()
-        own = {
-            f"{manifest.get('stage')}.{name}": value
-            for name, value in values
-            if name not in hashing.NO_IDENTITY
-        }
-        found |= {name: value for name, value in own.items() if name not in found}
+        named = {f"{manifest.get('stage')}.{name}": value for name, value in own(path).items()}
+        found |= {name: value for name, value in named.items() if name not in found}
         inputs = [Path(noted["file"]) for noted in manifest.get("inputs", {}).values()]
         queue += [near for file in inputs if (near := run_dir.parent / file.parent.name) not in queue]
     return found

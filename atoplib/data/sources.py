@@ -56,6 +56,7 @@ class Facts(NamedTuple):
 
 
 TEN = tuple("0123456789")
+# Of those that have names; their classes are numbered here.
 KNOWN = {
     "mnist5k": Facts(TEN, 4000, 1000, (32, 32)),
     "mnist": Facts(TEN, 60000, 10000, (32, 32)),
@@ -64,7 +65,6 @@ KNOWN = {
     "cifar100": Facts(tuple(map(str, range(100))), 50000, 10000, (32, 32)),
     "imagenette": Facts(TEN, IMAGENETTE_IMAGES["train"], IMAGENETTE_IMAGES["val"], (256, 256)),
 }
-"""Of those that have names; their classes are numbered here."""
 DATASETS = (*KNOWN, "folder:PATH")
 
 

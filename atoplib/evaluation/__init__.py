@@ -3,8 +3,19 @@ named protocols."""
 
 from atoplib.evaluation.measure import evaluate
 from atoplib.evaluation.protocols import PROTOCOLS, Protocol, Row, images_of, radii, single
-from atoplib.evaluation.results import CLEAN, PUBLISHED, WORST, Evaluation, eps_text, markdown_table
-from atoplib.evaluation.significance import compare_attacks, compare_defences, masked_gradients, mcnemar
+from atoplib.evaluation.results import (
+    CLEAN,
+    PUBLISHED,
+    WORST,
+    Evaluation,
+    compare_attacks,
+    compare_defences,
+    eps_text,
+    leaders,
+    markdown_table,
+    masked_gradients,
+    mcnemar,
+)
 
 __all__ = [
     "CLEAN",
@@ -19,6 +30,7 @@ __all__ = [
     "eps_text",
     "evaluate",
     "images_of",
+    "leaders",
     "markdown_table",
     "masked_gradients",
     "mcnemar",

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib.attacks import ATTACKS, PassCounter, bpda
+from atoplib.attacks.losses import LOSSES
 from atoplib.contract import prepare
 from atoplib.decisions import (
     RULES,
@@ -38,13 +39,13 @@ from atoplib.progress import Report, format_seconds
 
 PIECE = 100  # images that are attacked at once, and finished or repeated as a whole
 SURROGATE = "the classifier"  # as a target of transfer attacks
+SISTER = "sister of"
 FACTS = "evaluation.json"
 
 
 class _Piece(NamedTuple):
-    """One attack on one target for one batch of images, at every radius, then shown to some defences. ``row``
-    is None, and ``target`` "", for clean images; the name of ``file`` holds a hash of all that decides what
-    is found."""
+    """One attack on one target for one batch of images, at every radius, then shown to some defences; of
+    clean images ``row`` is None, ``target`` "". ``file`` holds a hash of all that decides what is found."""
 
     row: Row | None
     eps: tuple[float, ...]
@@ -84,10 +85,9 @@ def evaluate(
 ) -> Evaluation:
     """Accuracy of each defence on the same images: clean, under each attack of a protocol, by every rule.
 
-    Only attacks on the whole defence say something about robustness. A transfer attack is made once, on the
-    undefended classifier, and shown to every defence; a pipeline with another classifier meets the one that
-    is made on its own. BPDA is for pipelines. Attacks and decisions have separate seeds, and each piece
-    (attack, target, batch) random numbers of its own, torch's global ones included, so that its result
+    A transfer attack is made once, on the undefended classifier, and shown to every defence; a pipeline with
+    another classifier meets the one that is made on its own. BPDA is for pipelines. Attacks and decisions
+    have separate seeds, and each piece (attack, target, batch) random numbers of its own, so that its result
     depends neither on other pieces nor on an interruption.
 
     Args:
@@ -114,10 +114,21 @@ def evaluate(
     Raises:
         ValueError: for a model in train mode, images outside [0, 1], wrong labels, names, options or radii.
 
-    Source: Carlini et al. 2019; Lee & Kim 2023 (PGD + EOT through the whole pipeline); Croce & Hein 2020.
+    Source: Carlini et al. 2019; Lee & Kim 2023 (PGD + EOT through the whole pipeline).
     """
-    defences = dict(defences) if isinstance(defences, Mapping) else {"defence": defences}
+    named = defences.items() if isinstance(defences, Mapping) else [("defence", defences)]
+    defences = {str(name): model for name, model in named}
     check_counts(defences=len(defences), max_batch=max_batch)
+    reserved = [name for name in defences if name.startswith((SURROGATE, SISTER))]
+    if reserved or len(defences) < len(named):
+        raise ValueError(
+            f"defences need names of their own, none that begins with {SURROGATE!r} or {SISTER!r}, which are "
+            f"attackers' models; got {[name for name, _ in named]}"
+        )
+    if not (isinstance(seed, int) and 0 <= seed < 2**63 - 1 and isinstance(dtype, torch.dtype)):
+        raise ValueError(
+            f"seed must be a whole number from 0, dtype a torch.dtype, got {seed!r} and {dtype!r}"
+        )
     plan = check_protocol(protocol, norm, **overrides)
     # all of them before the first runs: no statistics move, no hour is lost
     targets = {}
@@ -136,7 +147,7 @@ def evaluate(
         "protocol": plan._asdict() | {"rows": [row._asdict() for row in plan.rows], "votes": plan.num_votes},
         "norm": norm,
         "eps": sizes,
-        "attacks": {row.attack: function_hash(ATTACKS[row.attack].function) for row in plan.rows},
+        "attacks": {row.attack: function_hash((ATTACKS[row.attack].function, LOSSES)) for row in plan.rows},
         "shared": {"seed": seed, "max_batch": max_batch, "dtype": str(dtype), "images kept": keep_images},
         "code": code_hash("atoplib.evaluation.measure"),
         "environment": environment(images.device),
@@ -185,10 +196,9 @@ def evaluate(
 def _helpers(
     defences: Mapping[str, nn.Module], classifier: nn.Module | None, sisters: Mapping[str, nn.Module]
 ) -> dict[str, nn.Module]:
-    """What attacks use in place of a defence: one classifier for all, and without one given a pipeline's own
-    other one; sisters."""
+    """What attacks use in place of a defence: one classifier for all, a pipeline's own other one, sisters."""
     own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
-    found = {f"sister of {name}": model for name, model in sisters.items() if name in defences}
+    found = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
     if classifier is not None:
         return found | {SURROGATE: classifier}
     shared = defences.get("undefended", next(iter(own.values()), None))
@@ -216,7 +226,7 @@ def _pieces(
         "white-box": each,
         "bpda": {name: (name,) for name in purifying},
         "transfer": {SURROGATE: sharing} | {f"{SURROGATE} of {n}": shown for n, shown in each.items()},
-        "sister": {f"sister of {name}": shown for name, shown in each.items()},
+        "sister": {f"{SISTER} {name}": shown for name, shown in each.items()},
     }  # by threat model: targets, and whom the images are shown
     found = []
     for row in (None, *plan.rows):
@@ -269,11 +279,8 @@ def _measure(
     keep_images: bool,
 ) -> dict[str, Any]:
     """Attack and decide: at every radius the columns of ``Evaluation.by_image`` for each defence, and the
-    images by radius if they are to be kept.
-
-    Decisions use samples that the attack has not seen. ``worst_of_n`` rests on as many after every attack:
-    more samples find more errors whatever the attack.
-    """
+    images by radius if they are to be kept. ``worst_of_n`` rests on as many samples after every attack: more
+    find more errors whatever the attack."""
     row, most, smaller, rows, kept = piece.row, plan.num_votes, None, [], {}
     known, later = bool(row and row.known_sample), _seed("decision", seed, piece.batch)
     for eps in piece.eps:
@@ -349,8 +356,7 @@ def _attack(
 
 
 def _seed(purpose: str, seed: int, batch: int) -> int:
-    """Of an attack, or of the decisions after it, which differ; of the first batch ``seed`` and ``seed +
-    1``."""
+    """Of an attack, or of the decisions after it; of the first batch ``seed`` and ``seed + 1``."""
     return seed + (purpose == "decision") if batch == 0 else int(json_hash([purpose, seed, batch])[:15], 16)
 
 
@@ -358,8 +364,8 @@ def _seed(purpose: str, seed: int, batch: int) -> int:
 def _random_numbers(
     model: nn.Module, seed: int, device: torch.device, known_sample: bool
 ) -> Iterator[nn.Module]:
-    """Within the block a model's random numbers start from ``seed``, and torch's global ones, for modules
-    without own; with ``known_sample`` they are one sample, the same in attack and decision."""
+    """Within the block a model's random numbers, and torch's global ones, start from ``seed``; with
+    ``known_sample`` they are one sample."""
     reseed(model, seed)
     with forked_rng(device):
         torch.manual_seed(seed)
@@ -368,8 +374,7 @@ def _random_numbers(
 
 
 def _open(run_dir: Path, facts: Mapping[str, Any], wanted: set[Path], notify: Callable[[str], Any]) -> None:
-    """Say what changed since the last evaluation in this directory, and archive its results and the pieces
-    that depend on it."""
+    """Say what changed since the last evaluation here, and archive its results and what depends on it."""
     both = read_json(run_dir / FACTS) or facts, facts
     old, new = (pd.json_normalize(each, max_level=1).iloc[0].to_dict() for each in both)
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]

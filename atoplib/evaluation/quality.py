@@ -1,15 +1,13 @@
 """What an accuracy does not say: the purified images beside the clean ones, and classified by networks that
-the purifier never met; how far a perturbation comes through; what a vote of so many samples changes."""
+the purifier never met; how far a perturbation comes through."""
 
-from collections.abc import Mapping, Sequence
-from itertools import product
+from collections.abc import Mapping
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.decisions import correct, fixed_sample, full_float32, reseed
+from atoplib.decisions import fixed_sample, full_float32, reseed
 from atoplib.evaluation.results import percents
 from atoplib.pipeline import AToPPipeline
 
@@ -80,23 +78,3 @@ def purified_distance(
         with fixed_sample(pipeline, seed + number):
             total += float((pipeline.purify(one) - pipeline.purify(other)).abs().sum(dtype=torch.float64))
     return 255 * total / clean.numel()
-
-
-def vote_curve(
-    logits: Float[Tensor, "samples batch classes"],
-    labels: Int[Tensor, " batch"],
-    counts: Sequence[int],
-    rules: Sequence[str] = ("majority", "worst_of_n"),
-) -> pd.DataFrame:
-    """Accuracy in percent by each rule over n samples, for every n in ``counts``: the mean over the groups of
-    n there are.
-
-    Returns:
-        columns ``rule``, ``num_samples``, ``accuracy``, ``low``, ``high``.
-    """
-    rows = []
-    for rule, count in product(rules, counts):
-        groups = logits[: len(logits) // count * count].unflatten(0, (-1, count))
-        right = sum(float(correct(group, labels, rule).sum()) for group in groups) / len(groups)
-        rows.append([rule, count, *percents(right, len(labels))])
-    return pd.DataFrame(rows, columns=["rule", "num_samples", "accuracy", "low", "high"])

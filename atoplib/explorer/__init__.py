@@ -86,8 +86,13 @@ def make_explorer(
             "there is nothing to explore: give a defence, and images (count, channels, height, width)"
         )
     images = images.detach().float().cpu()
-    scene = Scene(dict(defences), images, torch.zeros(len(images), dtype=torch.int64), list(classes))
-    first = scene.defence(next(iter(defences)))
+    scene = Scene(
+        {str(name): module for name, module in defences.items()},
+        images,
+        torch.zeros(len(images), dtype=torch.int64),
+        list(classes),
+    )
+    first = scene.defence(next(iter(scene.defences)))
     known = images[:1] if labels is not None else images
     logits = decisions.sample_logits(first, known.to(device_of(first)))[0].cpu()
     scene.labels = (logits.argmax(dim=1) if labels is None else labels).long().cpu().clone()
@@ -95,7 +100,7 @@ def make_explorer(
     pipelines = (module for module in (first, *defences.values()) if isinstance(module, AToPPipeline))
     transform = next((pipeline.transform for pipeline in pipelines), Transform())
     values = {name: control.default for name, control in controls.CONTROLS.items()} | {
-        "rows": list(defences),
+        "rows": list(scene.defences),
         "norm": norm,
         "eps": attacks.default_eps(one_of(*controls.UNITS)(norm), scene.dataset) if eps is None else eps,
         "transform": transform.name,

@@ -22,11 +22,11 @@ from atoplib.evaluation.protocols import usual_radii
 from atoplib.evaluation.results import percents
 from atoplib.pipeline import AToPPipeline
 
+# Called as ``report(what, done, total, ...)`` between pieces of work; it may raise to stop the work.
+# ``total`` is 0 where nobody knows it.
 Report = Callable[..., None]
-"""Called as ``report(what, done, total, ...)`` between pieces of work; it may raise to stop the work.
-``total`` is 0 where nobody knows it."""
+# The values of the controls by name, see ``controls.CONTROLS``.
 Values = Mapping[str, Any]
-"""The values of the controls by name, see ``controls.CONTROLS``."""
 
 NO_ATTACK, EACH = "none", "each"
 OWN = ("steps", "queries", "eot_samples")  # options of attacks that have a control of their own

@@ -141,18 +141,3 @@ def views(
     if attacking:
         rows = [make_row(scene, values, name, report, complete=True) for name in names]
         yield view(rows, complete=True)
-
-
-def next_misclassified(
-    scene: Scene, values: Values, numbers: list[int], report: Report = lambda *_: None
-) -> int | None:
-    """The first of some images that one of the defences shown misclassifies, clean and in a single sample."""
-    for done, number in enumerate(numbers):
-        report("Search", done, len(numbers))
-        for name in values["rows"]:
-            defence = scene.defence(name, values)
-            decisions.reseed(defence, values["seed"] + 1)
-            image = scene.images[number : number + 1].to(attack.device_of(defence))
-            if decisions.sample_logits(defence, image)[0].argmax() != scene.labels[number]:
-                return number
-    return None

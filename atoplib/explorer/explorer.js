@@ -218,7 +218,6 @@ function render({ model, el }) {
     bar(classes,
       button("\u25c2", "previous image", () => send({ do: "move", by: -1, label: wanted() })),
       button("\u25b8", "next image", () => send({ do: "move", by: 1, label: wanted() }))),
-    button("Next misclassified", "the next image that a defence misclassifies without an attack", () => send({ do: "search", label: wanted() })),
     bar(button("Upload", "an image file of your own", () => file.click()), file,
       button("Draw", "a drawing pad", () => pad.togglePopover()))));
 

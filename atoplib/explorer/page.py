@@ -77,7 +77,8 @@ def decision(view: View, row: Row) -> dict[str, Any]:
     kinds, lines = {decided: "wrong", view.label: "right"}, []
     if is_attacking(view.values) and not view.preview:
         source = view.values["attacked"]
-        lines.append("attacked itself" if source in (EACH, row.name) else f"attack made on {source}")
+        whose = "attacked itself" if source in (EACH, row.name) else f"attack made on {source}"
+        lines.append(f"{whose}, on f alone" if view.values["threat_model"] == "transfer" else whose)
     tied = [name for name, count in zip(names, counts, strict=True) if count == counts.max()]
     if len(tied) > 1:
         lines.append(f"tie of {' and '.join(tied)}: counted as {names[decided]}")

@@ -9,7 +9,6 @@ from atoplib.figures.charts import (
     accuracy_bars,
     accuracy_over_eps,
     attack_heatmap,
-    certificate_curves,
     parameter_lines,
     training_curves,
 )
@@ -20,7 +19,6 @@ __all__ = [
     "accuracy_bars",
     "accuracy_over_eps",
     "attack_heatmap",
-    "certificate_curves",
     "eps_text",
     "image_grid",
     "parameter_lines",

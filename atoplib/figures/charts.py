@@ -29,7 +29,6 @@ from atoplib.figures.style import (
     style_axes,
 )
 
-COLUMNS = ("defence", "attack", "accuracy", "low", "high")
 QUANTITIES = {  # label of a panel's axis; other names stand as they are
     "loss": "loss",
     "reconstruction": "mean absolute difference",
@@ -54,9 +53,9 @@ def accuracy_bars(
         chance: accuracy of a guess in percent: a broken line across the bars.
 
     Raises:
-        ValueError: for an empty frame, a missing column, or a doubled combination.
+        ValueError: for an empty frame, or a doubled combination. KeyError: for a missing column.
     """
-    frame = read_frame(frame, *COLUMNS, "threat", rule=rule)
+    frame = read_frame(frame, "threat", rule=rule)
     if frame.duplicated(["defence", "threat"]).any():
         raise ValueError("a defence and an attack are there twice: draw one evaluation, or choose a rule")
     defences, threats = (list(dict.fromkeys(frame[name])) for name in ("defence", "threat"))
@@ -121,10 +120,10 @@ def attack_heatmap(
         rule: which decision rule is drawn; None: the first in the frame.
 
     Raises:
-        ValueError: for an empty frame, a missing column, or a doubled combination.
+        ValueError: for an empty frame, or a doubled combination. KeyError: for a missing column.
     """
     values = {"accuracy": "accuracy (%)"} if values is None else dict(values)
-    frame = read_frame(frame, rows, columns, panel, *values, rule=rule)
+    frame = read_frame(frame, rows, columns, panel, rule=rule)
     down, across, shown = _ordered(frame[rows]), _ordered(frame[columns]), _parts(frame, panel, values)
     figure, axes = panels(
         len(shown),
@@ -184,10 +183,10 @@ def parameter_lines(
         log: a logarithmic horizontal axis.
 
     Raises:
-        ValueError: for an empty frame, or a missing column.
+        ValueError: for an empty frame. KeyError: for a missing column.
     """
     values = {"accuracy": ACCURACY} if values is None else dict(values)
-    frame = read_frame(frame, parameter, series, panel, *values, rule=rule)
+    frame = read_frame(frame, panel, rule=rule)
     names = list(dict.fromkeys(frame[series]))
     colours = colours_of(names) if series == "defence" else dict(zip(names, cycle(SERIES), strict=False))
     shown = _parts(frame, panel, values)
@@ -229,7 +228,7 @@ def accuracy_over_eps(frame: pd.DataFrame, title: str = "", *, rule: str | None 
     Raises:
         ValueError: as ``parameter_lines``.
     """
-    frame = read_frame(frame, *COLUMNS, "norm", "eps", rule=rule)
+    frame = read_frame(frame, rule=rule)
     attacked = frame[frame["attack"] != "clean"].assign(norm=lambda rows: rows["norm"].replace(NORMS))
     parts = []
     for (attack, norm), part in attacked.groupby(["attack", "norm"], sort=False):
@@ -263,56 +262,6 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
         last = values.dropna().iloc[-1]
         number = f"{last:.1f} %" if percent else f"{last:.4g}"
         one.set_title(number.replace("-", MINUS), loc="right", fontsize=9)
-    return figure
-
-
-def certificate_curves(certified: pd.DataFrame, attacked: pd.DataFrame, title: str = "") -> Figure:
-    """What is proved and what is broken, over the l2 radius: a colour a defence.
-
-    The accuracy against every perturbation of an l2 norm is no lower than certified (solid) and no higher
-    than the strongest attack leaves it (broken). Both are drawn as the steps that are known, and must belong
-    to the same images and the same rule, the majority vote.
-
-    Args:
-        certified: columns ``defence``, ``radius`` (l2, images in [0, 1]), ``accuracy``, ``low``, ``high``
-            (percent).
-        attacked: the same with ``eps`` instead of ``radius``; at ``eps`` 0 the clean accuracy.
-
-    Raises:
-        ValueError: for an empty frame, a missing column, or a certified interval above an attacked one, which
-            no noise explains.
-    """
-    ends = ("defence", "accuracy", "low", "high")
-    proved = read_frame(certified, "radius", *ends).sort_values("radius")
-    broken = read_frame(attacked, "eps", *ends).rename(columns={"eps": "radius"}).sort_values("radius")
-    pairs = proved.merge(broken, on="defence", suffixes=("", " attacked"))
-    pairs = pairs[(pairs["radius attacked"] <= pairs["radius"]) & (pairs["high attacked"] < pairs["low"])]
-    if len(pairs):
-        raise ValueError(
-            f"more is certified than an attack within the radius leaves: {pairs.iloc[0].to_dict()}; give one "
-            f"model, images and rule for both"
-        )
-    end = 1.04 * max(proved["radius"].max(), broken["radius"].max()) or 1.0
-    figure, (axes,) = panels(1, 6.4, 4.2, title)
-    for name, colour in colours_of(list(dict.fromkeys(proved["defence"]))).items():
-        lower, upper = (part[part["defence"] == name] for part in (proved, broken))
-        look, label = {"color": colour, "clip_on": False}, f"{plain(name)}, strongest attack"
-        lower = pd.concat([lower.iloc[:1].assign(radius=0.0), lower])  # a certificate holds nearer, too
-        axes.fill_between(
-            lower["radius"], lower["low"], lower["high"], step="pre", color=colour, alpha=0.2, linewidth=0
-        )
-        axes.step("radius", "accuracy", data=lower, where="pre", label=f"{plain(name)}, certified", **look)
-        axes.step("radius", "accuracy", data=upper, where="post", linestyle="--", label=label, **look)
-        axes.errorbar(upper["radius"], upper["accuracy"], error_bars(upper), fmt="o", capsize=3, **look)
-    style_axes(
-        axes,
-        xlim=(0, end),
-        ylim=(0, 104),
-        yticks=range(0, 101, 20),
-        xlabel="ℓ2 norm of the perturbation, images in [0, 1]",
-        ylabel=f"vote's {ACCURACY}",
-    )
-    legend_below(figure)
     return figure
 
 

@@ -90,16 +90,12 @@ def read_frame(frame: pd.DataFrame, *columns: str | None, rule: str | None = Non
     """A copy of the rows of one decision rule (None: the first in the frame), in order.
 
     Args:
-        columns: that must be there. ``threat`` is added: the attack's name, with norm and eps where one name
-            has several of them.
+        columns: that are looked at; for ``threat`` a column of that name is added: the attack's, with norm
+            and eps where one name has several of them.
 
     Raises:
-        ValueError: for a column that is missing, or no row (of the rule).
+        ValueError: for no row (of the rule).
     """
-    needed = ["attack" if name == "threat" else name for name in columns if name is not None]
-    missing = [name for name in needed if name not in frame]
-    if missing:
-        raise ValueError(f"the frame lacks {', '.join(missing)}; it has {', '.join(map(str, frame))}")
     if "rule" in frame and len(frame):
         frame = frame[frame["rule"] == (frame["rule"].iloc[0] if rule is None else rule)]
     if not len(frame):

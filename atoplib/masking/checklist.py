@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from math import inf, sqrt
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,8 @@ from atoplib.attacks import IdentityBackward, norms, pgd, square
 from atoplib.attacks.eot import eot_gradient
 from atoplib.contract import prepare
 from atoplib.decisions import Model, fixed_sample, forked_rng, full_float32, is_random, reseed, sample_logits
+from atoplib.files import read_json, write_json
+from atoplib.hashing import code_hash, environment, json_hash, model_hash, tensor_hash
 from atoplib.masking import checks
 from atoplib.masking.checks import Check
 from atoplib.parameters import at_least, check_counts, check_settings, one_of
@@ -21,8 +25,8 @@ from atoplib.progress import Report
 SPREAD = 3.0  # of an ordinary network's logits: cross-entropy neither saturates nor is linear
 FEWEST_IMAGES = 8  # eight images to none are the fewest on which a comparison can fail
 UNBOUNDED = (64 / 255, 0.95)  # changes of every value by which an attack should break everything
+# Attacks that must not win against the main one.
 WEAKER = "one step", "larger steps", "margin loss", "noise", "black box", "transfer", "straight-through"
-"""Attacks that must not win against the main one."""
 
 
 def smooth_margin(
@@ -157,6 +161,7 @@ def masking_checklist(
     seed: int = 0,
     max_batch: int = 256,
     progress: Report | None = None,
+    run_dir: Path | None = None,
 ) -> list[Check]:
     """Look for gradient masking in a model; 64 images are enough, at about 12 * steps * eot_samples gradients
     an image.
@@ -180,6 +185,7 @@ def masking_checklist(
         seed: of everything random.
         max_batch: copies of images that are in memory at once.
         progress: called with attacks done and in all.
+        run_dir: where the result is kept, and loaded from if all that it depends on is the same.
 
     Returns:
         the checks in a fixed order: those of gradients and samples first, then the attacks that must not win.
@@ -197,6 +203,13 @@ def masking_checklist(
     )
     check_counts(eot_samples=eot_samples, num_samples=num_samples)
     classifier = getattr(defence, "classifier", None) if classifier is None else classifier
+    networks, settings = (
+        (defence, classifier),
+        (eps, norm, steps, alpha, eot_samples, num_samples, queries, seed),
+    )
+    kept = f"masking/{_identity(networks, images, labels, settings, max_batch)}.json"
+    if found := run_dir and read_json(run_dir / kept):
+        return [Check(**each) for each in found["checks"]]
     with forked_rng(images.device):
         model, images, labels = prepare(defence, images, labels)
         if classifier is not None:
@@ -219,7 +232,17 @@ def masking_checklist(
             if progress is not None:
                 progress(len(attacked), len(plan), "attacks", {})
         attacked["noise"] = probe.hardest(_noise(probe))
-        return list(_judge(probe, attacked))
+        judged = list(_judge(probe, attacked))
+    if run_dir:
+        write_json(run_dir / kept, {"checks": [asdict(check) for check in judged]})
+    return judged
+
+
+def _identity(networks: Iterable[nn.Module | None], images: Tensor, labels: Tensor, *settings: Any) -> str:
+    """A hash of all that the checks depend on."""
+    facts = [each and model_hash(each, images) for each in networks]
+    facts += [tensor_hash(images), tensor_hash(labels), code_hash(__name__), environment(images.device)]
+    return json_hash([*facts, *settings])
 
 
 def _plan(probe: Probe, queries: int, classifier: Model | None) -> dict[str, dict[str, Any]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from atoplib.decisions import wilson_interval
 from atoplib.evaluation import markdown_table
-from atoplib.evaluation.significance import SIGNIFICANCE
+from atoplib.evaluation.results import SIGNIFICANCE
 
 
 @dataclass(frozen=True)

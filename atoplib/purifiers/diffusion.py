@@ -20,13 +20,13 @@ from torch.utils.checkpoint import checkpoint
 from atoplib.parameters import above, at_least, between, check_settings, one_of
 from atoplib.purifiers.gated import check_size
 
+# What the U-Net is where nothing else is asked for: grey digits of 32 px, folded by 4.
 SMALL_UNET: Mapping[str, Any] = {
     "block_out_channels": (32, 64),
     "layers_per_block": 1,
     "norm_num_groups": 8,
     "add_attention": False,
 }
-"""What the U-Net is where nothing else is asked for: grey digits of 32 px, folded by 4."""
 MAX_LEVELS = 100_000  # of what a file may ask to be built
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 

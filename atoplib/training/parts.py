@@ -199,11 +199,15 @@ def begin_run(
     before = read_json(run.path / IDENTITY) or {}
     changed = [name for name in before | identity if before.get(name) != identity.get(name)]
     if changed and any(run.path.glob("state.pt*")):
+        earlier = [each for each in run.path.glob("superseded-*") if read_json(each / IDENTITY) == identity]
         folder = run.supersede(RESULTS)
         # A step refers to its networks: another network is not another step.
         reasons = [name for name in changed if name.endswith("given")] or changed
         reason = f"changed: {', '.join(reasons)}" if before else "it is not noted on what it depended"
-        notify(f"Trained anew, not loaded ({reason}). What was there is kept in {folder}.")
+        for path in earlier and earlier[-1].iterdir():
+            path.replace(run.path / path.name)
+        what = f"What {earlier[-1]} kept is as it shall be and comes back" if earlier else "Trained anew"
+        notify(f"{what}, not loaded ({reason}). What was there is kept in {folder}.")
     write_json(run.path / IDENTITY, identity)
     state, note = load_state(run.state_path)
     if note:
