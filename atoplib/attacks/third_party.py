@@ -29,7 +29,6 @@ from atoplib.parameters import check_counts, check_settings, one_of
 FMN = {"linf": "LInfFMNAttack", "l2": "L2FMNAttack", "l1": "L1FMNAttack"}
 BEYOND = 1 + 1e-3  # of a radius that ends on the boundary, where a point is still classified correctly
 LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
-DEFAULT_STEPS = 10  # of torchattacks
 FOUR_CLASSES = ("APGDT", "AutoAttack")  # their targeted loss needs so many
 ONE_AT_A_TIME = Lock()  # the random numbers of torchattacks are those of the whole process
 
@@ -126,7 +125,7 @@ def third_party(
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
     model, images, labels = prepare_attack(model, images, labels)
     ball, wrapped, device = Ball(images, eps, norm), EOTWrapper(model, eot_samples), images.device
-    size = step_sizes(eps, steps or DEFAULT_STEPS)[0]
+    size = step_sizes(eps, steps or 10)[0]
     wanted = {known.steps: steps, known.queries: queries, "alpha": size if known.alpha else None}
     options = {option: value for option, value in wanted.items() if option and value is not None} | options
     adversarial, losses = images.detach().clone(), torch.zeros(len(images), device=device)

@@ -218,3 +218,9 @@ class PatchDiscriminator(nn.Sequential):
         super().__init__(
             *(nn.Sequential(spectral_norm(conv), nn.LeakyReLU(0.2)) for conv in convs), nn.Flatten()
         )
+
+    def forward(self, images: Float[Tensor, "batch 4 height width"]) -> Float[Tensor, "batch scores"]:
+        # in float32: on maps of one pixel, oneDNN's bfloat16 gradient of weights reads memory that nobody has
+        # written (torch 2.14, AMX): one training in five met a NaN
+        with torch.autocast(images.device.type, enabled=False):
+            return super().forward(images.float())

@@ -27,7 +27,6 @@ SMALL_UNET: Mapping[str, Any] = {
     "norm_num_groups": 8,
     "add_attention": False,
 }
-MAX_LEVELS = 100_000  # of what a file may ask to be built
 SCHEDULE = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
 
 
@@ -61,7 +60,7 @@ def signal_levels(config: Mapping[str, Any]) -> Float[Tensor, " levels"]:
     Source: Ho et al. 2020, section 2, equation 4.
     """
     chosen = {name: config[name] for name in SCHEDULE if name in config}
-    check_settings(num_train_timesteps=(chosen.get("num_train_timesteps", 1000), between(1, MAX_LEVELS)))
+    check_settings(num_train_timesteps=(chosen.get("num_train_timesteps", 1000), between(1, 100_000)))
     with torch.device("cpu"):  # a module that is built on the meta device needs its settings, too
         betas = _import_diffusers()[1](**chosen).betas.double()
     return torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), (1 - betas).cumprod(0)])
