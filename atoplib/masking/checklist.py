@@ -207,8 +207,8 @@ def masking_checklist(
         (defence, classifier),
         (eps, norm, steps, alpha, eot_samples, num_samples, queries, seed),
     )
-    kept = f"masking/{_identity(networks, images, labels, settings, max_batch)}.json"
-    if found := run_dir and read_json(run_dir / kept):
+    kept = run_dir and run_dir / f"masking/{_identity(networks, images, labels, settings, max_batch)}.json"
+    if found := kept and read_json(kept):
         return [Check(**each) for each in found["checks"]]
     with forked_rng(images.device):
         model, images, labels = prepare(defence, images, labels)
@@ -233,8 +233,8 @@ def masking_checklist(
                 progress(len(attacked), len(plan), "attacks", {})
         attacked["noise"] = probe.hardest(_noise(probe))
         judged = list(_judge(probe, attacked))
-    if run_dir:
-        write_json(run_dir / kept, {"checks": [asdict(check) for check in judged]})
+    if kept:
+        write_json(kept, {"checks": [asdict(check) for check in judged]})
     return judged
 
 

@@ -206,8 +206,8 @@ def begin_run(
         reason = f"changed: {', '.join(reasons)}" if before else "it is not noted on what it depended"
         for path in earlier and earlier[-1].iterdir():
             path.replace(run.path / path.name)
-        what = f"What {earlier[-1]} kept is as it shall be and comes back" if earlier else "Trained anew"
-        notify(f"{what}, not loaded ({reason}). What was there is kept in {folder}.")
+        what = f"What {earlier[-1]} kept comes back" if earlier else "Trained anew, not loaded"
+        notify(f"{what} ({reason}). What was there is kept in {folder}.")
     write_json(run.path / IDENTITY, identity)
     state, note = load_state(run.state_path)
     if note:
