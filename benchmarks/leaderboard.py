@@ -19,7 +19,7 @@ ABOUT = """# Leaderboard
 Every MNIST and CIFAR-10 defence that comes with the kit under every threat of the protocol `compare`
 ([protocols.md](protocols.md)): % of the images, single samples, with the 95 % interval (Wilson). Each
 defence is attacked through everything that it has; every number is an upper bound, of one training seed.
-*Mean*: over the white-box attacks, the order of the lines. *Worst case*: correct on the clean image and
+The order of the columns is that of the mean. *Worst case*: correct on the clean image and
 under all attacks, transfer included; *worst unseen*: under those that are not the l_inf PGD of the training.
 
 Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`;
@@ -37,16 +37,16 @@ Times are of a machine with two cores that did much else meanwhile: they compare
 
 
 def accuracies(frame: pd.DataFrame) -> pd.DataFrame:
-    """A line a defence, a column an attack, cells ``accuracy [low, high]``; the best mean comes first."""
+    """A line an attack, a column a defence, cells ``accuracy [low, high]``; the best mean comes first."""
     frame = frame[frame["rule"] == "single"]
-    columns = list(dict.fromkeys(frame["attack"]))
+    lines = frame["attack"].unique()
     ends = frame[["accuracy", "low", "high"]].map("{:.1f}".format)
     frame = frame.assign(cell=ends["accuracy"] + " [" + ends["low"] + ", " + ends["high"] + "]")
     white_box = frame[frame["threat_model"] == "white-box"]
     mean = white_box.groupby("defence")["accuracy"].mean().sort_values(ascending=False, kind="stable")
-    table = frame.pivot(index="defence", columns="attack", values="cell").loc[mean.index, columns]
-    table.insert(0, "mean", mean.map("{:.1f}".format))
-    return table
+    table = frame.pivot(index="attack", columns="defence", values="cell").loc[lines, mean.index]
+    table.loc["mean of white-box attacks"] = mean.map("{:.1f}".format)
+    return table.rename_axis("%")
 
 
 def costs(rows: list[dict[str, Any]]) -> pd.DataFrame:

@@ -222,7 +222,7 @@ def test_accuracy_over_eps_falls_and_what_is_broken_stays_broken():
         assert passes == pytest.approx(1 + 5 * right[smaller].mean(), abs=0.05), "the rest alone is attacked"
     largest = found.adversarial("f", "white-box", sizes[-1])
     assert torch.equal(found.adversarial("f", "white-box"), largest)
-    assert list(found.table().columns) == ["clean", *(f"white-box, ε = {eps:.3g}" for eps in sizes)]
+    assert list(found.table().index) == ["clean", *(f"white-box, ε = {eps:.3g}" for eps in sizes)]
 
 
 def test_progress_never_falls_says_what_runs_and_ends_at_the_total(small_pieces):

@@ -164,13 +164,13 @@ def test_all_files_can_be_read_back_and_say_the_same(result, tmp_path):
 
 def test_the_table_marks_the_best_and_what_is_missing(result):
     bold = result.table(bold=True)
-    assert list(bold.columns) == COLUMNS and list(bold.index) == NAMES
-    assert bold.loc["undefended", "clean"].startswith("**100.0**\N{NO-BREAK SPACE}[91.2,")
-    assert "**" not in bold.loc["other", "clean"]
-    assert "| undefended | **100.0**" in result._repr_markdown_()
+    assert list(bold.index) == COLUMNS and list(bold.columns) == NAMES
+    assert bold.loc["clean", "undefended"].startswith("**100.0**\N{NO-BREAK SPACE}[91.2,")
+    assert "**" not in bold.loc["clean", "other"]
+    assert "| clean | **100.0**" in result._repr_markdown_()
     met = (result.by_image.defence != "other") | (result.by_image.attack == "clean")
     alone = evaluation.Evaluation(result.by_image[met], LABELS.numpy())
-    assert alone.table().loc["other", "white-box"] == "–"
+    assert alone.table().loc["white-box", "other"] == "–"
     table = evaluation.markdown_table(pd.DataFrame({"a|b": ["c"], "n": [1 / 3], "none": [None]}), index=False)
     assert table.splitlines() == ["| a\\|b | n | none |", "| --- | ---: | --- |", "| c | 0.333 | – |"]
 

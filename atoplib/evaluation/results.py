@@ -152,19 +152,17 @@ class Evaluation:
         return replace(self, by_image=by_defence(self.by_image, worst_case(self.by_image, chosen, name)))
 
     def table(self, rule: str = "single", *, bold: bool = False) -> pd.DataFrame:
-        """Lines defences, columns attacks, cells ``47.0 [40.2, 53.9]`` in %; ``bold``: the best of a column
-        as ``**47.0**``."""
+        """Lines attacks, columns defences, cells ``47.0 [40.2, 53.9]`` in %; ``bold``: the best of a line as
+        ``**47.0**``."""
         frame = self.frame[self.frame["rule"] == rule]
         sweep = frame.groupby("attack")["eps"].transform("nunique") > 1
-        columns = frame["attack"] + frame["eps"].map(", ε = {:.3g}".format).where(sweep, "")
-        best = frame.groupby(columns)["accuracy"].transform("max") == frame["accuracy"]
+        lines = frame["attack"] + frame["eps"].map(", ε = {:.3g}".format).where(sweep, "")
+        best = frame.groupby(lines)["accuracy"].transform("max") == frame["accuracy"]
         marks = (best & bold & (frame["defence"].nunique() > 1)).map({True: "**", False: ""})
         number, low, high = (frame[name].map("{:.1f}".format) for name in ("accuracy", "low", "high"))
         cells = marks + number + marks + "\N{NO-BREAK SPACE}[" + low + ",\N{NO-BREAK SPACE}" + high + "]"
-        table = frame.assign(column=columns, cell=cells).pivot(
-            index="defence", columns="column", values="cell"
-        )
-        table = table.loc[frame["defence"].unique(), columns.unique()].fillna("\N{EN DASH}")
+        table = frame.assign(line=lines, cell=cells).pivot(index="line", columns="defence", values="cell")
+        table = table.loc[lines.unique(), frame["defence"].unique()].fillna("\N{EN DASH}")
         return table.rename_axis(index="% [95 % interval]", columns=None)
 
     @property
