@@ -153,16 +153,16 @@ def test_the_papers_attack_is_fgsm_on_the_classifier_and_never_touches_the_pipel
 @pytest.mark.parametrize("ramp, epoch, share", [(4, 0, 0.01), (4, 1, 0.25), (4, 4, 1), (4, 40, 1), (0, 0, 1)])
 def test_eps_and_step_size_grow_together_along_the_ramp(batch, ramp, epoch, share):
     for alpha in (None, 0.1):
-        finetuned(batch, pipeline := recording(), epoch, ramp_epochs=ramp, eps=0.2, alpha=alpha)
+        shown = finetuned(batch, pipeline := recording(), epoch, ramp_epochs=ramp, eps=0.2, alpha=alpha)
         size = (pipeline.used[-1][0] - batch[0]).abs().max()
-        assert 0.5 * share * 0.2 < size <= share * 0.2 + 1e-6
+        assert 0.5 * share * 0.2 < size <= shown["eps"] + 1e-6 == share * 0.2 + 1e-6
 
 
 def test_the_classification_term_joins_in_after_the_warm_up_and_what_is_rebuilt_is_the_target(batch):
     pipeline = recording()
-    assert set(finetuned(batch, pipeline, 0.9, warmup_epochs=1.0)) == {"loss", "reconstruction"}
+    assert set(finetuned(batch, pipeline, 0.9, warmup_epochs=1.0)) == {"loss", "eps", "reconstruction"}
     losses = {target: finetuned(batch, pipeline, 1.0, target=target) for target in ("clean", "adversarial")}
-    assert set(losses["clean"]) == {"loss", "reconstruction", "classification", "accuracy"}
+    assert set(losses["clean"]) == {"loss", "eps", "reconstruction", "classification", "accuracy"}
     (x_adv, t, _) = pipeline.used[-1]
     by_hand = loss_functions.reconstruction_loss(AToPPipeline.outputs(pipeline, x_adv, t), 2 * x_adv - 1)
     assert torch.allclose(losses["adversarial"]["reconstruction"], by_hand)

@@ -37,7 +37,7 @@ const drawDecision = (row) => {
 
 const drawRow = (row, columns, shown) => {
   const name = make("div", { className: "atop-name" }, row.name);
-  if (!row.cells) return make("div", { className: "atop-row" }, name, make("div", { className: "atop-wait" }, "attacking \u2026"));
+  if (!row.cells) return make("div", { className: "atop-row" }, name, make("div", { className: "atop-wait" }));
   const image = (kind, src, alt = "") =>
     make("img", { className: `atop-${kind}${shown.crisp ? " atop-crisp" : ""}`, src, alt, draggable: false });
   const cells = columns.map((column) => {
@@ -303,7 +303,7 @@ function render({ model, el }) {
     make("details", {}, make("summary", {}, "Parameters"), yaml,
       make("div", {}, copy, button("Set from YAML", "from the text above, edited or pasted", () => send({ do: "yaml", text: yaml.value })))));
 
-  // ---- top: defences and presets; foot: status
+  // ---- top: defences and presets; status
   const rows = () => layout.defences.filter((_, n) => chips[n].firstChild.checked);
   const chips = layout.defences.map((name) => make("label", { className: "atop-chip" },
     make("input", { type: "checkbox", ariaLabel: `show ${name}`, onchange: () => set({ rows: rows() }) }), name));
@@ -315,12 +315,12 @@ function render({ model, el }) {
   const progress = make("progress", { ariaLabel: "progress" });
   const cancel = button("Cancel", "stop what is being computed", () => send({ do: "cancel" }));
   const again = button("Compute", "once more, as after a cancellation", () => send({ do: "compute" }));
-  const foot = make("div", { className: "atop-bar atop-foot" }, progress, status, links, space(), hover, cancel, again);
+  const feedback = make("div", { className: "atop-bar atop-feedback" }, progress, status, links, space(), hover, cancel, again);
 
   const hide = make("style", {}, `.atop-still-${layout.name} { display: none }`);
   // what is typed here is not for JupyterLab, which takes arrow keys for its own
   const root = make("div", { className: "atop atop-live", "data-lm-suppress-shortcuts": "true", onkeydown: (event) => event.stopPropagation() },
-    hide, top, make("div", { className: "atop-main" }, side, make("div", { className: "atop-view" }, problem, grid, player, charts)), foot, pad);
+    hide, top, feedback, make("div", { className: "atop-main" }, side, make("div", { className: "atop-view" }, problem, grid, player, charts)), pad);
   el.append(root);
 
   // ---- what comes back

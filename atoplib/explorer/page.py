@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from atoplib import decisions
 from atoplib.attacks import ATTACKS
-from atoplib.explorer.attack import CURVE_IMAGES, EACH, Values, is_attacking
+from atoplib.explorer.attack import CURVE_IMAGES, EACH, OWN, Values, is_attacking
 from atoplib.explorer.compute import Row, View
 from atoplib.explorer.controls import CONTROLS, TRANSFORMS
 from atoplib.figures import style
@@ -94,10 +94,14 @@ def decision(view: View, row: Row) -> dict[str, Any]:
 
 
 def caption(view: View) -> str:
-    """Attack, radius, what it sees, and the transform with those of its settings that apply, in a line."""
+    """Attack, radius, effort, what it sees, and the transform with those of its settings that apply, in a
+    line."""
     values, attack = view.values, ATTACKS.get(view.values["attack"])
     made = ["no attack"] if attack is None else [attack.title, style.eps_text(values["eps"], values["norm"])]
-    if is_attacking(values):
+    if attack is not None and is_attacking(values):
+        made += [f"{CONTROLS[name].label} {values[name]}" for name in OWN if name in attack.options]
+        if attack.targeted and values["target"] >= 0:
+            made.append(f"target {view.classes[values['target']]}")
         made.append(values["threat_model"])
     title, settings = TRANSFORMS[values["transform"]]
     settings = [f"{CONTROLS[name].label} {values[name]:.3g}" for name in settings]

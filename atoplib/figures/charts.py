@@ -31,6 +31,7 @@ from atoplib.figures.style import (
 
 QUANTITIES = {  # label of a panel's axis; other names stand as they are
     "loss": "loss",
+    "eps": "ε, images in [0, 1]",
     "reconstruction": "mean absolute difference",
     "classification": "cross-entropy (nats)",
     "gan": "generator's GAN loss",
