@@ -210,7 +210,9 @@ def check_eval_mode(model: nn.Module) -> None:
     """Raise ContractError where a part is in train mode: batch statistics and dropout falsify a decision."""
     wrong = next((name or "the model itself" for name, part in model.named_modules() if part.training), None)
     _require(
-        wrong is None, f"the model must be in eval mode, but {wrong} is in train mode; call model.eval()"
+        wrong is None,
+        f"the model must be in eval mode, but {wrong} is in train mode; call model.eval(); one "
+        "of torch.export has no such mode: give the network that was exported",
     )
 
 

@@ -136,7 +136,7 @@ def is_random(
 def _parts_with(method: str, model: Any) -> list[Any]:
     """The parts of a model (or itself, if it is no module) that have a method of this name."""
     parts = model.modules() if isinstance(model, nn.Module) else [model]
-    return [part for part in parts if hasattr(part, method)]
+    return [part for part in parts if callable(getattr(part, method, None))]
 
 
 def reseed(model: Any, seed: int) -> None:

@@ -187,10 +187,10 @@ def test_a_further_worst_case_is_of_the_attacks_that_are_chosen(result):
 # who is who, and what is refused before anything is moved
 
 
-def test_defences_may_have_numbers_for_names_and_another_network_is_measured_anew(tmp_path):
-    first = run({0.25: linear()}, run_dir=tmp_path)
-    second = run({0.25: linear(7)}, run_dir=tmp_path)
-    assert accuracy(first, "0.25", "clean") == 100 > accuracy(second, "0.25", "clean")
+@pytest.mark.parametrize("name", [0.25, "long" * 100])
+def test_any_name_serves_and_another_network_under_it_is_measured_anew(tmp_path, name):
+    first, second = (run({name: linear(seed)}, run_dir=tmp_path) for seed in (0, 7))
+    assert accuracy(first, str(name), "clean") == 100 > accuracy(second, str(name), "clean")
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ FMN = {"linf": "LInfFMNAttack", "l2": "L2FMNAttack", "l1": "L1FMNAttack"}
 BEYOND = 1 + 1e-3  # of a radius that ends on the boundary, where a point is still classified correctly
 LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
 FOUR_CLASSES = ("APGDT", "AutoAttack")  # their targeted loss needs so many
+THREE_CHANNELS = ("TIFGSM", "PIFGSM", "PIFGSMPP")  # their kernels have so many
 ONE_AT_A_TIME = Lock()  # the random numbers of torchattacks are those of the whole process
 
 
@@ -145,9 +146,11 @@ def _build(name: str, model: nn.Module, ball: Ball, seed: int, options: dict[str
     """The attack with our radius, norm, number of classes and seed under the names that it has for them."""
     import torchattacks
 
-    make = getattr(torchattacks, name)
+    make, channels = getattr(torchattacks, name), ball.images.shape[1]
     allowed = set(inspect.signature(make).parameters) - {"model"}
     check_settings(**{f"option of {name}": (option, one_of(*sorted(allowed))) for option in options})
+    if name in THREE_CHANNELS:
+        check_settings(**{f"number of channels for {name} of torchattacks": (channels, one_of(3))})
     with torch.no_grad():
         classes = model(ball.images[:1]).shape[1]
     if name in FOUR_CLASSES and classes < 4 and options.get("version") != "rand":

@@ -253,7 +253,7 @@ def _file(piece: _Piece, facts: Mapping[str, Any], images: Tensor, labels: Tenso
         [piece.eps, piece.shown_to, piece.batch, tensor_hash(images), tensor_hash(labels)],
     ]
     words = re.sub(r"[\W_]+", "-", piece.title.lower())
-    return f"pieces/{words}-batch{piece.batch}-{json_hash(decides)}.pt"
+    return f"pieces/{words[:100]}-batch{piece.batch}-{json_hash(decides)}.pt"
 
 
 def _effort(piece: _Piece, votes: int) -> int:
