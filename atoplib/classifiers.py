@@ -25,6 +25,8 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
+        if mean is None or std is None:
+            raise ValueError("mean and std belong together: give both, or none")
         check_settings(std=(min(std), above(0)))
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(1, 3, 1, 1))
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(1, 3, 1, 1))
@@ -161,7 +163,7 @@ def build(
             f"unknown classifier {name!r}; allowed: {', '.join(CLASSIFIERS)}, or 'package.module:function'"
         )
     network = build_custom(CLASSIFIERS.get(name, name), options, num_classes, name)
-    return network if mean is None or std is None else nn.Sequential(Normalize(mean, std), network)
+    return network if mean is None and std is None else nn.Sequential(Normalize(mean, std), network)
 
 
 def build_custom(

@@ -292,7 +292,7 @@ def _check_answer(model: nn.Module, image: Tensor, differentiable: bool) -> int:
         except RuntimeError as error:
             raise ContractError(
                 "the model is not differentiable: no gradient arrives at the images. Use BPDA "
-                "(attacks.bpda(model) for a pipeline), or an attack without gradients (square, spsa): "
+                "(attacks.bpda(model) for a pipeline), or an attack without gradients (square): "
                 f"{first_line(error)}"
             ) from error
     return logits.shape[1]

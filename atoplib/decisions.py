@@ -1,6 +1,7 @@
 """The decisions of a random model: several samples of it, the vote over them, and when an image counts as
 correct."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from math import sqrt
@@ -64,6 +65,10 @@ VOTES: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_SWITCH = threading.Lock()
+_BLOCKS: dict[str, list] = {}  # device: how many blocks of ``full_float32`` are entered, what was set before
+
+
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
     """Within the block float32 is computed as float32: no autocast, no TF32, nor what
@@ -72,14 +77,19 @@ def full_float32(device: torch.device) -> Iterator[None]:
     cuda, cpu = (backends.cudnn.conv, backends.cuda.matmul), (backends.mkldnn.conv, backends.mkldnn.matmul)
     settings = cuda if device.type == "cuda" else cpu
     with torch.autocast(device.type, enabled=False):
-        before = [setting.fp32_precision for setting in settings]
-        try:
+        with _SWITCH:  # the settings are those of all threads: the last block to end puts them back
+            block = _BLOCKS.setdefault(device.type, [0, [setting.fp32_precision for setting in settings]])
+            block[0] += 1
             for setting in settings:
                 setting.fp32_precision = "ieee"
+        try:
             yield
         finally:
-            for setting, precision in zip(settings, before, strict=True):
-                setting.fp32_precision = precision
+            with _SWITCH:
+                block[0] -= 1
+                if block[0] == 0:
+                    for setting, precision in zip(settings, _BLOCKS.pop(device.type)[1], strict=True):
+                        setting.fp32_precision = precision
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from atoplib import checkpoints, classifiers, decisions, freezing, hashing, pretrained, runs
-from atoplib.parameters import WEIGHTS, Parameters
+from atoplib.parameters import WEIGHTS, Parameters, check_settings, each, one_of
 from atoplib.pipeline import load_pipeline
 
 # Which notebook makes each defence, and the parameters of its run that ``latest`` means.
@@ -197,6 +197,7 @@ def load_defences(
             found.missing[name] = f"{name} is left out: {error}"
     for name, given in (values.get("others", {}) if others is None else others).items():
         parts = given if isinstance(given, Mapping) else {"purifier": given}
+        check_settings(**{f"parts of {name}": (sorted(parts), each(one_of("purifier", "classifier")))})
         classifier = find_weights(p, parts.get("classifier", p.classifier_run))
         path = find_weights(p, parts["purifier"], "AP") if "purifier" in parts else classifier
         add(name, path, classifier)

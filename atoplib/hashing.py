@@ -52,8 +52,8 @@ LIBRARIES = tuple(f"{Path(sysconfig.get_path(name)).resolve()}/" for name in ("s
 
 
 def _short(*parts: bytes | str) -> str:
-    encoded = (part if isinstance(part, bytes) else part.encode() for part in parts)
-    return hashlib.sha256(b"".join(part + b"\0" for part in encoded)).hexdigest()[:16]
+    text = b"".join((part if isinstance(part, bytes) else part.encode()) + b"\0" for part in parts)
+    return hashlib.sha256(text).hexdigest()[:16]
 
 
 def json_hash(value: Any) -> str:
@@ -85,11 +85,7 @@ def tensor_hash(tensor: Any) -> str:
 
 def versions() -> dict[str, str]:
     """Releases of Python and of the packages that decide numbers."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}}
 
 
 def environment(device: Any = "cpu") -> dict[str, str]:

@@ -18,8 +18,10 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from fractions import Fraction
 from functools import partial
+from numbers import Integral
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
@@ -133,15 +135,17 @@ def check_settings(**settings: tuple[Any, Rule]) -> None:
 
 
 def check_counts(**counts: int) -> None:
-    """Raise ValueError unless every number is at least 1."""
-    check_settings(**{name: (count, at_least(1)) for name, count in counts.items()})
+    """Raise ValueError unless every number is whole and at least 1."""
+    for rule in (at_least(1), _rule(lambda value: isinstance(value, Integral), "must be a whole number")):
+        check_settings(**{name: (count, rule) for name, count in counts.items()})
 
 
 def _rule(holds: Callable[[Any], bool], says: str) -> Rule:
     def rule(value: Any) -> Any:
-        if not holds(value):  # NaN never holds
-            raise ValueError(f"{says}, got {value!r}")
-        return value
+        with suppress(TypeError):  # a text where a number belongs
+            if holds(value):  # NaN never does
+                return value
+        raise ValueError(f"{says}, got {value!r}")
 
     return rule
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from atoplib import checkpoints
-from atoplib.contract import ContractError, adapt, check_eval_mode
+from atoplib.contract import adapt, check_eval_mode
 from atoplib.freezing import fold_batch_norms, freeze, to_channels_last
 from atoplib.parameters import above, at_least, between, check_settings, one_of
 from atoplib.purifiers import freeze_purifier
@@ -159,9 +159,9 @@ class AToPPipeline(nn.Module):
         """A copy to attack: the same function and gradients up to rounding, frozen, in less time.
 
         The classifier takes up its batch normalisations, a ``GatedUNet`` becomes a ``FrozenGatedUNet``, known
-        layers are channels-last: each where it is proved to be the same function on probe images
-        (``contract``), else a plain copy. Its samples are those of a pipeline that was just given the seed of
-        this one.
+        layers are channels-last: each where it gives the same answers to probe images
+        (``freezing.same_answers``), else a plain copy. Its samples are those of a pipeline that was just
+        given the seed of this one.
 
         Raises:
             ValueError: in train mode.
@@ -210,11 +210,6 @@ class Mixed(nn.Module):
         weights = torch.tensor([1 - self.alpha, self.alpha], dtype=images.dtype, device=images.device).log()
         natural = self.natural(images).log_softmax(dim=1)
         defended = (self.scale * self.defended(images)).log_softmax(dim=1)
-        if natural.shape != defended.shape:
-            raise ContractError(
-                f"only networks of the same classes can be mixed, but one returns {natural.shape[1]} logits "
-                f"an image, the other {defended.shape[1]}"
-            )
         return torch.stack([weights[0] + natural, weights[1] + defended]).logsumexp(dim=0)
 
 

@@ -16,10 +16,9 @@ Report = Callable[..., None]
 
 def format_seconds(seconds: float) -> str:
     """12 s, 3 min 05 s, 2 h 07 min."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 100:
-        return f"{minutes} min {rest:02d} s" if round(seconds) >= 100 else f"{round(seconds)} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    whole = round(seconds)
+    short = f"{whole // 60} min {whole % 60:02d} s" if whole >= 100 else f"{whole} s"
+    return short if whole < 6000 else f"{whole // 3600} h {whole // 60 % 60:02d} min"
 
 
 class Progress:

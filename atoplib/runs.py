@@ -121,13 +121,13 @@ def _ended(folder: Path, stage: str) -> Iterator[tuple[int, str, Path, str]]:
 # one run
 
 
-def _lock(path: Path) -> FileLock:
+def _lock(path: Path, timeout: float = 0.5) -> FileLock:
     """Hold a lock file, which the system frees when the process ends, even by ``kill -9``; the file itself
-    stays."""
-    lock = FileLock(path, timeout=0, is_singleton=True)  # this process may ask again: a cell executed twice
+    stays. Who only asks (``in_use``) has it for a moment: others wait a little."""
+    lock = FileLock(path, is_singleton=True)  # this process may ask again: a cell executed twice
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire(timeout=timeout, poll_interval=0.01)
     except Timeout:
         manifest = read_json(path.parent / "manifest.json") or {}
         raise RunInUse(
@@ -150,7 +150,7 @@ def in_use(run_dir: Path) -> bool:
     """Whether another process works in a run's directory now."""
     try:
         if (run_dir / "run.lock").is_file():
-            _lock(run_dir / "run.lock").release()
+            _lock(run_dir / "run.lock", timeout=0).release()
     except RunInUse:
         return True
     return False

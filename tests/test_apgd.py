@@ -92,7 +92,8 @@ def by_the_book(model, image, label, target, start, *, eps, norm, loss, steps):
     def project(x):
         if norm == "linf":
             return (image + (x - image).clamp(-eps, eps)).clamp(0, 1)
-        return (image + (x - image) * min(1.0, eps / max((x - image).norm().item(), 1e-12))).clamp(0, 1)
+        change = x.clamp(0, 1) - image  # clipped first: see Ball.project
+        return image + change * min(1.0, eps / max(change.norm().item(), 1e-12))
 
     def direction(gradient):
         return gradient.sign() if norm == "linf" else gradient / gradient.norm()

@@ -101,8 +101,10 @@ def test_tables_hold_parameters_of_a_run_and_of_all_it_was_computed_from_and_com
     jobs = complete(f"{CHAIN}\ngrid: {grid}")
     attacks = [job for job in jobs if job.stage == "04_attack"]
     for accuracy, job in enumerate(attacks):
-        rows = [f"{name},PGD,{rule},{accuracy},100" for name in ("AP", "AToP") for rule in ("single", "vote")]
-        write_text(job.run_dir / "frame.csv", "\n".join(["defence,attack,rule,accuracy,images", *rows]))
+        numbers = [f"{rule},{accuracy},100" for rule in ("single", "vote")]
+        rows = [f"{name},PGD,white-box,{each}" for name in ("AP", "AToP") for each in numbers]
+        heads = "defence,attack,threat_model,rule,accuracy,images"
+        write_text(job.run_dir / "frame.csv", "\n".join([heads, *rows]))
     frame = tables.runs_frame(job.run_dir for job in jobs)
     assert len(frame) == 8 and frame.columns[0] == "run" and frame["metrics.costs.AToP"].eq(3).all()
     assert set(frame["03_finetune_atop.variant"].dropna()) == {"ft_adv", "ft_clean"}
@@ -114,5 +116,6 @@ def test_tables_hold_parameters_of_a_run_and_of_all_it_was_computed_from_and_com
     for group in groups.values():
         assert tables.varied(group) == ["03_finetune_atop.variant"]
         assert list(tables.trained_with(group, "variant")) == ["none (AP)", "ft_adv", "none (AP)", "ft_clean"]
+    write_text(job.run_dir / "frame.csv", "\n".join([heads, *rows, "AP,fixed,known sample,single,0,100"]))
     assert tables.headline(attacks[3].run_dir) == "under the strongest attack: AP 3.0 %, AToP 3.0 %"
     assert len(tables.scores_frame([jobs[0].run_dir])) == 0

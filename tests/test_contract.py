@@ -36,7 +36,6 @@ ATTACKED = {  # cheap options of each
     "pgd": {"steps": 2, "eot_samples": 2},
     "apgd": {"steps": 2},
     "square": {"queries": 3},
-    "spsa": {"steps": 2, "samples": 2},
     "flow": {"steps": 2},
 }
 

@@ -117,8 +117,8 @@ def test_a_pipeline_with_another_classifier_meets_the_transfer_attack_on_its_own
     plan = PROTOCOL._replace(rows=ROWS[:1])
     shown = {name: run(defences, protocol=plan).adversarial(name, "transfer") for name in defences}
     assert torch.equal(shown["AP"], shown["undefended"]) and torch.equal(shown["other"], shown["undefended"])
-    alone = run({"its": linear(7)}, protocol=plan, classifier=linear(7))
-    assert torch.equal(shown["AToP"], alone.adversarial("its", "transfer"))
+    alone = run({"undefended": linear(7)}, protocol=plan)
+    assert torch.equal(shown["AToP"], alone.adversarial("undefended", "transfer"))
     assert not torch.equal(shown["AToP"], shown["AP"])
     found = run(linear(7))
     assert set(found.frame.defence) == {"defence"}, "one module needs no name"
@@ -202,6 +202,7 @@ def test_who_knows_the_sample_breaks_what_randomness_hides_and_that_is_no_worst_
         {"undefended": linear(), "flips": Flips().eval()}, protocol=PROTOCOL._replace(rows=rows), eps=0.03
     )
     assert accuracy(found, "flips", "known") < accuracy(found, "flips", "EOT") - 20
+    assert set(found.frame[found.frame.attack == "known"].threat_model) == {"known sample"}
     assert "worst case" not in set(found.frame.attack), "one attack is its own worst case"
     assert "known" not in set(found.frame[found.frame.defence == "undefended"].attack)
 

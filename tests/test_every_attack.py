@@ -9,7 +9,7 @@ from atoplib.contract import ContractError
 
 SMALL = {"steps": 4, "queries": 20, "samples": 8, "eot_samples": 2, "restarts": 2, "num_targets": 2}
 EPS = {"linf": 0.03, "l2": 0.3, "l1": 3.0, "flow": 0.03}
-NAMES = ["fgsm", "pgd", "pgd_ensemble", "apgd", "flow", "square", "spsa", "ddn", "fmn"]
+NAMES = ["fgsm", "pgd", "pgd_ensemble", "apgd", "flow", "square", "ddn", "fmn"]
 CASES = [(name, norm) for name in NAMES for norm in ATTACKS[name].norms]
 STOCHASTIC = [(name, norm) for name, norm in CASES if ATTACKS[name].stochastic]
 NOT_RANDOM = {"fgsm", "ddn", "fmn"}  # they draw nothing
@@ -88,8 +88,7 @@ def test_no_batch_is_larger_than_max_batch_and_parts_give_the_attack_of_the_whol
     watched = Watched(model).eval()
     found = attack(name, norm, watched, images, labels, max_batch=5)
     assert max(watched.sizes) <= 8, "5, but for the 8 that tell whether the model is random"
-    if name != "spsa":  # SPSA draws its directions part by part
-        torch.testing.assert_close(found, attack(name, norm, model, images, labels))
+    torch.testing.assert_close(found, attack(name, norm, model, images, labels))
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in NOT_RANDOM])
@@ -107,7 +106,7 @@ def test_a_targeted_attack_reaches_its_targets_and_refuses_what_is_none(name, ba
             attack(name, norm, model, images, labels, targets=wrong)
 
 
-@pytest.mark.parametrize("name", ["pgd", "apgd", "autoattack", "square", "spsa", "occlusion", "corruption"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "autoattack", "square", "occlusion", "corruption"])
 def test_a_random_model_is_not_judged_by_a_single_vote(name, batch):
     model, images, labels = batch
     random, options = Watched(model, noise=0.1).eval(), {"restarts": 2} if name == "pgd" else {}
@@ -131,7 +130,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize("wrong, message", WRONG, ids=str)
-@pytest.mark.parametrize("name", ["pgd", "apgd", "flow", "square", "spsa"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "flow", "square"])
 def test_impossible_settings_are_refused(name, wrong, message, batch, without_shape_checks):
     if next(iter(wrong)) in {*ATTACKS[name].options, "eps", "norm"}:
         given = {key: value for key, value in wrong.items() if key in {*ATTACKS[name].options, "eps", "norm"}}
@@ -153,8 +152,6 @@ def test_impossible_settings_are_refused(name, wrong, message, batch, without_sh
         ("square", {"schedule": 0}, "schedule must be at least 1"),
         ("square", {"first_share": 0.0}, "first_share must be above 0, at most 1"),
         ("square", {"ask_again": -1}, "ask_again must be at least 0"),
-        ("spsa", {"samples": 1}, "samples must be at least 2"),
-        ("spsa", {"delta": 0.0}, "delta must be above 0"),
     ],
     ids=str,
 )

@@ -203,9 +203,7 @@ def test_what_is_shown_equals_a_library_call_with_the_same_seed(transform: str, 
     torch.testing.assert_close(row.transformed[-1], corrupt(adversarial, sample)[0, :3] / 2 + 0.5)
 
 
-OPTIONS = {
-    name: {} for name in ("fgsm", "apgd", "pgd_ensemble", "flow", "square", "spsa", "torchattacks:PGD")
-}
+OPTIONS = {name: {} for name in ("fgsm", "apgd", "pgd_ensemble", "flow", "square", "torchattacks:PGD")}
 OPTIONS["pgd"] = {"target": 2, "options": {"restarts": 2}}
 
 

@@ -37,16 +37,13 @@ def test_every_protocol_runs_and_its_attacks_stay_within_their_radii(name):
 # what is refused
 
 
-@pytest.mark.parametrize("place", ["defence", "classifier"])
+@pytest.mark.parametrize("place", ["a", "undefended", "sister"])
 def test_a_model_in_train_mode_is_refused_before_its_statistics_move(place):
     norm = nn.BatchNorm2d(3)
     wrong = nn.Sequential(norm, linear()).eval()
     norm.train()
     with pytest.raises(ValueError, match="is in train mode"):
-        run(
-            {"a": wrong if place == "defence" else linear()},
-            classifier=wrong if place == "classifier" else None,
-        )
+        run({"a": linear(), place: wrong} if place != "sister" else {"a": linear()}, sisters={"a": wrong})
     assert norm.num_batches_tracked == 0 and (norm.running_mean == 0).all()
 
 
@@ -90,11 +87,13 @@ def test_a_deterministic_model_gets_the_passes_of_a_long_run_as_more_starts():
     for row in (Row("pgd_ensemble", step=0.1, options={**PGD, "restarts": 1}, equal_passes=True), *rows):
         random, calm = (row.keywords(0.5, random=value, rule="any", votes=5) for value in (True, False))
         passes = [given["steps"] * given["eot_samples"] * given["restarts"] for given in (random, calm)]
-        assert passes[0] == passes[1] and calm["eot_samples"] == 1 and calm["steps"] < 80, row
+        assert passes[0] == passes[1] and calm["eot_samples"] == 1, row
+        assert calm["steps"] < 80 or row.norm == "l1", "in l1 long runs find more"
         assert calm.get("alpha") == (row.step and 0.05)
         if row.attack == "pgd_ensemble":
-            assert (random["votes"], calm["votes"]) == (5, 1) and "loss" not in random
-            assert calm["loss"] == ("mean_softmax", "likely_targets"), "of many starts, targets find more"
+            targets, first = "likely_targets", None if row.norm != "l1" else "likely_targets"
+            assert (random["votes"], calm["votes"]) == (5, 1) and random.get("loss") == first
+            assert calm["loss"] == (first or ("mean_softmax", targets)), "of many starts, targets find more"
 
 
 def test_a_changed_protocol_says_so_and_its_columns_what_was_run():

@@ -158,13 +158,7 @@ def test_a_weaker_attack_that_wins_is_told():
     )
     assert masked_gradients(evaluation(ours, outcome([0] * 4 + [1] * 16, "T", "transfer"))) == []
     assert len(masked_gradients(evaluation(ours, outcome([0] * 6 + [1] * 14, "T", "transfer")))) == 1
-    strong = outcome([0] * 20, "known sample")
-    assert (
-        len(
-            masked_gradients(
-                evaluation(ours, square, strong, gradient_free=["Square"], known_sample=["known sample"])
-            )
-        )
-        == 1
-    )
+    known = outcome([0] * 20, "fixed", "known sample")
+    assert len(masked_gradients(evaluation(ours, square, known, gradient_free=["Square"]))) == 1
+    strong = outcome([0] * 20, "strong")
     assert masked_gradients(evaluation(strong, square, gradient_free=["Square"])) == []

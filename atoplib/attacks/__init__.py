@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from atoplib.attacks.apgd import apgd, autoattack
-from atoplib.attacks.black_box import spsa, square
+from atoplib.attacks.black_box import square
 from atoplib.attacks.eot import (
     EOTGradient,
     EOTWrapper,
@@ -48,7 +48,6 @@ __all__ = [
     "corrupt",
     "corruption",
     "ddn",
-    "default_eps",
     "eot_gradient",
     "fgsm",
     "flow",
@@ -58,21 +57,21 @@ __all__ = [
     "pgd",
     "pgd_ensemble",
     "rotation_translation",
-    "spsa",
     "square",
     "third_party",
+    "usual_radii",
 ]
 
-# The usual eps by norm and data set: in units of the image ([0, 1]); flow: of half the image's side; patches;
-# degrees; severity.
-RADII: dict[str, dict[str, float]] = {
-    "linf": {"mnist": 0.3, "cifar10": 8 / 255},
-    "l2": {"mnist": 2.0, "cifar10": 0.5},
-    "l1": {"mnist": 12.0, "cifar10": 12.0},
-    "flow": {"mnist": 0.05, "cifar10": 0.05},
-    "occlusion": {"mnist": 1, "cifar10": 1},
-    "rotation": {"mnist": 30, "cifar10": 30},
-    "corruption": {"mnist": 3, "cifar10": 3},
+# The usual eps by norm, of grey images (MNIST) and of coloured ones (CIFAR-10): in units of the image
+# ([0, 1]); flow: of half the image's side; patches; degrees; severity.
+RADII: dict[str, tuple[float, float]] = {
+    "linf": (0.3, 8 / 255),
+    "l2": (2.0, 0.5),
+    "l1": (12.0, 12.0),
+    "flow": (0.05, 0.05),
+    "occlusion": (1, 1),
+    "rotation": (30, 30),
+    "corruption": (3, 3),
 }
 
 SHARED = {
@@ -126,9 +125,10 @@ class Attack:
         return "targets" in signature(self.function).parameters
 
 
-def default_eps(norm: str, dataset: str) -> float:
-    """The usual radius for a data set; that of CIFAR-10 for one that has none of its own."""
-    return RADII[norm][next((name for name in RADII[norm] if dataset.startswith(name)), "cifar10")]
+def usual_radii(images: Tensor) -> dict[str, float]:
+    """The usual eps of each norm (``RADII``): those of digits where all images are grey, else of CIFAR-10."""
+    grey = bool((images[:, :1] == images).all())
+    return {norm: of_grey if grey else of_colour for norm, (of_grey, of_colour) in RADII.items()}
 
 
 def _torchattacks(name: str) -> Attack:
@@ -169,10 +169,6 @@ _ROWS = (
     Attack(
         "square", "Square", square, ("linf", "l2"),
         "random search with squares, logits alone (Andriushchenko et al. 2020)", gradient=False,
-    ),
-    Attack(
-        "spsa", "SPSA", spsa, NORMS,
-        "a gradient estimated from pairs of logits (Uesato et al. 2018)", gradient=False,
     ),
     Attack(
         "occlusion", "Occlusion", occlusion, ("occlusion",),

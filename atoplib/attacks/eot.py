@@ -9,6 +9,7 @@ by the mean of 150 samples). The decision is the defence's own.
 
 from collections.abc import Callable
 from math import log
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -89,7 +90,7 @@ def eot_gradient(
 def make_generator(seed: int | torch.Generator | None, device: torch.device) -> torch.Generator | None:
     """The generator of an attack's own random numbers: a new one for a number, a given one, or None (torch's
     global)."""
-    return torch.Generator(device).manual_seed(seed) if isinstance(seed, int) else seed
+    return torch.Generator(device).manual_seed(int(seed)) if isinstance(seed, Integral) else seed
 
 
 class PassCounter(Adapted):

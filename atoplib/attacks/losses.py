@@ -95,8 +95,6 @@ LOSSES: dict[str, Loss] = {
     "scaled_ce": scaled_cross_entropy,
     "margin": margin,
     "dlr": dlr,
-    "target_margin": target_margin,
-    "targeted_dlr": targeted_dlr,
     MEAN_SOFTMAX: scaled_cross_entropy,  # of each sample; ``eot_gradient`` makes one loss of them
 }
 

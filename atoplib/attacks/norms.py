@@ -99,11 +99,11 @@ class Ball:
     def project(
         self, points: Float[Tensor, "batch channels height width"]
     ) -> Float[Tensor, "batch channels height width"]:
-        """The nearest points within the ball, clipped to [0, 1] (which never leaves it; for l1 both at
-        once)."""
+        """Points within the ball and [0, 1]: the nearest ones (linf, l1); for l2 clipped first and shortened
+        then, so that what is clipped takes no share of the radius."""
         if self.norm == "linf":
             return points.clamp(self._low, self._high)
-        moved = points - self.images
+        moved = (points.clamp(0, 1) if self.norm == "l2" else points) - self.images
         # the sum is rounded value by value, by some 1e-7 of an image's: a margin of that size keeps it in the
         # ball
         count = moved[0].numel()

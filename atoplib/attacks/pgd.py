@@ -109,6 +109,8 @@ def pgd(
     if isinstance(start, str):
         check_settings(start=(start, one_of("random", "clean")))
         start = images if start == "clean" else None
+    else:
+        check_settings(**{"shape of start": (start.shape, one_of(images.shape))})
     max_batch = max_batch if checked else max(max_batch, len(images))
     whole, generator = ball(images, eps, norm), make_generator(seed, images.device)
     sizes = step_sizes(eps, steps, alpha, cycles)
@@ -192,7 +194,8 @@ def n_fgsm(
     seed: int | torch.Generator | None = 0,
 ) -> Float[Tensor, "batch channels height width"]:
     """Images for adversarial training, in [0, 1]: one step of size eps from the images with noise, uniform in
-    +-noise * eps. They are not projected, so they lie up to (1 + noise) eps away: no attack to evaluate by.
+    +-noise * eps (at most 1). They are not projected, so they lie up to (1 + noise) eps away: no attack to
+    evaluate by.
 
     Arguments and errors as ``pgd``; linf.
 

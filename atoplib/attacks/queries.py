@@ -27,6 +27,7 @@ from atoplib.decisions import (
 )
 from atoplib.parameters import at_least, check_counts, check_settings, one_of
 
+FINALISTS = 20  # candidates of an image that are compared again
 # The steps that it reports at most; (positions of the images to attack, callback) -> adversarial images at
 # these positions.
 Attempt = tuple[int, Callable[[Tensor, StepCallback | None], Tensor]]
@@ -288,18 +289,37 @@ class Search:
 
         All candidates meet the same samples of a model where these can be fixed (for a batch of one size: the
         best so far meet those of a smaller one anew once an image has left); only what a candidate breaks
-        by the mean margin is decided by votes, with new samples.
+        by the mean margin is decided by votes, with new samples. The best of many noisy values is too good:
+        of a random model the ``FINALISTS`` of each image are compared again, on votes
+        (``strongest_attempt``).
         """
         seed, judged = new_seed(self.model, self.generator, self.images.device), len(self.active)
+        values = torch.full((count, len(self.images)), -torch.inf, device=self.images.device)
         for number in range(count):
             if self.random and len(self.active) < judged:
                 judged = len(self.active)
                 self.margins[self.active] = self.margin(self.adversarial[self.active], seed)
             with full_float32(self.images.device):  # also where the model computes in less
                 points = candidate(number, self.active)
-            self.keep(points, self.margin(points, seed))
+            found = values[number, self.active] = self.margin(points, seed)
+            self.keep(points, found)
             if callback is not None:
                 callback(number + 1, count, self.adversarial.clone(), self.margins.clone())
             if len(self.active) == 0:
                 break
+        left = self.active
+        if self.random and count > 1 and len(left):
+
+            def finalist(numbers: Tensor, rows: Tensor, _report: StepCallback | None) -> Tensor:
+                points = self.images[left[rows]]
+                for number in numbers[rows].unique().tolist():
+                    points[numbers[rows] == number] = candidate(number, left[rows][numbers[rows] == number])
+                return points
+
+            best = values[:, left].topk(min(FINALISTS, count), dim=0).indices
+            self.adversarial[left] = strongest_attempt(
+                self.model, self.images[left], self.labels[left],
+                [(1, partial(finalist, numbers)) for numbers in best],
+                targets=at_rows(self.targets, left), **self.decision,
+            )  # fmt: skip
         return self.adversarial

@@ -24,13 +24,12 @@ from atoplib.attacks.norms import Ball, norm_of
 from atoplib.attacks.pgd import step_sizes
 from atoplib.attacks.queries import prepare_attack
 from atoplib.decisions import Model, forked_rng, is_random
-from atoplib.parameters import check_counts, check_settings, one_of
+from atoplib.parameters import above, check_counts, check_settings, one_of
 
 FMN = {"linf": "LInfFMNAttack", "l2": "L2FMNAttack", "l1": "L1FMNAttack"}
 BEYOND = 1 + 1e-3  # of a radius that ends on the boundary, where a point is still classified correctly
 LINF, L2, BOTH = ("linf",), ("l2",), ("linf", "l2")
 FOUR_CLASSES = ("APGDT", "AutoAttack")  # their targeted loss needs so many
-THREE_CHANNELS = ("TIFGSM", "PIFGSM", "PIFGSMPP")  # their kernels have so many
 ONE_AT_A_TIME = Lock()  # the random numbers of torchattacks are those of the whole process
 
 
@@ -122,6 +121,12 @@ def third_party(
     """
     check_settings(name=(name, one_of(*THIRD_PARTY)))
     known = THIRD_PARTY[name]
+    given = {
+        option: value for option, value in {"steps": steps, "queries": queries}.items() if value is not None
+    }
+    check_counts(**given)
+    if unknown := [option for option in given if not getattr(known, option)]:
+        raise ValueError(f"{name} of torchattacks has no {unknown[0]}: leave them out")
     norm = norm or known.norms[0]
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
     model, images, labels = prepare_attack(model, images, labels)
@@ -146,11 +151,9 @@ def _build(name: str, model: nn.Module, ball: Ball, seed: int, options: dict[str
     """The attack with our radius, norm, number of classes and seed under the names that it has for them."""
     import torchattacks
 
-    make, channels = getattr(torchattacks, name), ball.images.shape[1]
+    make = getattr(torchattacks, name)
     allowed = set(inspect.signature(make).parameters) - {"model"}
     check_settings(**{f"option of {name}": (option, one_of(*sorted(allowed))) for option in options})
-    if name in THREE_CHANNELS:
-        check_settings(**{f"number of channels for {name} of torchattacks": (channels, one_of(3))})
     with torch.no_grad():
         classes = model(ball.images[:1]).shape[1]
     if name in FOUR_CLASSES and classes < 4 and options.get("version") != "rand":
@@ -284,6 +287,7 @@ def _nearest(
 ) -> Tensor:
     """What foolbox's attack ``name`` finds, pulled back to ``eps``."""
     check_counts(steps=steps)
+    check_settings(eps=(eps, above(0)))
     model, images, labels = prepare_attack(model, images, labels, targets)
     if is_random(model, images, max_batch=max_batch):
         raise ValueError(

@@ -181,7 +181,7 @@ def corruption(
             kind.
         rule, votes: when an image counts as broken and further kinds are not tried (``decisions.correct``).
         targets: the class that each image is driven to; None: any other.
-        seed: of noises and directions; the same for every kind.
+        seed: of noises and directions; a number is the same for every kind.
 
     Returns:
         images in [0, 1].

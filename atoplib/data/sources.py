@@ -21,7 +21,7 @@ from atoplib.contract import first_line
 from atoplib.data import images
 from atoplib.data.splits import Dataset, Split, subset, to_float
 from atoplib.files import workspace_dir
-from atoplib.parameters import at_least, check_settings
+from atoplib.parameters import at_least, check_settings, one_of
 from atoplib.progress import Report
 
 SMALL_SET_BYTES = 2**30
@@ -137,10 +137,11 @@ def load_images(
     """The first n images (None: all) of a fixed order of a split in [0, 1], classes mixed, and their labels;
     those of a smaller n are the first of a larger one. "mnist" is the embedded mnist5k here, and nothing is
     downloaded. Errors as `load`."""
+    check_settings(split=(split, one_of("train", "test")), n=(1 if n is None else n, at_least(1)))
     name = "mnist5k" if dataset == "mnist" else dataset
     other = {"max_test" if split == "train" else "max_train": 1}  # which is not asked for
     chosen = getattr(load(name, image_size=image_size, data_dir=data_dir, download=False, **other), split)
-    rows = torch.from_numpy(subset(len(chosen.labels), n, seed))
+    rows = torch.from_numpy(subset(len(chosen.labels), n or len(chosen.labels), seed))
     return to_float(chosen.images[rows]), chosen.labels[rows]
 
 

@@ -54,7 +54,7 @@ def subset(count: int, limit: int | tuple[int, ...] | None, seed: int = 0) -> np
     if isinstance(limit, tuple):
         check_settings(max_test=(limit, each(between(0, count - 1))))
         return np.asarray(limit, dtype=np.int64)
-    if limit is None or limit >= count:
+    if limit is None:
         return np.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(SUBSET_SEED + seed)).numpy()[:limit]
 

@@ -30,7 +30,7 @@ from atoplib.decisions import (
     sample_logits,
 )
 from atoplib.evaluation.protocols import COUNTS, Protocol, Row, check_protocol, for_classes, radii
-from atoplib.evaluation.results import CLEAN, FILES, Evaluation, with_worst_cases
+from atoplib.evaluation.results import CLEAN, FILES, KNOWN, Evaluation, with_worst_cases
 from atoplib.files import read_json, set_aside, write_atomically, write_json
 from atoplib.hashing import code_hash, environment, function_hash, json_hash, model_hash, tensor_hash
 from atoplib.parameters import check_counts
@@ -74,7 +74,6 @@ def evaluate(
     norm: str = "linf",
     seed: int = 0,
     run_dir: str | Path | None = None,
-    classifier: nn.Module | None = None,
     sisters: Mapping[str, nn.Module] | None = None,
     max_batch: int = 256,
     dtype: torch.dtype = torch.float32,
@@ -101,7 +100,6 @@ def evaluate(
         seed: of everything random.
         run_dir: where results and finished pieces are kept. The same call goes on there; what depends on
             something that changed is measured anew, and the old archived in ``superseded-N``.
-        classifier: what transfer attacks on all defences use; None: as above.
         sisters: other trainings of some of the defences (another seed), by the defence's name; what is made
             on them in rows of the threat model ``sister`` is shown to it. Without one there is no such row.
         max_batch: copies of images (images x samples) that are in memory at once.
@@ -134,7 +132,7 @@ def evaluate(
     targets = {}
     for name, model in defences.items():
         targets[name], images, labels = prepare(model, images, labels)
-    for name, model in _helpers(targets, classifier, sisters or {}).items():
+    for name, model in _helpers(targets, sisters or {}).items():
         targets[name], *_ = prepare(model, images, labels)
     random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
     classes = min(sample_logits(model, images[:1]).shape[2] for model in targets.values())
@@ -152,7 +150,6 @@ def evaluate(
         "code": code_hash("atoplib.evaluation.measure"),
         "environment": environment(images.device),
         "gradient_free": [row.heading for row in plan.rows if not ATTACKS[row.attack].gradient],
-        "known_sample": [row.heading for row in plan.rows if row.known_sample],
     }
     facts, folder = _plain(facts), run_dir and Path(run_dir)
     pieces = [
@@ -183,7 +180,7 @@ def evaluate(
             kept[name, piece.attack, eps].append(shown)
         report(1, 1, message=f"{piece.title}: {sum(right)} of {len(right)} correct")
     evaluation = Evaluation(
-        with_worst_cases(pd.concat(found, ignore_index=True), facts["known_sample"]),
+        with_worst_cases(pd.concat(found, ignore_index=True)),
         labels.cpu().numpy(),
         facts,
         {key: torch.cat(parts) for key, parts in kept.items()},
@@ -193,14 +190,10 @@ def evaluate(
     return evaluation
 
 
-def _helpers(
-    defences: Mapping[str, nn.Module], classifier: nn.Module | None, sisters: Mapping[str, nn.Module]
-) -> dict[str, nn.Module]:
+def _helpers(defences: Mapping[str, nn.Module], sisters: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """What attacks use in place of a defence: one classifier for all, a pipeline's own other one, sisters."""
     own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
     found = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
-    if classifier is not None:
-        return found | {SURROGATE: classifier}
     shared = defences.get("undefended", next(iter(own.values()), None))
     if shared is not None:
         found[SURROGATE], same = shared, model_hash(shared)
@@ -302,7 +295,7 @@ def _measure(
                 {
                     "defence": name,
                     "attack": piece.attack,
-                    "threat_model": row.threat_model if row else "",
+                    "threat_model": KNOWN if known else row.threat_model if row else "",
                     "norm": row.norm if row else "",
                     "image": list(range(piece.images.start, piece.images.stop)),
                     "eps": eps,

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from atoplib.attacks import ATTACKS, RADII
+from atoplib.attacks import ATTACKS, RADII, usual_radii
 from atoplib.decisions import ANY
 from atoplib.parameters import check_settings, one_of
 
@@ -65,7 +65,8 @@ class Row(NamedTuple):
         if not random and "eot_samples" in known:
             samples, given["eot_samples"] = given["eot_samples"], 1
             if self.equal_passes:
-                parts = max(1, given["steps"] // 40)  # further starts bring more than further steps
+                # further starts bring more than further steps, but for l1
+                parts = 1 if self.norm == "l1" else max(1, given["steps"] // 40)
                 given["steps"] //= parts
                 given["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
@@ -181,12 +182,6 @@ def for_classes(protocol: Protocol, classes: int) -> Protocol:
     return protocol._replace(rows=tuple(rows))
 
 
-def usual_radii(images: torch.Tensor) -> str:
-    """Of which data set the usual radii (``attacks.RADII``) fit: ``mnist`` for grey images, else
-    ``cifar10``."""
-    return "mnist" if bool((images[:, :1] == images).all()) else "cifar10"
-
-
 def radii(
     images: torch.Tensor, eps: float | Sequence[float] | Mapping[str, Any] | None = None, norm: str = "linf"
 ) -> dict[str, tuple[float, ...]]:
@@ -198,13 +193,11 @@ def radii(
         ValueError: for a radius that is not above 0, an l_inf radius above 1, an empty list or one that is
             not ascending.
     """
-    usual = usual_radii(images)
-    eps = eps.tolist() if isinstance(eps, np.ndarray) else eps
-    found = {} if isinstance(eps, Sequence) else {name: of_kind[usual] for name, of_kind in RADII.items()}
+    found = {} if isinstance(eps, Sequence | np.ndarray) else usual_radii(images)
     found |= {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
     for name, value in found.items():
         check_settings(**{"each norm of eps": (name, one_of(*RADII))})
-        values = tuple(map(float, value if isinstance(value, Sequence) else (value,)))
+        values = tuple(np.atleast_1d(value).astype(float).tolist())
         largest = 1 if name == "linf" else float_info.max
         if not values or list(values) != sorted(set(values)) or not 0 < values[0] <= values[-1] <= largest:
             raise ValueError(
@@ -232,6 +225,7 @@ _PGD = "PGD-{steps} + EOT-{eot_samples} {norm}"
 def _strongest(steps: int, samples: int, norm: str | None = None, *, name: str = _PGD, **row: Any) -> Row:
     """The strongest attack of the kit for its passes: one run over EOT samples, or as many restarts."""
     options = {"steps": steps, "eot_samples": samples, "restarts": 1}
+    options |= {"loss": "likely_targets"} if norm == "l1" else {}
     return Row("pgd_ensemble", name, norm, options=options, equal_passes=True, **row)
 
 

@@ -16,6 +16,7 @@ from atoplib.files import write_json, write_text
 from atoplib.parameters import check_settings, one_of
 
 CLEAN, WORST = "clean", "worst case"
+KNOWN = "known sample"  # threat model of who knows the sample of t: it tells what randomness hides
 FILES = ("results.json", "frame.csv", "images.csv", "table.md", "table.tex")
 RULE_NAMES = dict(zip(RULES, ("single sample", "majority", "mean softmax", "worst of N"), strict=True))
 NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
@@ -81,10 +82,10 @@ def by_defence(*parts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows for _, rows in groups], ignore_index=True)
 
 
-def with_worst_cases(found: pd.DataFrame, aside: Sequence[str]) -> pd.DataFrame:
+def with_worst_cases(found: pd.DataFrame) -> pd.DataFrame:
     """Each defence with its worst cases: of each norm and radius, and of all norms at their largest radii;
-    attacks ``aside`` are no part of them."""
-    attacked = (found["attack"] != CLEAN) & ~found["attack"].isin(aside)
+    attacks that know the sample are no part of them."""
+    attacked = (found["attack"] != CLEAN) & (found["threat_model"] != KNOWN)
     several, parts = found.loc[attacked, "norm"].nunique() > 1, [found]
     for (norm, _), together in found[attacked].groupby(["norm", "eps"], sort=False):
         if together["attack"].nunique() > 1:
@@ -314,8 +315,8 @@ def masked_gradients(evaluation: Evaluation) -> list[str]:
 
     Source: Athalye et al. 2018, section 3.1; Carlini et al. 2019.
     """
-    free, aside = (set(evaluation.facts.get(name, ())) for name in ("gradient_free", "known_sample"))
-    met = evaluation.by_image[lambda rows: (rows["threat_model"] != "") & ~rows["attack"].isin(aside)]
+    free = set(evaluation.facts.get("gradient_free", ()))
+    met = evaluation.by_image[lambda rows: ~rows["threat_model"].isin(["", KNOWN])]
     weaker = (met["threat_model"] != "white-box") | met["attack"].isin(free)
     strongest = met[~weaker].groupby(["defence", "norm", "eps", "image"])["majority"].min()
     sentences = []

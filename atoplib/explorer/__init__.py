@@ -1,7 +1,7 @@
 """The explorer: turn a knob, see the perturbation die. ``explore`` shows it in a notebook.
 
 ``controls`` says what can be set, ``attack`` and ``compute`` what it shows, ``page`` what is drawn of that;
-``widget`` and ``explorer.js`` are the two ends of the wire, ``worker`` the thread.
+``widget`` (with the thread that computes) and ``explorer.js`` are the two ends of the wire.
 """
 
 import base64
@@ -15,7 +15,7 @@ from IPython.display import display
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib import attacks, data, decisions, pretrained
+from atoplib import data, decisions, pretrained
 from atoplib.explorer import controls, page
 from atoplib.explorer.attack import Scene, device_of
 from atoplib.explorer.widget import Explorer
@@ -102,7 +102,7 @@ def make_explorer(
     values = {name: control.default for name, control in controls.CONTROLS.items()} | {
         "rows": list(scene.defences),
         "norm": norm,
-        "eps": attacks.default_eps(one_of(*controls.UNITS)(norm), scene.dataset) if eps is None else eps,
+        "eps": scene.usual[one_of(*controls.UNITS)(norm)] if eps is None else eps,
         "transform": transform.name,
         **{name: getattr(transform, name) for name in ("missing_rate", "noise_std", "num_masks")},
     }

@@ -16,9 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib import decisions
-from atoplib.attacks import ATTACKS, bpda
+from atoplib.attacks import ATTACKS, bpda, usual_radii
 from atoplib.contract import adapt, check_eval_mode, device_of
-from atoplib.evaluation.protocols import usual_radii
 from atoplib.evaluation.results import percents
 from atoplib.pipeline import AToPPipeline
 
@@ -49,7 +48,7 @@ class Scene:
         images, labels: in [0, 1]; images of one's own are appended.
         paths: attacks that were run, see ``attack_path``.
         given: how many of the images were there from the start.
-        dataset: whose usual radii fit, as ``attacks.default_eps`` names it: ``mnist`` where these are grey.
+        usual: the usual eps of each norm for images such as these.
     """
 
     defences: dict[str, nn.Module | Callable[[], nn.Module]]
@@ -61,7 +60,7 @@ class Scene:
     paths: dict[tuple, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.given, self.dataset = len(self.images), usual_radii(self.images)
+        self.given, self.usual = len(self.images), usual_radii(self.images)
 
     def defence(self, name: str, values: Values | None = None) -> nn.Module:
         """The module of a defence, with the transform of the values where it is a pipeline; the original

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from atoplib import parameters
-from atoplib.attacks import ATTACKS, default_eps
+from atoplib.attacks import ATTACKS
 from atoplib.explorer.attack import EACH, NO_ATTACK, OWN, TRANSFORM, Scene, Values, is_attacking
 from atoplib.files import read_yaml
 from atoplib.pipeline import AToPPipeline
@@ -163,7 +163,7 @@ def changed(values: Values, changes: Mapping[str, Any], scene: Scene, start: Val
         new["target"] = new["target"] if attack.targeted else -1
         new["norm"] = new["norm"] if new["norm"] in attack.norms else attack.norms[0]
     if new["norm"] != values["norm"] and "eps" not in changes:
-        new["eps"] = start["eps"] if new["norm"] == start["norm"] else default_eps(new["norm"], scene.dataset)
+        new["eps"] = start["eps"] if new["norm"] == start["norm"] else scene.usual[new["norm"]]
     if not KEEP_STEP.issuperset(changes):
         new["shown_step"] = new["shown_step"] if "shown_step" in changes else None
     if {"image", "attack"}.intersection(changes):

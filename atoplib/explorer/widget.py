@@ -196,7 +196,7 @@ class Explorer(anywidget.AnyWidget):
             raise ValueError("this file is no picture that can be read: give a PNG or JPEG") from error
         channels, height, width = self.scene.images.shape[1:]
         image = pil_to_tensor(ImageOps.fit(picture, (width, height))).float() / 255
-        if self.scene.dataset == "mnist":
+        if (self.scene.images == self.scene.images[:, :1]).all():  # as grey as the others
             image = image.mean(dim=0, keepdim=True).expand(channels, -1, -1)
         defence = self.scene.defence(self.values["rows"][0], self.values)
         logits = decisions.sample_logits(defence, image[None].to(attack.device_of(defence)))[0].cpu()

@@ -130,7 +130,7 @@ class DiffusionPurifier(nn.Module):
             memory of one step instead of all, for a third more time.
 
     Raises:
-        MissingDiffusers: without the optional extra.
+        ImportError: without the optional extra.
         ValueError: for settings that are not allowed.
 
     Source: Nie et al. 2022, section 3.1 (equations 4 and 5), with the steps of Song et al. 2021 for the way
@@ -253,7 +253,7 @@ def load_diffusers(
         the purifier; its ``options`` are those for ``checkpoints.save``.
 
     Raises:
-        MissingDiffusers: without the optional extra.
+        ImportError: without the optional extra.
         ValueError: for a model that predicts anything but the noise of images with 1 or 3 channels.
         OSError: if there is no such model, no ``scheduler_config.json``, or only weights that would have to
             be unpickled.

@@ -264,7 +264,7 @@ class _Training:
             self.average.update_parameters(self.result)
         for name, value in reported.items():
             value = torch.as_tensor(value, device=self.device).detach().float()
-            self.sums[name] = self.sums.get(name, 0) + value
+            self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
         self.last_loss = reported["loss"].detach()
         self.step += 1
         self.between_steps = True
@@ -304,7 +304,7 @@ class _Training:
         if not (self.sums and self.epoch_is_over):
             return
         epoch, count = self.step // self.steps_per_epoch, (self.step - 1) % self.steps_per_epoch + 1
-        means = {name: float(value) / count for name, value in self.sums.items()}
+        means = {name: float(total / times) for name, (total, times) in self.sums.items()}
         shown = (self.average.module if self.average else self.result).eval()
         numbers = {**means, **(validate(shown) if validate else {}), "seconds": self.seconds}
         if self.run and save and keep_every and count == self.steps_per_epoch and epoch % keep_every == 0:
