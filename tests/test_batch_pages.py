@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+from itertools import product
 from pathlib import Path
 
 import nbformat
@@ -101,8 +102,8 @@ def test_tables_hold_parameters_of_a_run_and_of_all_it_was_computed_from_and_com
     jobs = complete(f"{CHAIN}\ngrid: {grid}")
     attacks = [job for job in jobs if job.stage == "04_attack"]
     for accuracy, job in enumerate(attacks):
-        numbers = [f"{rule},{accuracy},100" for rule in ("single", "vote")]
-        rows = [f"{name},PGD,white-box,{each}" for name in ("AP", "AToP") for each in numbers]
+        names = product(("AP", "AToP"), ("single", "vote"))
+        rows = [f"{name},PGD,white-box,{rule},{accuracy},100" for name, rule in names]
         heads = "defence,attack,threat_model,rule,accuracy,images"
         write_text(job.run_dir / "frame.csv", "\n".join([heads, *rows]))
     frame = tables.runs_frame(job.run_dir for job in jobs)

@@ -66,7 +66,10 @@ class TestMnist5k:
         assert torch.equal(fewer, images[:10]) and not torch.equal(
             load_images("mnist5k", 10, seed=1)[0], fewer
         )
+        assert torch.equal(load_images("mnist")[0][:64], images), "all begin as some do"
         assert len(load_images("mnist5k", split="train")[1]) == 4000
+        with pytest.raises(ValueError, match="n must be at least 1"):
+            load_images("mnist", -5)
         with pytest.raises(
             FileNotFoundError, match=r"cifar10 is not in .*: data\.load\('cifar10'\) downloads it"
         ):

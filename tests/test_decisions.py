@@ -54,6 +54,10 @@ def test_float32_is_float32_within_the_block_and_as_before_after_it():
     with pytest.raises(KeyError), full_float32(torch.device("cuda")):  # settings alone: no GPU is asked
         assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
         raise KeyError
+    first, second = full_float32(torch.device("cuda")), full_float32(torch.device("cuda"))
+    first.__enter__(), second.__enter__(), first.__exit__(None, None, None)  # as two threads may
+    assert [setting.fp32_precision for setting in settings] == ["ieee", "ieee"]
+    second.__exit__(None, None, None)
     assert [setting.fp32_precision for setting in settings] == before
 
 

@@ -130,6 +130,11 @@ def test_further_defences_are_a_purifier_a_classifier_or_both(tmp_path):
     }
     found = defences.load_defences(defences.resolve(parameters(tmp_path, others=others)), ("undefended",))
     assert [isinstance(found[name], AToPPipeline) for name in others] == [True, False, True]
+    misspelt = {"x": {"purifer": "pretrained"}}
+    with pytest.raises(ValueError, match="parts of x must be one of purifier, classifier, got 'purifer'"):
+        defences.load_defences(
+            parameters(tmp_path, classifier_run="pretrained"), ("undefended",), others=misspelt
+        )
     with pytest.raises(FileNotFoundError, match="there is no run 'nothing'"):
         defences.load_defences(
             parameters(tmp_path, classifier_run="pretrained", others={"x": "nothing"}), ("undefended",)

@@ -121,6 +121,8 @@ WRONG = [
     ({"eps": 8.0}, "at most"),
     ({"norm": "l0"}, "norm must be one of"),
     ({"steps": 0}, "steps must be at least 1, got 0"),
+    ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+    ({"eps": "8/255"}, "eps must be above 0.* got '8/255'"),
     ({"queries": 0}, "queries must be at least 1"),
     ({"eot_samples": 0}, "eot_samples must be at least 1"),
     ({"restarts": 0}, "restarts must be at least 1, got 0"),

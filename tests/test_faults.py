@@ -124,8 +124,14 @@ def test_every_protocol_runs_with_few_classes_and_says_what_it_left_out(name, cl
     few = {
         key: 1 for key in ("steps", "eot_samples", "queries") if any(key in r.options for r in protocol.rows)
     }
-    both = {"undefended": model, "defence": model}
-    result = evaluate(both, images, model(images).argmax(1), protocol=protocol, eps=0.1, **few)
+    result = evaluate(
+        {"undefended": model, "defence": model},
+        images,
+        model(images).argmax(1),
+        protocol=protocol,
+        eps=0.1,
+        **few,
+    )
     headings = set(result.frame.attack)
     needs = {"autoattack": 4, "apgd": 3}
     changed = any(needs.get(row.attack, 2) > classes for row in protocol.rows)

@@ -113,6 +113,15 @@ def test_the_history_has_an_entry_an_epoch_and_progress_tells_images(split):
     assert history[0]["loss"] == pytest.approx(sum(losses[:5]) / 5)
 
 
+def test_a_term_that_only_some_steps_report_is_averaged_over_these(split):
+    network, late = tiny_classifier(), ({}, {"late": 1.0})
+    (entry,) = fit(
+        lambda x, y, epoch: {"loss": F.cross_entropy(network(x), y), **late[epoch >= 0.5]},
+        network, split, epochs=1, batch_size=8, learning_rate=0.01,
+    )  # fmt: skip
+    assert entry["late"] == 1
+
+
 def test_fewer_steps_shorten_the_schedule_too(split, monkeypatch):
     asked = []
 
