@@ -65,12 +65,12 @@ class Row(NamedTuple):
         if not random and "eot_samples" in known:
             samples, given["eot_samples"] = given["eot_samples"], 1
             if self.equal_passes:
-                # further starts bring more than further steps, but for l1
-                parts = 1 if self.norm == "l1" else max(1, given["steps"] // 40)
+                long = self.norm == "l1"  # elsewhere further starts bring more than further steps
+                parts = 1 if long else max(1, given["steps"] // 40)
                 given["steps"] //= parts
                 given["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
-                    given.setdefault("loss", ("mean_softmax", "likely_targets"))
+                    given.setdefault("loss", (*([] if long else ["mean_softmax"]), "likely_targets"))
         return {name: value for name, value in given.items() if name in known}
 
 
@@ -225,7 +225,6 @@ _PGD = "PGD-{steps} + EOT-{eot_samples} {norm}"
 def _strongest(steps: int, samples: int, norm: str | None = None, *, name: str = _PGD, **row: Any) -> Row:
     """The strongest attack of the kit for its passes: one run over EOT samples, or as many restarts."""
     options = {"steps": steps, "eot_samples": samples, "restarts": 1}
-    options |= {"loss": "likely_targets"} if norm == "l1" else {}
     return Row("pgd_ensemble", name, norm, options=options, equal_passes=True, **row)
 
 
