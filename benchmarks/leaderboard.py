@@ -24,6 +24,7 @@ under all attacks, transfer included; *worst unseen*: under those that are not t
 
 Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`;
 CIFAR-10 was read from a folder of its image files here, so its 128 images are others than a download's.
+The l1 rows of AP and AToP are those of the run before, whose attack on them is the same.
 Times are of a machine with two cores that did much else meanwhile: they compare nothing here.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
