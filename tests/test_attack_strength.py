@@ -57,12 +57,16 @@ def test_an_independent_attack_on_the_random_defence_finds_no_more_than_its_nois
     assert accuracy(model, ours, labels, 40) <= accuracy(model, other, labels, 40) + 3 / 64
 
 
-def test_restarts_with_falling_steps_find_in_l2_what_one_run_of_equal_steps_does_not(defences, digits):
-    """One start, 40 passes and a step that never falls printed 80 % where 67 % is reachable."""
+@pytest.mark.parametrize("norm, eps, most", [("l1", 12.0, 15), ("l2", 2.0, 26)])
+def test_restarts_from_outside_with_falling_steps_find_what_a_run_within_does_not(
+    defences, digits, norm, eps, most
+):
+    """One start in the ball and a step that never falls keep 28 (l1) and 32 (l2) of 40; the restarts alone
+    leave 17 to 20 and 27 to 29."""
     model, (images, labels) = defences["AT"], (part[:40] for part in digits)
-    weak = pgd(model, images, labels, eps=2.0, norm="l2", steps=40)
-    strong = pgd_ensemble(model, images, labels, eps=2.0, norm="l2", **STRONG)
-    assert accuracy(model, strong, labels) <= accuracy(model, weak, labels) - 3 / 40
+    weak = pgd(model, images, labels, eps=eps, norm=norm, steps=40, shrink=False)
+    strong = pgd_ensemble(model, images, labels, eps=eps, norm=norm, **STRONG)
+    assert 40 * accuracy(model, strong, labels) <= most < 40 * accuracy(model, weak, labels)
 
 
 def test_moving_pixels_break_most_digits_of_at(defences, digits):

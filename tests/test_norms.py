@@ -20,7 +20,7 @@ def test_a_step_has_norm_1_however_small_or_large_the_gradient(norm, scale):
 
 
 def test_an_l1_step_moves_the_largest_entries_that_can_move():
-    images = torch.rand(2, 3, 20, 20, generator=seeded()).clamp(0.1, 0.9)
+    images = torch.rand(2, 3, 40, 20, generator=seeded()).clamp(0.1, 0.9)
     gradient = torch.randn(images.shape) * 0.1
     images[0, 0, 0, :8], gradient[0, 0, 0, :8] = 0.0, -9.0  # at the edge, and pushed out
     images[0, 1, 0, :8], gradient[0, 1, 0, :8] = 1.0, -9.0
@@ -91,17 +91,24 @@ def test_a_ball_may_have_a_radius_for_each_image(norm):
         torch.testing.assert_close(part.project(1 - images[rows]), points[rows])
 
 
-@pytest.mark.parametrize("norm, eps", [("linf", 0.2), ("l2", 0.2), ("l1", 0.2)])
+@pytest.mark.parametrize("norm, eps", [("linf", 0.2), ("l2", 0.2)])
 def test_a_random_start_is_uniform_in_the_ball(norm, eps):
-    images = torch.full((4000, 3, 1, 1), 0.5)
-    ball = Ball(images, eps, norm)
+    ball = Ball(torch.full((4000, 3, 1, 1), 0.5), eps, norm)
     start = ball.start(seeded())
     sizes = ball.size(start) / eps
-    assert sizes.max() <= 1 + 1e-5
-    assert (start - images).mean(dim=0).abs().max() < 0.01
+    assert sizes.max() <= 1 + 1e-5 and (start - 0.5).mean(dim=0).abs().max() < 0.01
     # uniform in three dimensions: the share within radius r is r^3, in the ball as in the cube
     for radius in (0.25, 0.5, 0.75, 0.9):
         assert (sizes < radius).float().mean() == pytest.approx(radius**3, abs=0.025)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_a_run_begins_outside_and_ends_in_the_ball(norm):
+    ball = Ball(images_of(), torch.ones(6), norm)
+    widths = [ball.searched(share).eps[0].item() for share in (0.01, 0.5, 1.0)]
+    assert widths == ([5, 2, 1] if norm == "l1" else [2, 1.5, 1])
+    large = Ball(torch.rand(4, 3, 32, 32, generator=seeded()), 12.0, "l1")
+    assert (large.start(seeded()) != large.images).float().mean() < 0.02, "l1 starts are sparse"
 
 
 @pytest.mark.parametrize(

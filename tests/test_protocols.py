@@ -88,10 +88,10 @@ def test_a_deterministic_model_gets_the_passes_of_a_long_run_as_more_starts():
         random, calm = (row.keywords(0.5, random=value, rule="any", votes=5) for value in (True, False))
         passes = [given["steps"] * given["eot_samples"] * given["restarts"] for given in (random, calm)]
         assert passes[0] == passes[1] and calm["eot_samples"] == 1, row
-        assert (calm["steps"] < 80) != (row.norm == "l1") and calm.get("alpha") == (row.step and 0.05)
+        assert calm["steps"] < 80 and calm.get("alpha") == (row.step and 0.05)
         if row.attack == "pgd_ensemble":
             assert (random["votes"], calm["votes"]) == (5, 1) and "loss" not in random
-            assert calm["loss"] == ("mean_softmax", "likely_targets")[row.norm == "l1" :], "targets find more"
+            assert calm["loss"] == ("mean_softmax", "likely_targets")[: 1 if row.norm == "l1" else 2]
 
 
 def test_a_changed_protocol_says_so_and_its_columns_what_was_run():

@@ -100,14 +100,12 @@ def test_rotation_and_translation_are_the_worst_of_the_grid():
 
 
 def test_a_move_turns_and_shifts_as_pillow_does():
-    generator = np.random.default_rng(0)
-    coarse = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    coarse = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     picture = Image.fromarray(coarse).resize((36, 24), Image.Resampling.BICUBIC)
     images = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 255
     for degrees, right, down in ((25, 0, 0), (0, 0.25, -0.125), (-40, 0, 0)):
-        turned = picture.rotate(degrees, Image.Resampling.BILINEAR, translate=(0, 0))
-        shifted = turned.transform(
-            turned.size,
+        shifted = picture.rotate(degrees, Image.Resampling.BILINEAR, translate=(0, 0)).transform(
+            picture.size,
             Image.Transform.AFFINE,
             (1, 0, -right * 36, 0, 1, -down * 24),
             Image.Resampling.BILINEAR,
@@ -116,9 +114,11 @@ def test_a_move_turns_and_shifts_as_pillow_does():
         ours = move(images, degrees, right, down)[0]
         inside = move(torch.ones_like(images), degrees, right, down)[0] > 0.999
         assert ((ours - expected).abs()[inside] < 0.06).float().mean() > 0.97
+        with torch.autocast("cpu", torch.bfloat16):  # as within an attack
+            assert torch.equal(move(images, degrees, right, down)[0], ours)
     torch.testing.assert_close(move(images, 0, 0, 0), images)
-    both, steps = move(images, 10, 0.1, 0.05), move(move(images, 10, 0, 0), 0, 0.1, 0.05)
-    assert (both - steps)[:, :, 8:16, 12:24].abs().max() < 0.05
+    off = move(images, 10, 0.1, 0.05) - move(move(images, 10, 0, 0), 0, 0.1, 0.05)
+    assert off[:, :, 8:16, 12:24].abs().max() < 0.05
 
 
 def test_the_grid_of_poses_holds_every_pose_once_and_none_first():

@@ -153,15 +153,14 @@ def _run_l1(
 ) -> Tensor:
     """Three runs whose radii shrink to eps, each from where the one before ended; only the last may break an
     image."""
-    kind = {"device": labels.device, "dtype": ball.images.dtype}
-    points, done = ball.images + torch.randn(ball.images.shape, generator=generator, **kind), 0
+    points, done = None, 0
 
     def report(step: int, _steps: int, x: Tensor, losses: Tensor) -> None:
         callback(done + step, steps, ball.project(x), losses)
 
     for multiple, share in L1_STAGES:
         stage, length = Ball(ball.images, multiple * ball.eps, "l1"), min(ceil(share * steps), steps - done)
-        points = stage.project(points)
+        points = stage.start(generator) if points is None else stage.project(points)
         if length > 0:
             points = _run(
                 model, stage, labels, steps=length, start=points, leave=multiple == 1,

@@ -24,6 +24,8 @@ ENSEMBLE = {
     "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
     "momentum": 0.75, "cycles": 3, "early_stop": 3,
 }  # fmt: skip
+# Of l1, whose ball shrinks meanwhile.
+ENSEMBLE_L1 = ENSEMBLE | {"momentum": 0.25, "cycles": 1}
 # Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
 # get lost in the noise; the projection makes up for steps that are too large.
 SMALLEST_STEP = 1 / 3
@@ -47,6 +49,7 @@ def pgd(
     momentum: float = 0.0,
     cycles: int = 0,
     early_stop: int = 0,
+    shrink: bool = True,
     rule: str = "any",
     votes: int = 10,
     targets: Int[Tensor, " batch"] | None = None,
@@ -81,6 +84,8 @@ def pgd(
         cycles: how often the step size falls along half a cosine, from alpha to 0.06 alpha; 0: it never does,
             and then a deterministic model is not attacked to the end.
         early_stop: an image leaves once every sample was misclassified in so many steps in a row; 0: never.
+        shrink: l1 and l2 runs begin in a larger ball, which shrinks to eps (``norms.STAGES``), and find far
+            more; False: all in the ball, as published.
         rule, votes: by which an image counts as misclassified between restarts (``strongest_attempt``).
         targets: class that each image is driven to, by the margin between it and the true one, in place of
             ``loss``.
@@ -125,11 +130,12 @@ def pgd(
     def attempt(number: int, rows: Tensor, report: StepCallback | None) -> Tensor:
         goal, classes = goals[number]
         near = whole.rows(rows) if restarts > 1 else whole
-        begin = near.start(generator) if number or start is None else near.project(start[rows])
+        wide = near.searched(1 / steps) if shrink else near
+        begin = wide.start(generator) if number or start is None else near.project(start[rows])
         return _ascend(
             model, begin, labels[rows], near, goal, at_rows(classes, rows), sizes=sizes,
-            eot_samples=eot_samples, momentum=momentum, early_stop=early_stop, reach=targets is not None,
-            max_batch=max_batch, callback=report,
+            eot_samples=eot_samples, momentum=momentum, early_stop=early_stop, shrink=shrink,
+            reach=targets is not None, max_batch=max_batch, callback=report,
         )  # fmt: skip
 
     if restarts == 1:
@@ -150,11 +156,12 @@ def pgd_ensemble(
     **options: Any,
 ) -> Float[Tensor, "batch channels height width"]:
     """The strongest PGD of the kit for its passes: ``pgd`` with a falling step, momentum, and restarts of
-    several losses, which ``ENSEMBLE`` holds.
+    several losses, which ``ENSEMBLE`` holds (for l1 ``ENSEMBLE_L1``).
 
     Arguments, result and errors as ``pgd``; other defaults.
     """
-    return pgd(model, images, labels, **ENSEMBLE | options)
+    usual = ENSEMBLE_L1 if options.get("norm") == "l1" else ENSEMBLE
+    return pgd(model, images, labels, **usual | options)
 
 
 pgd_ensemble.__signature__ = signature(partial(pgd, **ENSEMBLE))  # what help() and the registry read
@@ -235,6 +242,7 @@ def _ascend(
     eot_samples: int,
     momentum: float,
     early_stop: int,
+    shrink: bool,
     reach: bool,
     max_batch: int,
     callback: StepCallback | None,
@@ -250,11 +258,12 @@ def _ascend(
             max_batch=max_batch,
         )  # fmt: skip
         past = momentum * past + of_l1_norm_1(ball.gradient_at(x, found.gradient))
-        x = ball.project(x + size * ball.direction(past, x))
+        near = ball.searched((step + 1) / len(sizes)) if shrink else ball
+        x = near.project(x + size * near.direction(past, x))
         if callback is not None:
-            result[rows], losses[rows] = ball.images_at(x), found.loss
+            result[rows], losses[rows] = ball.images_at(x if near is ball else ball.project(x)), found.loss
             callback(step + 1, len(sizes), result.clone(), losses.clone())
-        if early_stop:
+        if early_stop and near is ball:
             done = broken_samples(found.logits, labels, classes if reach else None).all(dim=0)
             in_a_row = torch.where(done, in_a_row + 1, 0)
             stays = in_a_row < early_stop

@@ -20,7 +20,6 @@ from atoplib.decisions import (
     check_finite,
     correct,
     fixed_sample,
-    full_float32,
     is_random,
     sample_logits,
     supports_fixed_sample,
@@ -299,8 +298,7 @@ class Search:
             if self.random and len(self.active) < judged:
                 judged = len(self.active)
                 self.margins[self.active] = self.margin(self.adversarial[self.active], seed)
-            with full_float32(self.images.device):  # also where the model computes in less
-                points = candidate(number, self.active)
+            points = candidate(number, self.active)
             found = values[number, self.active] = self.margin(points, seed)
             self.keep(points, found)
             if callback is not None:

@@ -131,8 +131,8 @@ def third_party(
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
     model, images, labels = prepare_attack(model, images, labels)
     ball, wrapped, device = Ball(images, eps, norm), EOTWrapper(model, eot_samples), images.device
-    size = step_sizes(eps, steps or 10)[0]
-    wanted = {known.steps: steps, known.queries: queries, "alpha": size if known.alpha else None}
+    alpha = step_sizes(eps, steps or 10)[0] if known.alpha else None
+    wanted = {known.steps: steps, known.queries: queries, "alpha": alpha}
     options = {option: value for option, value in wanted.items() if option and value is not None} | options
     adversarial, losses = images.detach().clone(), torch.zeros(len(images), device=device)
     with without_a_trace(model, seed, device) as number:
@@ -299,8 +299,10 @@ def _nearest(
     attack.project = partial(_project, norm)
     wrapped, best = foolbox.PyTorchModel(model, bounds=(0, 1), device=images.device), images.clone()
     for rows in torch.arange(len(images), device=images.device).split(max_batch):
-        untargeted, targeted = foolbox.Misclassification, foolbox.TargetedMisclassification
-        criterion = untargeted(labels[rows]) if targets is None else targeted(targets[rows])
+        criterion = (
+            foolbox.Misclassification(labels[rows]) if targets is None
+            else foolbox.TargetedMisclassification(targets[rows])
+        )  # fmt: skip
         with without_a_trace(model, seed, images.device):
             best[rows] = attack.run(wrapped, images[rows], criterion).clamp(0, 1)
         if callback is not None:

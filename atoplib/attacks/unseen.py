@@ -151,9 +151,11 @@ def move(
 ) -> Float[Tensor, "batch channels height width"]:
     """Images turned counterclockwise about their centre, then shifted by shares of their sides; black from
     outside."""
-    shift = [right * images.shape[3], down * images.shape[2]]
-    bilinear = v2.InterpolationMode.BILINEAR
-    return v2.functional.affine(images, -degrees, shift, 1.0, [0.0, 0.0], interpolation=bilinear).clamp(0, 1)
+    with full_float32(images.device):  # an attack's bfloat16 would round where pixels come from
+        return v2.functional.affine(
+            images, -degrees, [right * images.shape[3], down * images.shape[2]], 1.0, [0.0, 0.0],
+            interpolation=v2.InterpolationMode.BILINEAR,
+        ).clamp(0, 1)  # fmt: skip
 
 
 def corruption(

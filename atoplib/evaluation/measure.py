@@ -159,7 +159,6 @@ def evaluate(
     if folder:
         _open(folder, facts, {folder / piece.file for piece in pieces}, notify or (lambda sentence: None))
     efforts = [_effort(piece, plan.num_votes) for piece in pieces]
-    options = {"seed": seed, "max_batch": max_batch, "dtype": dtype, "keep_images": keep_images}
     found, kept = [], defaultdict(list)
     for number, piece in enumerate(pieces):
 
@@ -170,8 +169,10 @@ def evaluate(
 
         result = folder and _load(folder / piece.file)
         if not result:
-            given = images[piece.images], labels[piece.images]
-            result = _measure(piece, *given, plan, targets, random, report, **options)
+            result = _measure(
+                piece, images[piece.images], labels[piece.images], plan, targets, random, report, seed=seed,
+                max_batch=max_batch, dtype=dtype, keep_images=keep_images,
+            )  # fmt: skip
             if folder:
                 write_atomically(folder / piece.file, partial(torch.save, result))
         found += map(pd.DataFrame, result["rows"])
@@ -253,8 +254,11 @@ def _effort(piece: _Piece, votes: int) -> int:
     """About how many passes a piece takes: of its images in every step, sample and run, at every radius."""
     options = ATTACKS[piece.row.attack].options | dict(piece.row.options) if piece.row else {}
     steps, samples, runs, queries = (options.get(n) or 1 for n in COUNTS[:4])
-    an_image = steps * samples * runs + queries + votes * len(piece.shown_to)
-    return (piece.images.stop - piece.images.start) * len(piece.eps) * an_image
+    return (
+        (piece.images.stop - piece.images.start)
+        * len(piece.eps)
+        * (steps * samples * runs + queries + votes * len(piece.shown_to))
+    )
 
 
 def _measure(

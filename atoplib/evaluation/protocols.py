@@ -65,12 +65,12 @@ class Row(NamedTuple):
         if not random and "eot_samples" in known:
             samples, given["eot_samples"] = given["eot_samples"], 1
             if self.equal_passes:
-                long = self.norm == "l1"  # elsewhere further starts bring more than further steps
-                parts = 1 if long else max(1, given["steps"] // 40)
+                parts = max(1, given["steps"] // 40)  # further starts bring more than further steps
                 given["steps"] //= parts
                 given["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
-                    given.setdefault("loss", (*([] if long else ["mean_softmax"]), "likely_targets"))
+                    more = () if self.norm == "l1" else ("likely_targets",)
+                    given.setdefault("loss", ("mean_softmax", *more))
         return {name: value for name, value in given.items() if name in known}
 
 
@@ -230,7 +230,7 @@ def _strongest(steps: int, samples: int, norm: str | None = None, *, name: str =
 
 def _published(steps: int, norm: str | None = None, *, step: float = _STEP) -> Row:
     """PGD + EOT as it was published: from the image, in equal steps."""
-    options = {"steps": steps, "eot_samples": 20, "start": "clean", "early_stop": 5}
+    options = {"steps": steps, "eot_samples": 20, "start": "clean", "early_stop": 5, "shrink": False}
     return Row("pgd", f"{_PGD}, equal steps", norm, step=step, options=options)
 
 
