@@ -57,15 +57,15 @@ def test_an_independent_attack_on_the_random_defence_finds_no_more_than_its_nois
     assert accuracy(model, ours, labels, 40) <= accuracy(model, other, labels, 40) + 3 / 64
 
 
-@pytest.mark.parametrize("norm, eps, most", [("l1", 12.0, 15), ("l2", 2.0, 26)])
+@pytest.mark.parametrize("norm, eps, most", [("l1", 12.0, 15), ("l2", 2.0, 25)])
 def test_restarts_from_outside_with_falling_steps_find_what_a_run_within_does_not(
     defences, digits, norm, eps, most
 ):
-    """One start in the ball and a step that never falls keep 28 (l1) and 32 (l2) of 40; the restarts alone
-    leave 17 to 20 and 27 to 29."""
+    """One start in the ball and a step that never falls keep 28 (l1) and 32 (l2) of 40; restarts within leave
+    18 to 20 and 26 to 27, from outside 9 to 12 and 23 to 24."""
     model, (images, labels) = defences["AT"], (part[:40] for part in digits)
     weak = pgd(model, images, labels, eps=eps, norm=norm, steps=40, shrink=False)
-    strong = pgd_ensemble(model, images, labels, eps=eps, norm=norm, **STRONG)
+    strong = pgd_ensemble(model, images, labels, eps=eps, norm=norm, **STRONG | {"steps": 30})
     assert 40 * accuracy(model, strong, labels) <= most < 40 * accuracy(model, weak, labels)
 
 

@@ -263,7 +263,8 @@ def _ascend(
         if callback is not None:
             result[rows], losses[rows] = ball.images_at(x if near is ball else ball.project(x)), found.loss
             callback(step + 1, len(sizes), result.clone(), losses.clone())
-        if early_stop and near is ball:
+        # only where the point that was judged lay in the ball
+        if early_stop and (not shrink or ball.searched(step / len(sizes)) is ball):
             done = broken_samples(found.logits, labels, classes if reach else None).all(dim=0)
             in_a_row = torch.where(done, in_a_row + 1, 0)
             stays = in_a_row < early_stop
