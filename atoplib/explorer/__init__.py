@@ -15,15 +15,12 @@ from IPython.display import display
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib import data, decisions, pretrained
+from atoplib import data, decisions, parameters, pretrained
 from atoplib.explorer import controls, page
 from atoplib.explorer.attack import Scene, device_of
 from atoplib.explorer.widget import Explorer
-from atoplib.parameters import one_of
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import Transform
-
-KIT = ("undefended", "AT", "AP", "AToP")
 
 
 def explore(
@@ -76,7 +73,9 @@ def make_explorer(
     """The explorer, not shown and nothing computed yet. Arguments and errors as ``explore``."""
     defences = model_or_defences
     if defences is None:
-        defences = {name: pretrained.load_pretrained("mnist", name) for name in KIT}
+        defences = {
+            name: pretrained.load_pretrained("mnist", name) for name in ("undefended", "AT", "AP", "AToP")
+        }
         notebook = {"dataset": "mnist5k", **(notebook or {})}
         images, labels = data.load_images("mnist5k", 200) if images is None else (images, labels)
     if not isinstance(defences, Mapping):
@@ -85,28 +84,29 @@ def make_explorer(
         raise ValueError(
             "there is nothing to explore: give a defence, and images (count, channels, height, width)"
         )
-    images = images.detach().float().cpu()
     scene = Scene(
         {str(name): module for name, module in defences.items()},
-        images,
+        images.detach().float().cpu(),
         torch.zeros(len(images), dtype=torch.int64),
         list(classes),
     )
     first = scene.defence(next(iter(scene.defences)))
-    known = images[:1] if labels is not None else images
+    known = scene.images[:1] if labels is not None else scene.images
     logits = decisions.sample_logits(first, known.to(device_of(first)))[0].cpu()
     scene.labels = (logits.argmax(dim=1) if labels is None else labels).long().cpu().clone()
     scene.classes += map(str, range(len(classes), logits.shape[1]))
-    pipelines = (module for module in (first, *defences.values()) if isinstance(module, AToPPipeline))
-    transform = next((pipeline.transform for pipeline in pipelines), Transform())
+    transform = next(
+        (each.transform for each in (first, *defences.values()) if isinstance(each, AToPPipeline)),
+        Transform(),
+    )
     values = {name: control.default for name, control in controls.CONTROLS.items()} | {
         "rows": list(scene.defences),
         "norm": norm,
-        "eps": scene.usual[one_of(*controls.UNITS)(norm)] if eps is None else eps,
+        "eps": scene.usual[parameters.one_of(*controls.UNITS)(norm)] if eps is None else eps,
         "transform": transform.name,
         **{name: getattr(transform, name) for name in ("missing_rate", "noise_std", "num_masks")},
+        **{name: controls.converted(name, value) for name, value in start.items()},
     }
-    values |= {name: controls.converted(name, value) for name, value in start.items()}
     return Explorer(scene, controls.check(values, scene), notebook=notebook or {}, folder=Path(folder))
 
 
@@ -114,7 +114,6 @@ def still(explorer: Explorer) -> dict[str, str]:
     """What is on screen as a picture, hidden by the explorer where that is alive."""
     text, bundle = escape(explorer.shown.get("problem") or explorer.status["text"]), {}
     if explorer.view is not None:
-        png = page.encoded([page.sheet(explorer.view)], "png")
-        bundle["image/png"] = base64.b64encode(png).decode()
+        bundle["image/png"] = base64.b64encode(page.encoded([page.sheet(explorer.view)], "png")).decode()
         text = f'<img alt="{text}" src="data:image/png;base64,{bundle["image/png"]}">'
     return {"text/html": f'<div class="atop-still atop-still-{explorer.model_id}">{text}</div>', **bundle}

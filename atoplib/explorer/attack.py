@@ -73,8 +73,9 @@ class Scene:
             source = self.defences[name]
             module = source if isinstance(source, nn.Module) else source()
             check_eval_mode(adapt(module))
-            pipeline = isinstance(module, AToPPipeline)
-            self.loaded[name] = module.freeze_for_attack() if pipeline else adapt(module)
+            self.loaded[name] = (
+                module.freeze_for_attack() if isinstance(module, AToPPipeline) else adapt(module)
+            )
         module = self.loaded[name]
         if values is None or not isinstance(module, AToPPipeline):
             return module

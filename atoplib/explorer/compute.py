@@ -97,10 +97,11 @@ def make_row(scene: Scene, values: Values, name: str, report: Report, *, complet
         sample = defence.sample(images[:1].expand(min(size, votes - first), -1, -1, -1))
     sample = sample.rows(slice(pictured - first, pictured - first + 1))
     with torch.no_grad(), decisions.full_float32(images.device):
-        transformed = torch.cat([corrupt(image[None], sample)[:1, :3] for image in images]) / 2 + 0.5
-        purified = torch.cat([defence.purify(image[None], sample) for image in images])
-        unpurified = torch.cat([defence.classifier(image[None]).argmax(dim=1) for image in images])
-    return row._replace(transformed=transformed.cpu(), purified=purified.cpu(), unpurified=unpurified.cpu())
+        return row._replace(
+            transformed=torch.cat([corrupt(image[None], sample)[:1, :3] for image in images]).cpu() / 2 + 0.5,
+            purified=torch.cat([defence.purify(image[None], sample) for image in images]).cpu(),
+            unpurified=torch.cat([defence.classifier(image[None]).argmax(dim=1) for image in images]).cpu(),
+        )
 
 
 def views(
@@ -139,5 +140,4 @@ def views(
             shown = time.monotonic()
     yield view(rows, complete=not attacking)
     if attacking:
-        rows = [make_row(scene, values, name, report, complete=True) for name in names]
-        yield view(rows, complete=True)
+        yield view([make_row(scene, values, name, report, complete=True) for name in names], complete=True)

@@ -6,10 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from atoplib import parameters
+from atoplib import files, parameters
 from atoplib.attacks import ATTACKS
 from atoplib.explorer.attack import EACH, NO_ATTACK, OWN, TRANSFORM, Scene, Values, is_attacking
-from atoplib.files import read_yaml
 from atoplib.pipeline import AToPPipeline
 
 THREAT_MODELS = {
@@ -117,8 +116,9 @@ def menus(values: Values, scene: Scene) -> dict[str, list]:
     attacks: dict[str, list] = {"": [[NO_ATTACK, "none", "the clean image"]]}
     for name, attack in ATTACKS.items():
         family = "by gradients" if attack.gradient else "without gradients"
-        group = attacks.setdefault("torchattacks" if ":" in name else family, [])
-        group.append([name, attack.title, attack.description])
+        attacks.setdefault("torchattacks" if ":" in name else family, []).append(
+            [name, attack.title, attack.description]
+        )
     return {
         "attack": list(map(list, attacks.items())),
         "threat_model": [["", [[name, name, text] for name, text in THREAT_MODELS.items()]]],
@@ -184,7 +184,6 @@ def unused(values: Values, scene: Scene) -> dict[str, str]:
     bare = [module is not None and not isinstance(module, AToPPipeline) for module in modules]
     purified = [isinstance(module, AToPPipeline) for module in modules]
     attack = ATTACKS.get(values["attack"])
-    missing = set(TRANSFORM[1:]).difference(TRANSFORMS[values["transform"]][1])
     deterministic = not any(scene.is_random(name, values) for name in values["rows"])
     of_attacks = ("threat_model", "attacked", *OWN, "target", "grey", "norm", "shown_step")
     reasons = [  # the first that holds is said
@@ -192,7 +191,11 @@ def unused(values: Values, scene: Scene) -> dict[str, str]:
         (attack is None, "no attack", ("eps",)),
         (deterministic, "nothing random here", ("votes", "sample", "eot_samples")),
         (all(bare), "no purifier here", (*TRANSFORM, "threat_model")),
-        (True, f"not in the transform {values['transform']}", missing),
+        (
+            True,
+            f"not in the transform {values['transform']}",
+            set(TRANSFORM[1:]).difference(TRANSFORMS[values["transform"]][1]),
+        ),
     ]
     if attack is not None:
         transfer = values["threat_model"] == "transfer" and all(purified)
@@ -235,11 +238,17 @@ def to_yaml(values: Values, notebook: Mapping[str, Any]) -> str:
     sets them again.
     """
     own = {c.parameter or name: values[name] for name, c in CONTROLS.items() if c.parameter != ""}
-    head = "# papermill notebooks/04_attack.ipynb out.ipynb -k python3 -f THIS_FILE\n"
     line, lines = (
         [f"{k}: {json.dumps(v)}" for k, v in each.items()] for each in (values, {**notebook, **own})
     )
-    return "\n".join([f"{head}{MARK}{{{', '.join(line)}}}", *lines, ""])
+    return "\n".join(
+        [
+            "# papermill notebooks/04_attack.ipynb out.ipynb -k python3 -f THIS_FILE",
+            f"{MARK}{{{', '.join(line)}}}",
+            *lines,
+            "",
+        ]
+    )
 
 
 def from_yaml(text: str) -> dict[str, Any]:
@@ -253,7 +262,7 @@ def from_yaml(text: str) -> dict[str, Any]:
     names = {c.parameter: name for name, c in CONTROLS.items() if c.parameter} | {n: n for n in CONTROLS}
     found = {}
     for part in (*marked, text):
-        content = read_yaml(part) or {}
+        content = files.read_yaml(part) or {}
         if not isinstance(content, dict):
             raise ValueError("the YAML must be a mapping such as 'eps: 0.3'")
         found |= {names[key]: value for key, value in content.items() if key in names}

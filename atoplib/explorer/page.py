@@ -89,8 +89,12 @@ def decision(view: View, row: Row) -> dict[str, Any]:
         lines.append(
             f"not purified: {names[alone]} {(style.RIGHT if alone == view.label else style.WRONG)[0]}"
         )
-    bars = [[names[number], float(shares[number]), kinds.get(number, "other")] for number in best]
-    return {"text": names[decided], "correct": decided == view.label, "bars": bars, "lines": lines}
+    return {
+        "text": names[decided],
+        "correct": decided == view.label,
+        "bars": [[names[number], float(shares[number]), kinds.get(number, "other")] for number in best],
+        "lines": lines,
+    }
 
 
 def caption(view: View) -> str:
@@ -124,10 +128,13 @@ def content(view: View, curves: list[list]) -> dict[str, Any]:
 
 
 def _row(view: View, row: Row) -> dict[str, Any]:
-    cells = [[column, source(pixels), text] for column, (pixels, text) in pictures(view, row).items()]
     change = row.images[row.place(view.values)] - view.clean
-    tenfold = source(to_pixels(view.clean + 10 * change))
-    return {"name": row.name, "cells": cells, "tenfold": tenfold, **decision(view, row)}
+    return {
+        "name": row.name,
+        "cells": [[column, source(pixels), text] for column, (pixels, text) in pictures(view, row).items()],
+        "tenfold": source(to_pixels(view.clean + 10 * change)),
+        **decision(view, row),
+    }
 
 
 def source(pixels: UInt8[np.ndarray, "height width 3"]) -> str:

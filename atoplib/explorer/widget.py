@@ -72,8 +72,7 @@ class Worker:
         with self.lock:
             self.cancel()
             self.unfinished += 1
-            ticket = Ticket(self, self.latest)
-            threading.Thread(target=self._work, args=(ticket, job), daemon=True).start()
+            threading.Thread(target=self._work, args=(Ticket(self, self.latest), job), daemon=True).start()
 
     def cancel(self) -> bool:
         """Stop what runs and forget what waits; whether there was anything."""
@@ -228,8 +227,7 @@ class Explorer(anywidget.AnyWidget):
             content = text.encode() if kind == "yaml" else page.encoded(frames, kind)
             path = self.folder / f"image{view.values['image']}-{name}-{hashing.json_hash(text)[:8]}.{kind}"
             files.write_atomically(path, lambda part, content=content: part.write_bytes(content))
-            link = f"data:;base64,{base64.b64encode(content).decode()}"
-            links.append({"name": path.name, "href": link})
+            links.append({"name": path.name, "href": f"data:;base64,{base64.b64encode(content).decode()}"})
         self._say(text=f"Saved in {self.folder}:", links=links)
 
     def _others(self, label: int) -> list[int]:
