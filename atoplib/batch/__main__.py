@@ -57,8 +57,9 @@ def run_recipe(options: argparse.Namespace) -> int:
     """Plan, check, and execute; returns the exit code. Raises ValueError or OSError, with a sentence, where
     nothing can be run.
     """
-    smoke = {"smoke": True} if options.smoke else {}
-    overrides = {"workspace": options.workspace} | parse_pairs(options.p) | smoke
+    overrides = (
+        {"workspace": options.workspace} | parse_pairs(options.p) | ({"smoke": True} if options.smoke else {})
+    )
     overrides["workspace"] = str(files.workspace_dir(str(overrides["workspace"] or "")))
     source = recipe.find_recipe(options.recipe, NOTEBOOKS)
     jobs = recipe.select(recipe.make_plan(source, NOTEBOOKS, overrides), options.only or ["*"])
@@ -104,8 +105,10 @@ def run_recipe(options: argparse.Namespace) -> int:
 
 def tell_plan(jobs: Sequence[recipe.Job], source: Path, *, reuse: bool) -> None:
     """Print what a recipe says of itself, such as its cost, and what would be done with each of its jobs."""
-    lines = source.read_text(encoding="utf-8").splitlines()
-    print(*takewhile(lambda line: line.startswith("#"), lines), sep="\n")
+    print(
+        *takewhile(lambda line: line.startswith("#"), source.read_text(encoding="utf-8").splitlines()),
+        sep="\n",
+    )
     for number, job in enumerate(jobs, start=1):
         state, change = runner.job_state(job, reuse=reuse)
         words = {"new": "to run", "unfinished": "to go on with", "done": "loaded: done before"}
@@ -114,8 +117,12 @@ def tell_plan(jobs: Sequence[recipe.Job], source: Path, *, reuse: bool) -> None:
 
 def conclude(good: Sequence[recipe.Job], results: Path | None) -> None:
     """Print the tables of attacks, one sample an image, and where everything is."""
-    attacks = [job.run_dir for job in good if job.stage in ("04_attack", "06_compare") and not job.axes]
-    tables = (path.read_text(encoding="utf-8") for run_dir in attacks for path in run_dir.glob("table.md"))
+    tables = (
+        path.read_text(encoding="utf-8")
+        for job in good
+        if job.stage in ("04_attack", "06_compare") and not job.axes
+        for path in job.run_dir.glob("table.md")
+    )
     summary = "\n".join(table.partition("\n\n**majority**")[0] for table in tables)
     print(f"\n{summary}")
     for job in good:

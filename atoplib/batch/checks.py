@@ -96,5 +96,6 @@ def check(p: Mapping[str, Any], *, here: bool = True) -> None:
             purifiers.build(p["purifier"], **p["purifier_options"]).eval()(torch.empty(1, 5, *size))
         if "label_smoothing" in p:  # only notebook 1 trains a classifier
             options = {"num_classes": len(facts.classes), "mean": (0, 0, 0), "std": (1, 1, 1)}
-            network = classifiers.build(p["classifier"], **p["classifier_options"] | options)
-            network.eval()(torch.empty(1, 3, *size))
+            classifiers.build(p["classifier"], **p["classifier_options"] | options).eval()(
+                torch.empty(1, 3, *size)
+            )

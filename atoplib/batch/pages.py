@@ -8,10 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from atoplib import files, progress, runs
 from atoplib.batch.recipe import Job
-from atoplib.files import read_json, write_atomically, write_text
-from atoplib.progress import format_seconds
-from atoplib.runs import complete_runs
 
 IN_PLACE_OF_PICTURES = "(a picture of images of the data set was here)"
 TABLES = ("*.csv", "*.md", "*.tex")
@@ -33,7 +31,9 @@ def write_page(executed: Path) -> None:
 
     notebook = nbformat.read(executed, as_version=4)
     title, _, _ = notebook.cells[0].source.removeprefix("# ").partition("\n")
-    write_text(page, nbconvert.HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": title}})[0])
+    files.write_text(
+        page, nbconvert.HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": title}})[0]
+    )
 
 
 def write_index(experiment_dir: Path) -> Path:
@@ -44,32 +44,34 @@ def write_index(experiment_dir: Path) -> Path:
 
     name = html.escape(experiment_dir.name)
     parts = [f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"]
-    for stage in sorted({path.name.rpartition("-")[0] for path in complete_runs(experiment_dir)}):
-        paths = complete_runs(experiment_dir, stage)[::-1]
-        runs = tables.runs_frame(paths)
+    for stage in sorted({path.name.rpartition("-")[0] for path in runs.complete_runs(experiment_dir)}):
+        paths = runs.complete_runs(experiment_dir, stage)[::-1]
+        frame = tables.runs_frame(paths)
         texts = [
             {name: html.escape(str(value)) for name, value in tables.own(path).items()} for path in paths
         ]
         shown = (
             tables.pandas.DataFrame(texts)
-            .loc[:, lambda frame: frame.nunique() > 1]
+            .loc[:, lambda every: every.nunique() > 1]
             .assign(
                 result=[html.escape(tables.headline(path)) for path in paths],
                 files=[_links(path, experiment_dir) for path in paths],
-                ended=runs["ended"].str[:16].str.replace("T", " "),
-                took=runs["seconds"].map(format_seconds),
+                ended=frame["ended"].str[:16].str.replace("T", " "),
+                took=frame["seconds"].map(progress.format_seconds),
             )
         )
         with tables.pandas.option_context("display.max_colwidth", None):
             parts += [f"<h2>{stage}</h2>", shown.to_html(escape=False, index=False, border=0)]
-    write_text(experiment_dir / "index.html", "\n".join(parts) + "\n")
+    files.write_text(experiment_dir / "index.html", "\n".join(parts) + "\n")
     return experiment_dir / "index.html"
 
 
 def _links(run_dir: Path, folder: Path) -> str:
     """Links to what a run leaves, and its first picture, as HTML."""
-    files = _files(run_dir, "notebook.html", "pictures/*.png", "figures/*.png", *TABLES)
-    hrefs = [html.escape(file.relative_to(folder).as_posix()) for file in files]
+    hrefs = [
+        html.escape(file.relative_to(folder).as_posix())
+        for file in _files(run_dir, "notebook.html", "pictures/*.png", "figures/*.png", *TABLES)
+    ]
     images = [f"<img alt='' src='{href}'><br>" for href in hrefs if href.endswith(".png")]
     links = " · ".join(f"<a href='{href}'>{href.rpartition('/')[2]}</a>" for href in hrefs)
     return f"{''.join(images[:1])}{links}<br><small>{run_dir.name}</small>"
@@ -94,19 +96,21 @@ def write_results(folder: Path, jobs: Sequence[Job], summary: str) -> None:
     """
     lines = [summary.strip(), "", "| run | |", "|---|---|"]
     for job in jobs:
-        target, manifest = folder / job.run_dir.name, read_json(job.run_dir / "manifest.json") or {}
+        target, manifest = folder / job.run_dir.name, files.read_json(job.run_dir / "manifest.json") or {}
         for path in job.run_dir.glob("figures/*.png"):
-            write_atomically(target / path.name, lambda part, path=path: part.write_bytes(path.read_bytes()))
+            files.write_atomically(
+                target / path.name, lambda part, path=path: part.write_bytes(path.read_bytes())
+            )
         texts = {
             path.name: path.read_text(encoding="utf-8") for path in _files(job.run_dir, *TABLES, "*.json")
         }
         for name, text in (texts | {"notebook.ipynb": without_pictures(job.executed)}).items():
             for own, kept in _own_folders(job).items():
                 text = text.replace(own, kept).replace(json.dumps(own)[1:-1], kept)
-            write_text(target / name, text)
+            files.write_text(target / name, text)
         link = f"[{job.label}]({job.run_dir.name}/notebook.ipynb)"
         lines.append(f"| {link} | {manifest.get('seconds', 0):.0f} s on {manifest.get('hardware', '?')} |")
-    write_text(folder / "README.md", "\n".join(lines) + "\n")
+    files.write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
 def _own_folders(job: Job) -> dict[str, str]:

@@ -91,12 +91,11 @@ def _read(
         )
     shared, grid, notebooks = (_mapping(name, content.get(name)) for name in ("shared", "grid", "notebooks"))
     entries = {name: _entry(name, _mapping(name, own), notebooks_dir) for name, own in notebooks.items()}
-    axes = dict(_axes(grid, entries))
     if any("workspace" in values for values in (shared, *(own for _, own in entries.values()))):
         raise RecipeError(
             "the workspace is no parameter of a recipe: give it by --workspace DIR (make: WORKSPACE=DIR)"
         )
-    return shared, axes, entries
+    return shared, dict(_axes(grid, entries)), entries
 
 
 def _mapping(name: str, content: Any) -> dict[str, Any]:
@@ -211,24 +210,34 @@ def _job(
         wanted = values.get(field, getattr(_defaults(notebook), field))
         if wanted == "latest":
             named = [field.removesuffix("_run"), rule.stage]  # at_run: the entry called at
-            there = [(entry, earlier[entry]) for entry in named if entry in earlier]
             fitting = [
                 entry
-                for entry, job in there
-                if job.stage == rule.stage and rule.wanted.items() <= job.parameters.items()
+                for entry in named
+                if entry in earlier
+                and earlier[entry].stage == rule.stage
+                and rule.wanted.items() <= earlier[entry].parameters.items()
             ]
             later = [entry for entry in named if entry in entries and entry not in earlier]
             wanted = (fitting or later or ["latest"])[0]
         values[field] = run_of(field, wanted)
     p = runs.resolve(parameters.read(notebook, values))
     for wanted in others:
-        somewhere = wanted.startswith("pretrained") or wanted.endswith(parameters.WEIGHTS)
-        if wanted not in ("", "latest", "own") and not somewhere:
+        if (
+            wanted not in ("", "latest", "own")
+            and not wanted.startswith("pretrained")
+            and not wanted.endswith(parameters.WEIGHTS)
+        ):
             runs.find_run(p, wanted, "")  # raises unless it is there
     for need in needs:
         axes = need.axes | axes
-    run_dir = runs.experiment_dir(p) / runs.run_name(notebook.stem, p.as_dict())
-    return Job(name, notebook, p.as_dict(), run_dir, tuple(need.run_dir for need in needs), axes)
+    return Job(
+        name,
+        notebook,
+        p.as_dict(),
+        runs.experiment_dir(p) / runs.run_name(notebook.stem, p.as_dict()),
+        tuple(need.run_dir for need in needs),
+        axes,
+    )
 
 
 def select(jobs: Sequence[Job], patterns: Sequence[str]) -> list[Job]:
@@ -246,8 +255,10 @@ def select(jobs: Sequence[Job], patterns: Sequence[str]) -> list[Job]:
             if fnmatch.filter((job.name, job.stage, job.label, job.run_dir.name), pattern)
         }
         if not found:
-            names = dict.fromkeys(job.name for job in jobs)
-            raise RecipeError(f"--only {pattern} matches no run of this recipe; it has {', '.join(names)}")
+            raise RecipeError(
+                f"--only {pattern} matches no run of this recipe; it has "
+                f"{', '.join(dict.fromkeys(job.name for job in jobs))}"
+            )
         wanted |= found
     for job in reversed(jobs):
         if job.run_dir in wanted:

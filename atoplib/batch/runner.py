@@ -88,8 +88,10 @@ def execute(
         return ""
     reason = _failing_cell(part) or manifest.get("error") or log.read_text(errors="replace")[-500:].strip()
     if not in_time:
-        limit = progress.format_seconds(timeout)
-        reason = f"it ran longer than the {limit} of --timeout; a training goes on next time"
+        reason = (
+            f"it ran longer than the {progress.format_seconds(timeout)} of --timeout; a training goes on "
+            "next time"
+        )
     return f"{reason}\nnotebook so far: {part}\nlog: {log}"
 
 
@@ -100,18 +102,17 @@ def _run_process(
     until = time.monotonic() + (timeout or float("inf"))
     # In /tmp, as the system allows the name of a kernel's socket 107 letters.
     with tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as own:
-        environment = {
-            **os.environ,
-            **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
-            runs.NAME_FROM_BATCH: job.run_dir.name,
-            "PYTHONUNBUFFERED": "1",
-            # Notebooks that run side by side would otherwise share a history and race for ports.
-            "IPYTHONDIR": own,
-            "JUPYTER_RUNTIME_DIR": own,
-        }
         with subprocess.Popen(
             papermill_command(job),
-            env=environment,
+            env={
+                **os.environ,
+                **({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+                runs.NAME_FROM_BATCH: job.run_dir.name,
+                "PYTHONUNBUFFERED": "1",
+                # Notebooks that run side by side would otherwise share a history and race for ports.
+                "IPYTHONDIR": own,
+                "JUPYTER_RUNTIME_DIR": own,
+            },
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -144,10 +145,10 @@ def _failing_cell(notebook: Path) -> str:
     did. Of a killed kernel all cells read "completed".
     """
     cells = (files.read_json(notebook) or {}).get("cells", [])
-    outputs = ((cell.get("execution_count"), output) for cell in cells for output in cell.get("outputs", []))
     errors = (
-        f"In [{number}]: {output.get('ename')}: {output.get('evalue')}"
-        for number, output in outputs
+        f"In [{cell.get('execution_count')}]: {output.get('ename')}: {output.get('evalue')}"
+        for cell in cells
+        for output in cell.get("outputs", [])
         if output.get("output_type") == "error"
     )
     return next(errors, "")

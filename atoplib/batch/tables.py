@@ -26,13 +26,15 @@ def runs_frame(run_dirs: Iterable[Path]) -> pandas.DataFrame:
     rows = []
     for run_dir in run_dirs:
         manifest = files.read_json(run_dir / "manifest.json") or {}
-        rows.append({"run": run_dir.name} | {name: manifest.get(name) for name in HEAD} | parameters(run_dir))
         (metrics,) = pandas.json_normalize(files.read_json(run_dir / "metrics.json") or {"": []}).to_dict(
             "records"
         )
-        rows[-1] |= {
-            f"metrics.{name}": value for name, value in metrics.items() if not isinstance(value, list)
-        }
+        rows.append(
+            {"run": run_dir.name}
+            | {name: manifest.get(name) for name in HEAD}
+            | parameters(run_dir)
+            | {f"metrics.{name}": value for name, value in metrics.items() if not isinstance(value, list)}
+        )
     frame = pandas.DataFrame(rows)
     return frame[sorted(frame, key=lambda name: name.startswith("metrics."))]
 
@@ -47,8 +49,11 @@ def scores_frame(run_dirs: Iterable[Path]) -> pandas.DataFrame:
         if (run_dir / "frame.csv").is_file():
             frame = pandas.read_csv(run_dir / "frame.csv").query("rule == 'single'").reset_index(drop=True)
             constant = {"run": run_dir.name, "measured": _measured(run_dir, frame)} | parameters(run_dir)
-            columns = {name: [value] * len(frame) for name, value in constant.items()}
-            frames.append(pandas.concat([frame, pandas.DataFrame(columns)], axis=1))
+            frames.append(
+                pandas.concat(
+                    [frame, pandas.DataFrame([constant] * len(frame), columns=list(constant))], axis=1
+                )
+            )
     return pandas.concat(frames[1:] or frames, ignore_index=True).copy()  # of few blocks
 
 
@@ -61,8 +66,7 @@ def varied(frame: pandas.DataFrame) -> list[str]:
     for column in frame:
         stage, _, name = column.partition(".")
         values = tuple(frame[column].map(repr))
-        own = stage[:2].isdigit() and not name.endswith("_run") and name not in NO_AXES
-        if own and len(set(values)) > 1:
+        if stage[:2].isdigit() and not name.endswith("_run") and name not in NO_AXES and len(set(values)) > 1:
             axes.setdefault((name, values), column)
     return list(axes.values())
 
