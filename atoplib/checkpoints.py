@@ -7,21 +7,17 @@ Nothing is ever unpickled without ``weights_only=True``, and no header makes cod
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from atoplib import classifiers, purifiers
-from atoplib.contract import first_line
-from atoplib.files import write_atomically
+from atoplib import classifiers, contract, files, purifiers
 
 FORMAT = "atoplib-checkpoint-1"
 CUSTOM = "custom: "  # begins the architecture of a network that none of our builders makes; its class follows
@@ -53,7 +49,9 @@ def save(
     tensors, header["extra_state"] = tensors_of(module)
     header["sha256"] = _digest(header, tensors)
     metadata = {"atoplib": json.dumps(header, sort_keys=True)}
-    write_atomically(Path(path), lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata))
+    files.write_atomically(
+        Path(path), lambda part: safetensors.torch.save_file(tensors, part, metadata=metadata)
+    )
 
 
 def _is_built_by(kind: str, architecture: str, options: Mapping[str, Any], module: nn.Module) -> bool:
@@ -82,8 +80,12 @@ def tensors_of(module: nn.Module) -> tuple[dict[str, Tensor], list[str]]:
         if not isinstance(value, Tensor):
             extra.append(name)
             value = _as_bytes(value, name)
-        fresh = isinstance(value, nn.parameter.UninitializedTensorMixin)
-        if fresh or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        if (
+            isinstance(value, nn.parameter.UninitializedTensorMixin)
+            or value.layout is not torch.strided
+            or value.is_quantized
+            or value.is_meta
+        ):
             raise CheckpointError(
                 f"{name} of this network is no dense tensor of known shape, and only such can be saved: give "
                 "a lazy network one batch first, and train it dense"
@@ -177,7 +179,9 @@ def load(
         with torch.device("meta"):
             expected = _shapes(make().state_dict())
     except Exception as error:  # whatever a damaged file or a builder raises
-        raise CheckpointError(f"{path} holds no network that can be built: {first_line(error)}") from error
+        raise CheckpointError(
+            f"{path} holds no network that can be built: {contract.first_line(error)}"
+        ) from error
     _check_shapes(expected, _shapes(tensors, extra), path)
     if header.get("sha256", "") not in ("", _digest(header, tensors)):
         raise CheckpointError(
@@ -259,7 +263,7 @@ def _foreign_state(path: Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files and refused pickles raise all kinds
         raise CheckpointError(
-            f"{path} cannot be read as weights ({first_line(error)}); allowed are state dicts "
+            f"{path} cannot be read as weights ({contract.first_line(error)}); allowed are state dicts "
             "(torch.save(model.state_dict(), path)) and .safetensors, for whole pickled models run code"
         ) from error
     for key in ("state_dict", "model", "net", "G"):
@@ -298,7 +302,7 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
     """Save a training's state (tensors, numbers, strings, lists, dicts), keeping the one before as
     ``*.previous``."""
     newest = path.with_name(path.name + ".newest")
-    write_atomically(newest, lambda part: torch.save(dict(state), part))
+    files.write_atomically(newest, lambda part: torch.save(dict(state), part))
     # Only now, with the new state safe on the disk: a disk that is full leaves both older ones where they
     # are.
     _take_over(newest, path)
@@ -306,8 +310,8 @@ def save_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def _take_over(newest: Path, path: Path) -> None:
     if path.exists():
-        os.replace(path, path.with_name(path.name + ".previous"))
-    os.replace(newest, path)
+        path.replace(path.with_name(path.name + ".previous"))
+    newest.replace(path)
 
 
 def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
@@ -327,7 +331,9 @@ def load_state(path: Path) -> tuple[dict[str, Any] | None, str | None]:
                     raise ValueError("a checksum does not fit")
             state = torch.load(candidate, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file may raise anything
-            problems.append(f"{candidate} cannot be read ({type(error).__name__}: {first_line(error)})")
+            problems.append(
+                f"{candidate} cannot be read ({type(error).__name__}: {contract.first_line(error)})"
+            )
         else:
             if candidate.suffix == ".newest":
                 _take_over(candidate, path)

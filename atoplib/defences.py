@@ -132,8 +132,11 @@ def load_purifier(p: Parameters, which: str | None = None) -> tuple[nn.Module, M
     Raises:
         FileNotFoundError, CheckpointError, ValueError: as ``find_weights`` and ``checkpoints.load``.
     """
-    path = find_weights(p, p.purifier_run if which is None else which, "AP")
-    return checkpoints.load(path, kind="purifier", device=decisions.pick_device(p.device))
+    return checkpoints.load(
+        find_weights(p, p.purifier_run if which is None else which, "AP"),
+        kind="purifier",
+        device=decisions.pick_device(p.device),
+    )
 
 
 def facts(p: Parameters) -> dict[str, Any]:
@@ -184,8 +187,9 @@ def load_defences(
 
     def add(name: str, path: Path, classifier: Path) -> None:
         network, found.sources[name] = classifier_at(classifier), path
-        purified = path != classifier
-        found[name] = load_pipeline(path, network, **options).freeze_for_attack() if purified else network
+        found[name] = (
+            network if path == classifier else load_pipeline(path, network, **options).freeze_for_attack()
+        )
 
     for name in (name for name in names if FIELDS[name] in values):
         try:

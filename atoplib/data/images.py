@@ -134,10 +134,11 @@ def decode(
         files = [listing.files[index] for index in chosen]
         stats = [(str(path.relative_to(folder)), path.stat()) for path in files]
         names = [(name, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
-        label, place = f"folder-{folder.name}-{image_size or 'own'}px", os.path.realpath(folder)
-        path = cache_path(data_dir, label, place, names, image_size)
-        read = partial(read_image, image_size=image_size)
-        pixels = cached(path, files, read, f"{folder.name} images", progress)
+        label = f"folder-{folder.name}-{image_size or 'own'}px"
+        path = cache_path(data_dir, label, os.path.realpath(folder), names, image_size)
+        pixels = cached(
+            path, files, partial(read_image, image_size=image_size), f"{folder.name} images", progress
+        )
         parts.append((pixels, listing.labels[chosen], chosen))
     _check_same_size([each.folder for each in listings], [pixels.shape[2:] for pixels, _, _ in parts])
     return parts
@@ -209,6 +210,5 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             scaled[values == clear] = 255
         return Image.fromarray(scaled).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or clear is not None:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
     return image.convert("RGB")

@@ -3,7 +3,6 @@
 import contextlib
 import hashlib
 import io
-import os
 import socket
 import warnings
 from collections.abc import Sequence
@@ -17,10 +16,9 @@ from jaxtyping import Float32, Int64
 from PIL import Image
 from torch import Tensor
 
-from atoplib.contract import first_line
+from atoplib import contract, files
 from atoplib.data import images
 from atoplib.data.splits import Dataset, Split, subset, to_float
-from atoplib.files import workspace_dir
 from atoplib.parameters import at_least, check_settings, one_of
 from atoplib.progress import Report
 
@@ -74,7 +72,7 @@ def load(
     image_size: int | None = None,
     max_train: int | None = None,
     max_test: int | Sequence[int] | None = None,
-    data_dir: str | os.PathLike[str] = "",
+    data_dir: str | Path = "",
     download: bool = True,
     progress: Report | None = None,
 ) -> Dataset:
@@ -106,7 +104,7 @@ def load(
     numbers = {"image_size": image_size, "max_train": max_train, "max_test": max_test}
     check_settings(**{k: (v, at_least(1)) for k, v in numbers.items() if isinstance(v, int)})
     _check_name(dataset)
-    folder = Path(data_dir).expanduser() if str(data_dir) else workspace_dir() / "data"
+    folder = Path(data_dir).expanduser() if str(data_dir) else files.workspace_dir() / "data"
     limits, options = (max_train, max_test), (image_size, folder, progress)
     if dataset.startswith("folder:"):
         listings = images.folder_listings(dataset)
@@ -131,7 +129,7 @@ def load_images(
     split: str = "test",
     *,
     seed: int = 0,
-    data_dir: str | os.PathLike[str] = "",
+    data_dir: str | Path = "",
     image_size: int | None = None,
 ) -> tuple[Float32[Tensor, "n 3 h w"], Int64[Tensor, "n"]]:
     """The first n images (None: all) of a fixed order of a split in [0, 1], classes mixed, and their labels;
@@ -155,8 +153,9 @@ def facts_of(name: str) -> Facts:
     if name in KNOWN:
         return KNOWN[name]
     train, test = images.folder_listings(name)
-    size = images.read_image(train.files[0]).shape[:2]
-    return Facts(train.classes, len(train.files), len(test.files), size)
+    return Facts(
+        train.classes, len(train.files), len(test.files), images.read_image(train.files[0]).shape[:2]
+    )
 
 
 def _check_name(name: str) -> None:
@@ -221,8 +220,9 @@ def _resized(
         image = Image.fromarray(np.ascontiguousarray(pixels[index].transpose(1, 2, 0)))
         return np.asarray(images.fit_square(image, size))
 
-    digest = hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest()
-    path = images.cache_path(data_dir, f"{name}-{size}px", name, digest, size)
+    path = images.cache_path(
+        data_dir, f"{name}-{size}px", name, hashlib.sha256(np.ascontiguousarray(pixels)).hexdigest(), size
+    )
     return images.cached(path, range(len(labels)), resized, "images", progress), labels, chosen
 
 
@@ -239,7 +239,7 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
         found = sorted(data_dir.glob(unpacked))
         if found and "not found" not in str(error):
             raise ValueError(
-                f"{found[0]} is damaged ({first_line(error)}): delete it and run again"
+                f"{found[0]} is damaged ({contract.first_line(error)}): delete it and run again"
             ) from error
         if not download:
             raise FileNotFoundError(
@@ -254,9 +254,9 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
             return make(download=True)
     except Exception as error:  # no network, timeouts, bad archives, a full disk: these come as many kinds
         raise FileNotFoundError(
-            f"{name} is not complete in {data_dir} and could not be downloaded ({first_line(error)}): "
-            f"put {by_hand.format(data_dir)} by hand, or use mnist5k, which is embedded, or "
-            "folder:PATH with your own images"
+            f"{name} is not complete in {data_dir} and could not be downloaded "
+            f"({contract.first_line(error)}): put {by_hand.format(data_dir)} by hand, or use mnist5k, which "
+            "is embedded, or folder:PATH with your own images"
         ) from error
     finally:
         socket.setdefaulttimeout(before)

@@ -12,8 +12,7 @@ import torch
 from jaxtyping import Float32, Int64, UInt8
 from torch import Tensor
 
-from atoplib.contract import check_labels
-from atoplib.hashing import json_hash, tensor_hash
+from atoplib import contract, hashing
 from atoplib.parameters import between, check_settings, each
 
 SUBSET_SEED = 2024  # of the fixed subsets that max_train, max_test and load_images take
@@ -32,7 +31,7 @@ class Split:
     indices: Int64[Tensor, "n"] | None = None
 
     def __post_init__(self) -> None:
-        check_labels(self.labels, len(self.images))
+        contract.check_labels(self.labels, len(self.images))
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def channel_statistics(
 
 def fingerprint(split: Split) -> str:
     """16 hex digits of what a split holds."""
-    return json_hash([tensor_hash(split.images), tensor_hash(split.labels)])
+    return hashing.json_hash([hashing.tensor_hash(split.images), hashing.tensor_hash(split.labels)])
 
 
 def _reflect(index: Tensor, size: int) -> Tensor:
