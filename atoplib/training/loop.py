@@ -7,17 +7,15 @@ so that a training that was interrupted goes on exactly as if it had not been.
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
-from math import ceil, isfinite
+from math import ceil
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib import checkpoints
+from atoplib import checkpoints, decisions, freezing
 from atoplib.data import Split, augment, epoch_batches, mixed_seed, to_float
-from atoplib.decisions import forked_rng
-from atoplib.freezing import to_channels_last
 from atoplib.parameters import at_least, between, check_settings, one_of
 from atoplib.progress import Report
 from atoplib.runs import Run
@@ -140,13 +138,14 @@ def fit(
             progress(training.step * batch_size, training.total * batch_size, "images", numbers)
 
     try:
-        with forked_rng(training.device), parts.Interruption() as interruption:
+        with decisions.forked_rng(training.device), parts.Interruption() as interruption:
             report()
             training.close_epoch(validate, save, keep_every)  # one that was interrupted before it was closed
             for x, y in training.batches():
                 training.advance(x, y)
                 if training.step % CHECK_EVERY == 0 or training.epoch_is_over:
-                    report(loss=training.checked_loss())
+                    training.require_finite(training.last_loss)
+                    report(loss=training.last_loss.item())
                     if time.monotonic() - last_saved > save_every:
                         training.save()
                         last_saved = time.monotonic()
@@ -192,7 +191,7 @@ class _Training:
         self.networks, self.name = networks, next(iter(networks))
         self.losses = ["loss", *list(networks)[1:]]  # of the networks, by these names in what a step returns
         for name, network in networks.items():
-            to_channels_last(network).train()
+            freezing.to_channels_last(network).train()
             if state:
                 checkpoints.load_weights(network, state["networks"][name], run.state_path)
         self.result, decay = networks[self.name], settings["ema_decay"]
@@ -238,8 +237,9 @@ class _Training:
         seed, batch_size = self.settings["seed"], self.settings["batch_size"]
         how = {"padding": self.settings["padding"], "flip": self.settings["flip"]}
         for epoch in range(self.step // self.steps_per_epoch, ceil(self.total / self.steps_per_epoch)):
-            start = self.step % self.steps_per_epoch
-            for x, y in epoch_batches(self.data, batch_size, seed=seed, epoch=epoch, start=start):
+            for x, y in epoch_batches(
+                self.data, batch_size, seed=seed, epoch=epoch, start=self.step % self.steps_per_epoch
+            ):
                 if self.step == self.total:
                     return
                 generator = torch.Generator(self.device).manual_seed(
@@ -282,8 +282,9 @@ class _Training:
 
     def _update(self, losses: list[Tensor]) -> None:
         """Every network's gradient of its own loss alone, then a step of every optimizer."""
-        peak, schedule = self.settings["learning_rate"], self.settings["schedule"]
-        rate = parts.learning_rate_at(self.step, self.total, peak=peak, schedule=schedule)
+        rate = parts.learning_rate_at(
+            self.step, self.total, peak=self.settings["learning_rate"], schedule=self.settings["schedule"]
+        )
         for loss, optimizer in zip(losses, self.optimizers, strict=True):
             optimizer.zero_grad(set_to_none=True)
             loss.backward(inputs=_parameters(optimizer), retain_graph=len(losses) > 1)
@@ -312,14 +313,9 @@ class _Training:
         self.result.train()
         self.history, self.sums = [*self.history, {"epoch": self.step / self.steps_per_epoch, **numbers}], {}
 
-    def checked_loss(self) -> float:
-        """The last loss; TrainingDiverged if it is not finite."""
-        loss = self.last_loss.item()
-        self._require_finite(isfinite(loss))
-        return loss
-
-    def _require_finite(self, finite: bool) -> None:
-        if not finite:
+    def require_finite(self, *tensors: Tensor) -> None:
+        """Raise TrainingDiverged unless every number is finite."""
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             kept = "No state was saved yet."
             if self.run is not None and self.run.state_path.exists():
                 kept = f"The last good state is kept in {self.run.state_path}."
@@ -332,9 +328,8 @@ class _Training:
     def save(self) -> None:
         """Keep all that is needed to go on, if there is a run; TrainingDiverged unless every weight and
         statistic is finite."""
-        networks = self.networks.values()
-        tensors = [t for network in networks for t in (*network.parameters(), *network.buffers())]
-        self._require_finite(all(bool(tensor.isfinite().all()) for tensor in tensors))
+        for network in self.networks.values():
+            self.require_finite(*network.parameters(), *network.buffers())
         if self.run is not None:
             state = {name: getattr(self, name) for name in ("step", "history", "flops", "sums", "seconds")}
             state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}

@@ -14,12 +14,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoplib import hashing
-from atoplib.checkpoints import load_state
+from atoplib import checkpoints, files, hashing, probing
 from atoplib.data import Split, fingerprint, to_float
 from atoplib.decisions import reseed, sample_logits
-from atoplib.files import read_json, write_json
-from atoplib.probing import undisturbed
 from atoplib.runs import Run
 
 SCHEDULES = ("one_cycle", "cosine", "constant")
@@ -116,12 +113,13 @@ def accuracy(
     max_batch = max_batch or max(1, min(500, PIXELS_AT_ONCE // split.images[0, 0].numel()))
     device = next((tensor.device for tensor in (*model.parameters(), *model.buffers())), split.labels.device)
     correct = torch.zeros((), device=device)
-    with undisturbed(model):
+    with probing.undisturbed(model):
         torch.manual_seed(seed)
         reseed(model, seed)
         for images, labels in zip(split.images.split(max_batch), split.labels.split(max_batch), strict=True):
-            x = to_float(images.to(device))
-            logits = sample_logits(model, x, num_samples=num_samples, max_batch=max_batch)
+            logits = sample_logits(
+                model, to_float(images.to(device)), num_samples=num_samples, max_batch=max_batch
+            )
             correct += (logits.argmax(dim=2) == labels.to(device)).float().mean(dim=0).sum()
     return float(correct) / len(split.labels)
 
@@ -196,10 +194,12 @@ def begin_run(
         "the training loop of atoplib": hashing.code_hash("atoplib.training.loop"),
         "torch, Python or the kind of device": hashing.json_hash(hashing.environment(device)),
     }
-    before = read_json(run.path / IDENTITY) or {}
+    before = files.read_json(run.path / IDENTITY) or {}
     changed = [name for name in before | identity if before.get(name) != identity.get(name)]
     if changed and any(run.path.glob("state.pt*")):
-        earlier = [each for each in run.path.glob("superseded-*") if read_json(each / IDENTITY) == identity]
+        earlier = [
+            each for each in run.path.glob("superseded-*") if files.read_json(each / IDENTITY) == identity
+        ]
         folder = run.supersede(RESULTS)
         # A step refers to its networks: another network is not another step.
         reasons = [name for name in changed if name.endswith("given")] or changed
@@ -208,8 +208,8 @@ def begin_run(
             path.replace(run.path / path.name)
         what = f"What {earlier[-1]} kept comes back" if earlier else "Trained anew, not loaded"
         notify(f"{what} ({reason}). What was there is kept in {folder}.")
-    write_json(run.path / IDENTITY, identity)
-    state, note = load_state(run.state_path)
+    files.write_json(run.path / IDENTITY, identity)
+    state, note = checkpoints.load_state(run.state_path)
     if note:
         notify(note)
     return state
