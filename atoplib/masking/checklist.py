@@ -11,14 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from atoplib.attacks import IdentityBackward, norms, pgd, square
-from atoplib.attacks.eot import eot_gradient
-from atoplib.contract import prepare
+from atoplib import contract, files, hashing
+from atoplib.attacks import IdentityBackward, eot, norms, pgd, square
 from atoplib.decisions import Model, fixed_sample, forked_rng, full_float32, is_random, reseed, sample_logits
-from atoplib.files import read_json, write_json
-from atoplib.hashing import code_hash, environment, json_hash, model_hash, tensor_hash
 from atoplib.masking import checks
-from atoplib.masking.checks import Check
 from atoplib.parameters import at_least, check_counts, check_settings, one_of
 from atoplib.progress import Report
 
@@ -162,7 +158,7 @@ def masking_checklist(
     max_batch: int = 256,
     progress: Report | None = None,
     run_dir: Path | None = None,
-) -> list[Check]:
+) -> list[checks.Check]:
     """Look for gradient masking in a model; 64 images are enough, at about 12 * steps * eot_samples gradients
     an image.
 
@@ -203,24 +199,26 @@ def masking_checklist(
     )
     check_counts(eot_samples=eot_samples, num_samples=num_samples)
     classifier = getattr(defence, "classifier", None) if classifier is None else classifier
-    networks, settings = (
-        (defence, classifier),
-        (eps, norm, steps, alpha, eot_samples, num_samples, queries, seed),
-    )
-    kept = run_dir and run_dir / f"masking/{_identity(networks, images, labels, settings, max_batch)}.json"
-    if found := kept and read_json(kept):
-        return [Check(**each) for each in found["checks"]]
+    settings = (eps, norm, steps, alpha, eot_samples, num_samples, queries, seed, max_batch)
+    kept = run_dir and run_dir / f"masking/{_identity((defence, classifier), images, labels, settings)}.json"
+    if found := kept and files.read_json(kept):
+        return [checks.Check(**each) for each in found["checks"]]
     with forked_rng(images.device):
-        model, images, labels = prepare(defence, images, labels)
+        model, images, labels = contract.prepare(defence, images, labels)
         if classifier is not None:
-            classifier, *_ = prepare(classifier, images, labels)
+            classifier, *_ = contract.prepare(classifier, images, labels)
         random = is_random(model, images, max_batch=max_batch)
-        samples = eot_samples if random else 1
         probe = Probe(
             model,
             images,
             labels,
-            attack={"eps": eps, "norm": norm, "steps": steps, "alpha": alpha, "eot_samples": samples},
+            attack={
+                "eps": eps,
+                "norm": norm,
+                "steps": steps,
+                "alpha": alpha,
+                "eot_samples": eot_samples if random else 1,
+            },
             num_samples=num_samples if random else 1,
             random=random,
             seed=seed,
@@ -234,15 +232,19 @@ def masking_checklist(
         attacked["noise"] = probe.hardest(_noise(probe))
         judged = list(_judge(probe, attacked))
     if kept:
-        write_json(kept, {"checks": [asdict(check) for check in judged]})
+        files.write_json(kept, {"checks": [asdict(check) for check in judged]})
     return judged
 
 
-def _identity(networks: Iterable[nn.Module | None], images: Tensor, labels: Tensor, *settings: Any) -> str:
+def _identity(networks: Iterable[nn.Module | None], images: Tensor, labels: Tensor, settings: tuple) -> str:
     """A hash of all that the checks depend on."""
-    facts = [each and model_hash(each, images) for each in networks]
-    facts += [tensor_hash(images), tensor_hash(labels), code_hash(__name__), environment(images.device)]
-    return json_hash([*facts, *settings])
+    return hashing.json_hash(
+        [
+            [each and hashing.model_hash(each, images) for each in networks],
+            [hashing.tensor_hash(images), hashing.tensor_hash(labels), settings],
+            [hashing.code_hash(__name__), hashing.environment(images.device)],
+        ]
+    )
 
 
 def _plan(probe: Probe, queries: int, classifier: Model | None) -> dict[str, dict[str, Any]]:
@@ -275,7 +277,7 @@ def _plan(probe: Probe, queries: int, classifier: Model | None) -> dict[str, dic
     return attacks
 
 
-def _judge(probe: Probe, attacked: dict[str, Tensor]) -> Iterator[Check]:
+def _judge(probe: Probe, attacked: dict[str, Tensor]) -> Iterator[checks.Check]:
     """The checks, from what the attacks found."""
     steps, samples, main = probe.attack["steps"], probe.num_samples, attacked["main"]
     wrong = {name: probe.wrong(images) for name, images in attacked.items()}
@@ -286,7 +288,7 @@ def _judge(probe: Probe, attacked: dict[str, Tensor]) -> Iterator[Check]:
         yield _measure_agreement(probe, main, "finite differences, attacked")
     else:
         for name in ("same answers", "finite differences", "finite differences, attacked"):
-            yield Check(
+            yield checks.Check(
                 name,
                 "suspicious",
                 "not compared, as the model's random numbers cannot be fixed: give it reseed(seed)",
@@ -297,14 +299,15 @@ def _judge(probe: Probe, attacked: dict[str, Tensor]) -> Iterator[Check]:
         if f"unbounded {size}" in attacked:
             logits = probe.logits(attacked[f"unbounded {size}"], probe.seed + 1)[0]
             yield checks.check_unbounded(logits.argmax(dim=1) == probe.labels, logits.shape[1], size)
-    by_steps = {
-        steps // 2: wrong["half the steps"],
-        steps: wrong["main"],
-        2 * steps: wrong["twice the steps"],
-    }
-    others = ("restart", "larger steps", "margin loss", "falling steps", "targets")
     yield checks.check_effort(
-        "steps", "steps", by_steps, samples, others={name: wrong[name] for name in others}
+        "steps",
+        "steps",
+        {steps // 2: wrong["half the steps"], steps: wrong["main"], 2 * steps: wrong["twice the steps"]},
+        samples,
+        others={
+            name: wrong[name]
+            for name in ("restart", "larger steps", "margin loss", "falling steps", "targets")
+        },
     )
     if probe.random:
         yield _check_eot(probe, wrong)
@@ -325,14 +328,16 @@ def _noise(probe: Probe) -> Iterator[Tensor]:
         yield ball.project(images + probe.eps * (noise.sign() if probe.norm == "linf" else noise / length))
 
 
-def _measure_gradients(probe: Probe) -> Check:
+def _measure_gradients(probe: Probe) -> checks.Check:
     model, samples = Attackable(probe.model, probe.spread, repaired=False), probe.attack["eot_samples"]
     probe.start_random_numbers(probe.seed)
-    found = eot_gradient(model, probe.images, probe.labels, eot_samples=samples, max_batch=probe.max_batch)
+    found = eot.eot_gradient(
+        model, probe.images, probe.labels, eot_samples=samples, max_batch=probe.max_batch
+    )
     return checks.check_gradients(found.gradient)
 
 
-def _measure_modes(probe: Probe, attacked: Tensor) -> Check:
+def _measure_modes(probe: Probe, attacked: Tensor) -> checks.Check:
     """Logits as an attack meets them against those of a decision, of images and attacked images, under one
     sample."""
     shown = torch.cat([probe.images, attacked])
@@ -342,7 +347,7 @@ def _measure_modes(probe: Probe, attacked: Tensor) -> Check:
     return checks.check_modes(with_gradient, probe.answers(probe.model, shown), probe.spread)
 
 
-def _measure_agreement(probe: Probe, images: Tensor, name: str) -> Check:
+def _measure_agreement(probe: Probe, images: Tensor, name: str) -> checks.Check:
     """Central differences of the margin, under one sample that all evaluations share, against the gradient's
     prediction.
 
@@ -357,7 +362,7 @@ def _measure_agreement(probe: Probe, images: Tensor, name: str) -> Check:
     origin = (images + 4 * step * jitter).clamp(step, 1 - step)  # both sides of it are images
     model = Attackable(probe.model, probe.spread)
     with probe.same_sample():
-        found = eot_gradient(model, origin, probe.labels, loss=smooth_margin, max_batch=probe.max_batch)
+        found = eot.eot_gradient(model, origin, probe.labels, loss=smooth_margin, max_batch=probe.max_batch)
     predicted, measured, labels = [], [], probe.labels
     for _ in range(8):
         direction = torch.randint(2, origin.shape, generator=generator, device=origin.device) * 2.0 - 1
@@ -367,7 +372,7 @@ def _measure_agreement(probe: Probe, images: Tensor, name: str) -> Check:
     return checks.check_agreement(torch.stack(predicted), torch.stack(measured), name)
 
 
-def _measure_samples(probe: Probe, calls: int = 12, copies: int = 12, images: int = 4) -> Check:
+def _measure_samples(probe: Probe, calls: int = 12, copies: int = 12, images: int = 4) -> checks.Check:
     probe.start_random_numbers(probe.seed)
     shown, labels = probe.images[:images].repeat(copies, 1, 1, 1), probe.labels[:images].repeat(copies)
     with torch.no_grad():
@@ -376,7 +381,7 @@ def _measure_samples(probe: Probe, calls: int = 12, copies: int = 12, images: in
     return checks.check_samples(values.unflatten(1, (copies, images)))
 
 
-def _check_eot(probe: Probe, wrong: dict[str, Tensor]) -> Check:
+def _check_eot(probe: Probe, wrong: dict[str, Tensor]) -> checks.Check:
     """More samples a gradient must not weaken the attack; an attack with a single sample must not gain by
     more."""
     counts = {samples: wrong[f"EOT {samples}"] for samples in probe.eot_efforts}
@@ -385,4 +390,6 @@ def _check_eot(probe: Probe, wrong: dict[str, Tensor]) -> Check:
     # an attack that averages nothing measures no random model
     alone = probe.attack["eot_samples"] == 1 and check.outcome == "passed"
     outcome = checks.outcome_of(p_value) if alone else check.outcome
-    return Check("EOT", outcome, f"{check.detail}; more than one sample matters: {checks.p_text(p_value)}")
+    return checks.Check(
+        "EOT", outcome, f"{check.detail}; more than one sample matters: {checks.p_text(p_value)}"
+    )

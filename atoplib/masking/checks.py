@@ -16,8 +16,7 @@ from scipy.special import bdtrc, chdtrc
 from torch import Tensor
 
 from atoplib.decisions import wilson_interval
-from atoplib.evaluation import markdown_table
-from atoplib.evaluation.results import SIGNIFICANCE
+from atoplib.evaluation.results import SIGNIFICANCE, markdown_table
 
 
 @dataclass(frozen=True)
