@@ -68,9 +68,8 @@ def accuracy_bars(
     for axes, shown in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True):
         for number, (defence, colour) in enumerate(colours_of(defences).items()):
             part = frame[frame["threat"].isin(shown) & (frame["defence"] == defence)]
-            places = part["threat"].map(shown.index) + width * (number - (len(defences) - 1) / 2)
             bars = axes.bar(
-                places,
+                part["threat"].map(shown.index) + width * (number - (len(defences) - 1) / 2),
                 part["accuracy"],
                 width,
                 yerr=error_bars(part),
@@ -153,8 +152,11 @@ def attack_heatmap(
         )
         one.tick_params(length=0, labelsize=8)
         one.set_title(plain(": ".join(filter(None, [str(heading), above]))), fontsize=10)
-        label = "" if columns == "threat" else plain(columns.replace("_", " "))
-        one.set(xlabel=label, ylabel="", facecolor="#ececec")  # of cells without a value
+        one.set(
+            xlabel="" if columns == "threat" else plain(columns.replace("_", " ")),
+            ylabel="",
+            facecolor="#ececec",  # of cells without a value
+        )
         one.set_yticklabels(map(plain, down), rotation=0)
         one.set_xticklabels(_in_lines(across), rotation=0)
     return figure
@@ -206,8 +208,12 @@ def parameter_lines(
             sort = pd.api.types.is_numeric_dtype(points[parameter])
             means = points.groupby(parameter, sort=sort)[value].mean()
             one.plot(means.index, means, color=colours[name], label=plain(name))
-        limits = (-3, 103) if "(%)" in values[value] else (0, None)
-        style_axes(one, xlabel=plain(label or parameter.replace("_", " ")), ylabel=values[value], ylim=limits)
+        style_axes(
+            one,
+            xlabel=plain(label or parameter.replace("_", " ")),
+            ylabel=values[value],
+            ylim=(-3, 103) if "(%)" in values[value] else (0, None),
+        )
         one.set_title(plain(heading), loc="left", fontsize=10)
         if log:
             one.set_xscale("log")
@@ -248,8 +254,11 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
             in [0, 1], shown in percent.
     """
     frame = pd.DataFrame(list(history))
-    curves = frame.select_dtypes("number").dropna(axis=1, how="all")
-    curves = curves.drop(columns=["epoch", "seconds"], errors="ignore")
+    curves = (
+        frame.drop(columns=["epoch", "seconds"], errors="ignore")
+        .select_dtypes("number")
+        .dropna(axis=1, how="all")
+    )
     epochs = frame.get("epoch", frame.index + 1)
     figure, axes = panels(curves.shape[1], 3.4, 2.6, title)
     for one, name in zip(axes, curves, strict=True):

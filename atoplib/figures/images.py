@@ -121,8 +121,7 @@ def perturbation_maps(
     for name, batch in adversarial.items():
         columns |= {name: batch, f"{name} {MINUS} clean": _change(batch, images)}
     scale = 255 * eps if eps else max(map(_scale, list(columns.values())[2::2]), default=1.0)
-    scales = dict.fromkeys(range(2, len(columns), 2), scale)
-    return _draw(columns, title, [""] * len(images), scales=scales)
+    return _draw(columns, title, [""] * len(images), scales=dict.fromkeys(range(2, len(columns), 2), scale))
 
 
 def image_grid(
@@ -170,8 +169,12 @@ def _draw(
         grid[0, column].set_title(plain(heading), fontsize=9)
         if signed:
             beyond = "both" if largest > 1.001 * scale else "neither"  # some pixels lie beyond the scale
-            place = grid[-1, column].inset_axes((0, -0.14, 1, 0.06))
-            bar = figure.colorbar(drawn, cax=place, orientation="horizontal", extend=beyond)
+            bar = figure.colorbar(
+                drawn,
+                cax=grid[-1, column].inset_axes((0, -0.14, 1, 0.06)),
+                orientation="horizontal",
+                extend=beyond,
+            )
             ticks = {-scale: f"{MINUS}{scale:.3g}", 0: "0", scale: f"{scale:.3g}"}
             bar.set_ticks(list(ticks), labels=ticks.values(), fontsize=8)
             bar.set_label("mean over channels, 1/255", fontsize=8)

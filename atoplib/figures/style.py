@@ -16,10 +16,8 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from atoplib.evaluation import eps_text
-from atoplib.evaluation.results import NORMS
-from atoplib.files import write_atomically
-from atoplib.parameters import check_settings, one_of
+from atoplib import files, parameters
+from atoplib.evaluation.results import NORMS, eps_text
 
 RIGHT, WRONG = ("\N{CHECK MARK}", "#2a86c8"), ("\N{BALLOT X}", "#d95f02")  # mark and colour of a decision
 MINUS = "\N{MINUS SIGN}"
@@ -133,9 +131,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         ValueError: for another suffix.
         OSError: if it cannot be written; the message says what to do.
     """
-    path, left_out = Path(path), {"png": ("Software",), "pdf": ("CreationDate", "Creator", "Producer")}
+    path, left_out = Path(path), {"png": ["Software"], "pdf": ["CreationDate", "Creator", "Producer"]}
     kind = path.suffix[1:].lower()
-    check_settings(suffix=(kind, one_of(*left_out)))
-    metadata = dict.fromkeys(left_out[kind])
-    write_atomically(path, lambda part: figure.savefig(part, format=kind, metadata=metadata))
+    parameters.check_settings(suffix=(kind, parameters.one_of(*left_out)))
+    files.write_atomically(
+        path, lambda part: figure.savefig(part, format=kind, metadata=dict.fromkeys(left_out[kind]))
+    )
     return path

@@ -40,16 +40,17 @@ class DeepFillV2(nn.Module):
         super().__init__()
         check_settings(width=(width, at_least(4)))
         w, dilations = width, enumerate((*DILATIONS, 1, 1), start=1)
-        coarse = {
-            "conv1": GatedConv2d(5, w // 2, 5),
-            "down_block1": _down_block(w // 2, w, w),
-            "down_block2": _down_block(w, 2 * w, 2 * w),
-            **{f"conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=dilation) for i, dilation in dilations},
-            "up_block1": _up_block(2 * w, w, w),
-            "up_block2": _up_block(w, w // 2, w // 4),
-            "conv_to_rgb": TanhConv2d(w // 4, 3),
-        }
-        self.stage1 = nn.Sequential(OrderedDict(coarse))
+        self.stage1 = nn.Sequential(
+            OrderedDict(
+                conv1=GatedConv2d(5, w // 2, 5),
+                down_block1=_down_block(w // 2, w, w),
+                down_block2=_down_block(w, 2 * w, 2 * w),
+                **{f"conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=rate) for i, rate in dilations},
+                up_block1=_up_block(2 * w, w, w),
+                up_block2=_up_block(w, w // 2, w // 4),
+                conv_to_rgb=TanhConv2d(w // 4, 3),
+            )
+        )
         self.stage2 = FineStage(width)
 
     def forward(
@@ -58,8 +59,7 @@ class DeepFillV2(nn.Module):
         check_size(x, 8)
         rgb, mask = x[:, :3], x[:, 4:]
         coarse = self.stage1(x)
-        fine = self.stage2(coarse.to(x.dtype) * mask + rgb * (1 - mask), mask)
-        return coarse, fine
+        return coarse, self.stage2(coarse.to(x.dtype) * mask + rgb * (1 - mask), mask)
 
 
 class FineStage(nn.ModuleDict):
@@ -71,25 +71,26 @@ class FineStage(nn.ModuleDict):
 
     def __init__(self, width: int):
         w, dilations = width, enumerate(DILATIONS, start=1)
-        layers = {
-            "conv_conv1": GatedConv2d(3, w // 2, 5),
-            "conv_down_block1": _down_block(w // 2, w // 2, w),
-            "conv_down_block2": _down_block(w, w, 2 * w),
-            **{f"conv_conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=rate) for i, rate in dilations},
-            "ca_conv1": GatedConv2d(3, w // 2, 5),
-            "ca_down_block1": _down_block(w // 2, w // 2, w),
-            "ca_down_block2": _down_block(w, 2 * w, 2 * w),
-            "ca_conv_bn1": GatedConv2d(2 * w, 2 * w, 3, activation="relu"),
-            "contextual_attention": ContextualAttention(),
-            "ca_conv_bn4": GatedConv2d(2 * w, 2 * w, 3),
-            "ca_conv_bn5": GatedConv2d(2 * w, 2 * w, 3),
-            "conv_bn6": GatedConv2d(4 * w, 2 * w, 3),
-            "conv_bn7": GatedConv2d(2 * w, 2 * w, 3),
-            "up_block1": _up_block(2 * w, w, w),
-            "up_block2": _up_block(w, w // 2, w // 4),
-            "conv_to_rgb": TanhConv2d(w // 4, 3),
-        }
-        super().__init__(layers)
+        super().__init__(
+            {
+                "conv_conv1": GatedConv2d(3, w // 2, 5),
+                "conv_down_block1": _down_block(w // 2, w // 2, w),
+                "conv_down_block2": _down_block(w, w, 2 * w),
+                **{f"conv_conv_bn{i}": GatedConv2d(2 * w, 2 * w, 3, dilation=rate) for i, rate in dilations},
+                "ca_conv1": GatedConv2d(3, w // 2, 5),
+                "ca_down_block1": _down_block(w // 2, w // 2, w),
+                "ca_down_block2": _down_block(w, 2 * w, 2 * w),
+                "ca_conv_bn1": GatedConv2d(2 * w, 2 * w, 3, activation="relu"),
+                "contextual_attention": ContextualAttention(),
+                "ca_conv_bn4": GatedConv2d(2 * w, 2 * w, 3),
+                "ca_conv_bn5": GatedConv2d(2 * w, 2 * w, 3),
+                "conv_bn6": GatedConv2d(4 * w, 2 * w, 3),
+                "conv_bn7": GatedConv2d(2 * w, 2 * w, 3),
+                "up_block1": _up_block(2 * w, w, w),
+                "up_block2": _up_block(w, w // 2, w // 4),
+                "conv_to_rgb": TanhConv2d(w // 4, 3),
+            }
+        )
 
     def forward(
         self, image: Float[Tensor, "batch 3 height width"], mask: Float[Tensor, "batch 1 height width"]

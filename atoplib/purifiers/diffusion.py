@@ -163,11 +163,10 @@ class DiffusionPurifier(nn.Module):
         self.path = levels[self.times].tolist()
         self.channels, self.fold, self.steps, self.eta = channels, fold, steps, eta
         self.checkpointing = checkpointing
-        options = {
+        self.options = json.loads(json.dumps({
             "unet": unet or {}, "schedule": schedule or {}, "channels": channels, "fold": fold,
             "t_star": t_star, "steps": steps, "eta": eta, "checkpointing": checkpointing,
-        }  # fmt: skip
-        self.options = json.loads(json.dumps(options))
+        }))  # fmt: skip
 
     @property
     def noise_planes(self) -> int:

@@ -15,10 +15,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from atoplib.contract import is_changed
-from atoplib.freezing import copy_of, same_answers
+from atoplib import contract, freezing, probing
 from atoplib.parameters import at_least, between, check_counts, check_settings
-from atoplib.probing import probe_images
 
 # Function, and the gain that keeps the mean square of a gated convolution's output at that of its input: of
 # ``activation(a) * sigmoid(b)`` it is 1 where a and b are normal with this standard deviation.
@@ -152,8 +150,7 @@ class GatedUNet(nn.Module):
             visible = soft_clip(visible + self.front(visible))
             inputs = torch.cat([visible, inputs[:, 3:]], dim=1)
         level1 = self.decode(self.encode1(F.pixel_unshuffle(inputs, self.fold)))
-        output = self.corrected(visible, F.pixel_shuffle(self.to_rgb(level1), self.fold))
-        return soft_clip(output)
+        return soft_clip(self.corrected(visible, F.pixel_shuffle(self.to_rgb(level1), self.fold)))
 
     def decode(
         self, level1: Float[Tensor, "batch width rows columns"]
@@ -232,17 +229,17 @@ def freeze_purifier(purifier: nn.Module) -> nn.Module:
     """A copy in eval mode: a ``GatedUNet`` as a ``FrozenGatedUNet``, where that is proved to be the same
     function (no hooks and no parametrisations, and the same images from probe images:
     ``freezing.same_answers``)."""
-    copied = copy_of(purifier)
+    copied = freezing.copy_of(purifier)
     if (
         type(purifier) is GatedUNet
         and copied is not purifier
-        and not any(map(is_changed, purifier.modules()))
+        and not any(map(contract.is_changed, purifier.modules()))
     ):
-        probe = probe_images(4, 5, 8 * purifier.fold, 8 * purifier.fold)
+        probe = probing.probe_images(4, 5, 8 * purifier.fold, 8 * purifier.fold)
         probe[:, 3], probe[:, 4] = 1, probe[:, 4].round()  # the plane of ones, and a mask
         with suppress(AttributeError, RuntimeError):  # a part of it was replaced
             frozen = FrozenGatedUNet(purifier)
-            return frozen if same_answers(purifier, frozen, [probe]) else copied
+            return frozen if freezing.same_answers(purifier, frozen, [probe]) else copied
     return copied
 
 
