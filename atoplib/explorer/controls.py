@@ -198,12 +198,15 @@ def unused(values: Values, scene: Scene) -> dict[str, str]:
         ),
     ]
     if attack is not None:
-        transfer = values["threat_model"] == "transfer" and all(purified)
         reasons += [
             (True, f"{attack.title} has none", set(OWN).difference(attack.options)),
             (len(attack.norms) == 1, f"{attack.title} has this norm alone", ("norm",)),
             (not attack.targeted, f"{attack.title} has no targets", ("target",)),
-            (transfer, "the classifier alone is not random", ("eot_samples",)),
+            (
+                values["threat_model"] == "transfer" and all(purified),
+                "the classifier alone is not random",
+                ("eot_samples",),
+            ),
         ]
     return {name: why for holds, why, names in reversed(reasons) if holds for name in names}
 

@@ -150,8 +150,13 @@ def path_chart(view: View) -> dict[str, Any] | None:
     for row in view.rows:
         shares = (row.logits.argmax(dim=2) == view.label).float().mean(dim=0).tolist()
         points += [[row.name, step, 100 * share] for step, share in zip(row.steps, shares, strict=True)]
-    here = max(row.steps[row.place(view.values)] for row in view.rows)
-    return _chart("correct samples (%) at each step of the attack", points, "shown_step", "step", here)
+    return _chart(
+        "correct samples (%) at each step of the attack",
+        points,
+        sets="shown_step",
+        label="step",
+        here=max(row.steps[row.place(view.values)] for row in view.rows),
+    )
 
 
 def curve_chart(points: list[list], values: Values) -> dict[str, Any] | None:

@@ -264,8 +264,10 @@ class Explorer(anywidget.AnyWidget):
 
     def _show(self, view: compute.View) -> None:
         self.view = view
-        text = controls.to_yaml(view.values, self.notebook) if view.done else ""
-        self.shown = page.content(view, self.curves) | {"yaml": text}
+        self.shown = {
+            **page.content(view, self.curves),
+            "yaml": controls.to_yaml(view.values, self.notebook) if view.done else "",
+        }
         self._mirror()
         self._say(text=f"{'Preview: ' if view.preview else ''}{page.caption(view)}; {view.seconds:.2f} s")
 
