@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import binom, binomtest, norm
+from test_attacks import seeded
 from torch import nn
 from zoo import Visible
 
@@ -25,10 +26,6 @@ from atoplib.transforms import Transform
 SIGMA = 0.25
 FEW = {"n0": 20, "n": 200, "max_batch": 1000}
 RADII = [-0.6, -0.3, -0.1, 0.05, 0.2, 0.4]
-
-
-def seeded(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 class Linear(nn.Module):
@@ -50,13 +47,13 @@ class Linear(nn.Module):
 
 def images_at(radii, model):
     """Images whose exact radius is given; the sign is the side."""
-    middle = torch.full((len(radii), 3, 4, 4), 0.5)
-    return middle + torch.tensor(radii).view(-1, 1, 1, 1) * model.weight / model.weight.norm()
+    return 0.5 + torch.tensor(radii).view(-1, 1, 1, 1) * model.weight / model.weight.norm()
 
 
 def pipeline_of(name="rt2", noise_std=SIGMA, **settings):
-    transform = Transform(name, noise_std=noise_std, grid_size=4, **settings)
-    return AToPPipeline(transform, Visible(), Linear().eval()).eval()
+    return AToPPipeline(
+        Transform(name, noise_std=noise_std, grid_size=4, **settings), Visible(), Linear().eval()
+    ).eval()
 
 
 def noisy(seed=0, noise_std=SIGMA):
@@ -70,8 +67,10 @@ def noisy(seed=0, noise_std=SIGMA):
 @pytest.mark.parametrize("alpha", [0.001, 0.05, 0.3])
 def test_the_bound_is_that_of_an_independent_implementation(trials, alpha):
     successes = np.unique([0, 1, trials // 2, trials - 1, trials])
-    tests = [binomtest(int(count), trials, alternative="greater") for count in successes]
-    exact = [test.proportion_ci(1 - alpha, method="exact").low for test in tests]
+    exact = [
+        binomtest(int(count), trials, alternative="greater").proportion_ci(1 - alpha, method="exact").low
+        for count in successes
+    ]
     assert lower_bound(successes, trials, alpha) == pytest.approx(exact, abs=1e-9)
 
 
@@ -198,8 +197,10 @@ def test_the_same_seed_gives_the_same_certificates_and_progress_ends_at_the_last
     pipeline, calls = pipeline_of(), []
     images = images_at(RADII, pipeline.classifier)
     before = torch.get_rng_state()
-    report = {"progress": lambda *call: calls.append(call)}
-    first, again, other = (certify(pipeline, images, **FEW, seed=seed, **report) for seed in (4, 4, 5))
+    first, again, other = (
+        certify(pipeline, images, **FEW, seed=seed, progress=lambda *call: calls.append(call))
+        for seed in (4, 4, 5)
+    )
     assert torch.equal(before, torch.get_rng_state())
     assert torch.equal(first.radii, again.radii) and not torch.equal(first.radii, other.radii)
     assert calls[-1][:3] == (200, 200, "samples") and 0 <= calls[-1][3]["certifiable"] <= 1
@@ -208,13 +209,9 @@ def test_the_same_seed_gives_the_same_certificates_and_progress_ends_at_the_last
 # certified accuracy
 
 
-def certificates_of(classes, radii):
-    radii = torch.tensor(radii, dtype=torch.float64)
-    return Certificates(torch.tensor(classes), radii)
-
-
 def test_certified_accuracy_counts_correct_images_whose_radius_is_larger():
-    certificates = certificates_of([1, 1, 0, 2, 2], [0.5, 0.0, 0.9, 0.2, 0.7])
+    radii = torch.tensor([0.5, 0.0, 0.9, 0.2, 0.7], dtype=torch.float64)
+    certificates = Certificates(torch.tensor([1, 1, 0, 2, 2]), radii)
     frame = certified_accuracy(certificates, torch.tensor([1, 1, 1, 2, 2]), [0.0, 0.2, 0.5, 0.69, 0.8])
     assert frame["accuracy"].tolist() == pytest.approx([60, 40, 20, 20, 0])
     expected = [tuple(100 * end for end in wilson_interval(k, 5)) for k in (3, 2, 1, 1, 0)]

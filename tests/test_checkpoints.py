@@ -62,10 +62,8 @@ class Intruder:
 
 def rewritten(path: Path, **changes: object) -> Path:
     """The checkpoint with other facts in its header, as a foreign or forged file may have them."""
-    header = {**read_header(path), **changes}
-    safetensors.torch.save_file(
-        safetensors.torch.load_file(path), path, metadata={"atoplib": json.dumps(header)}
-    )
+    metadata = {"atoplib": json.dumps({**read_header(path), **changes})}
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata=metadata)
     return path
 
 
@@ -92,14 +90,13 @@ def test_a_network_that_the_named_builder_does_not_make_is_saved_as_what_it_is(t
         def forward(self, inputs):
             return -super().forward(inputs)
 
-    options = {"width": 4}
     module = {
         "other options": lambda: GatedUNet(width=8),
         "other class": lambda: nn.Conv2d(5, 3, 1),
         "same weights, other class": lambda: Inverted(width=4),
     }[case]().eval()
     path = tmp_path / "p.safetensors"
-    save(path, module, kind="purifier", architecture="gated_unet", options=options)
+    save(path, module, kind="purifier", architecture="gated_unet", options={"width": 4})
     assert read_header(path)["architecture"] == f"custom: {type(module).__name__}"
     with pytest.raises(CheckpointError, match="holds a custom purifier"):
         load(path, kind="purifier")
@@ -164,8 +161,9 @@ def test_a_checkpoint_with_other_weights_of_another_kind_or_missing_is_named(tmp
     tensors, metadata = safetensors.torch.load_file(path), {"atoplib": json.dumps(read_header(path))}
     del tensors["1.head.weight"], tensors["1.head.bias"]
     safetensors.torch.save_file({**tensors, "surplus": torch.zeros(1)}, path, metadata=metadata)
-    message = r"2 missing, 1 unknown, 0 of another shape \(for example '1.head.bias'"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(
+        CheckpointError, match=r"2 missing, 1 unknown, 0 of another shape \(for example '1.head.bias'"
+    ):
         load(path, kind="classifier")
 
 
@@ -190,8 +188,10 @@ def test_a_safetensors_file_of_another_program_or_version_is_refused(tmp_path, m
 def test_a_full_disk_leaves_the_earlier_file_and_no_other_and_says_what_to_do(tmp_path):
     path = save_classifier(tmp_path / "file")
     before = path.read_bytes()
-    message = r"could not write .*/file.*is untouched; free some disk space"
-    with full_disk(4096), pytest.raises(OSError, match=message):
+    with (
+        full_disk(4096),
+        pytest.raises(OSError, match="could not write .*/file.*is untouched; free some disk space"),
+    ):
         save_classifier(path)
     assert os.listdir(tmp_path) == ["file"] and path.read_bytes() == before
     save_classifier(path)  # and with room again it goes on
@@ -238,18 +238,16 @@ def test_a_damaged_newest_state_gives_way_to_the_one_before_and_is_named(tmp_pat
     assert state["step"] == 1
     assert f"{path} cannot be read" in note and note.endswith("went on from the state before it")
     path.with_name("state.pt.previous").write_bytes(b"")
-    message = r"state\.pt cannot .*state\.pt\.previous cannot .*Delete the run directory"
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(
+        CheckpointError, match=r"state\.pt cannot .*\.previous cannot .*Delete the run directory"
+    ):
         load_state(path)
     assert not (tmp_path / "it-ran").exists()
 
 
-@pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_keeps_both_states(tmp_path, monkeypatch, call):
-    path = saved_twice(tmp_path / "state.pt")
-
-    full = OSError(errno.ENOSPC, "No space left on device")
-    owner, name = (torch, "save") if call == "write" else (os, "fsync")
+@pytest.mark.parametrize("owner, name", [(torch, "save"), (os, "fsync")], ids=["write", "fsync"])
+def test_a_full_disk_keeps_both_states(tmp_path, monkeypatch, owner, name):
+    path, full = saved_twice(tmp_path / "state.pt"), OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space left"):
         save_state(path, {"step": 3})

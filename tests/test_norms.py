@@ -87,8 +87,8 @@ def test_a_ball_may_have_a_radius_for_each_image(norm):
     points = Ball(images, radii, norm).project(1 - images)
     for radius, rows in ((0.1, [0, 3]), (0.2, [1, 4]), (0.3, [2, 5])):
         torch.testing.assert_close(points[rows], Ball(images[rows], radius, norm).project(1 - images[rows]))
-        part = Ball(images, radii, norm).rows(torch.tensor(rows))
-        torch.testing.assert_close(part.project(1 - images[rows]), points[rows])
+        part = Ball(images, radii, norm).rows(torch.tensor(rows)).project(1 - images[rows])
+        torch.testing.assert_close(part, points[rows])
 
 
 @pytest.mark.parametrize("norm, eps", [("linf", 0.2), ("l2", 0.2)])
@@ -104,9 +104,8 @@ def test_a_random_start_is_uniform_in_the_ball(norm, eps):
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
 def test_a_run_begins_outside_and_ends_in_the_ball(norm):
-    ball = Ball(images_of(), torch.ones(6), norm)
-    widths = [ball.searched(share).eps[0].item() for share in (0.01, 0.5, 1.0)]
-    assert widths == ([5, 2, 1] if norm == "l1" else [2, 1.5, 1])
+    balls = [Ball(images_of(), torch.ones(6), norm).searched(share) for share in (0.01, 0.5, 1.0)]
+    assert [ball.eps[0].item() for ball in balls] == ([5, 2, 1] if norm == "l1" else [2, 1.5, 1])
     large = Ball(torch.rand(4, 3, 32, 32, generator=seeded()), 12.0, "l1")
     assert (large.start(seeded()) != large.images).float().mean() < 0.02, "l1 starts are sparse"
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from zoo import Visible
 
 from atoplib import classifiers, purifiers
 from atoplib.checkpoints import CheckpointError, save
@@ -14,14 +15,6 @@ from atoplib.purifiers import FrozenGatedUNet, GatedUNet
 from atoplib.transforms import Transform
 
 RANDOM = ["rt1", "rt2", "rt3"]
-
-
-class Visible(nn.Module):
-    """A purifier that returns the masked image as it is, and keeps what it was given."""
-
-    def forward(self, given):
-        self.given = given
-        return given[:, :3]
 
 
 class TwoOutputs(nn.Module):
@@ -205,18 +198,8 @@ def test_a_purifier_that_does_not_say_its_transform_is_refused(tmp_path, header)
 
 def averaged(copies, average="images", seed=0):
     torch.manual_seed(1)
-    transform = Transform("rt2", noise_std=0.1, grid_size=4)
-    return AToPPipeline(
-        transform, smooth_purifier(), classifier_of(), copies=copies, average=average, seed=seed
-    ).eval()
-
-
-def mean_of(plain, images, average, sample):
-    """By hand: f of the mean, or the mean of f."""
-    each = plain.purify(images, sample)
-    if average == "images":
-        return plain.classifier(each.unflatten(0, (3, -1)).mean(dim=0))
-    return plain.classifier(each).unflatten(0, (3, -1)).mean(dim=0)
+    parts = Transform("rt2", noise_std=0.1, grid_size=4), smooth_purifier(), classifier_of()
+    return AToPPipeline(*parts, copies=copies, average=average, seed=seed).eval()
 
 
 @pytest.mark.parametrize("average", ["images", "logits"])
@@ -228,7 +211,11 @@ def test_an_average_is_the_mean_over_samples_of_their_own_with_gradients_through
     assert not torch.equal(each[0], each[1])
     torch.testing.assert_close(model.purify(images, sample), each.mean(dim=0))
     assert model.outputs(images, sample)[-1].shape == images.shape
-    moving, expected = images.clone().requires_grad_(), mean_of(plain, copies, average, sample)
+    if average == "images":  # f of the mean, or the mean of f
+        expected = plain.classifier(each.mean(dim=0))
+    else:
+        expected = plain.classifier(each.flatten(0, 1)).unflatten(0, (3, 6)).mean(dim=0)
+    moving = images.clone().requires_grad_()
     logits = model(moving, sample)
     torch.testing.assert_close(logits, expected)
     (gradient,) = torch.autograd.grad(logits.square().sum(), moving)
@@ -316,14 +303,15 @@ def test_impossible_averages_mixtures_and_modes_are_refused(message):
 
 def small_defence(name="rt2", copies=1, average="images"):
     torch.manual_seed(3)
-    options = {"num_classes": 10, "mean": (0.5,) * 3, "std": (0.25, 0.2, 0.3), "width": 4}
-    classifier = classifiers.build("small_resnet", **options).train()
+    classifier = classifiers.build(
+        "small_resnet", num_classes=10, mean=(0.5,) * 3, std=(0.25, 0.2, 0.3), width=4
+    ).train()
     for _ in range(3):
         classifier(torch.rand(16, 3, 32, 32))  # statistics unlike those of a fresh model
     purifier = GatedUNet(width=4, blocks=1, fold=4, pixel_width=3)
     nn.init.normal_(purifier.to_rgb.weight, std=0.2)
-    transform = Transform(name, noise_std=0.1)
-    return AToPPipeline(transform, purifier, classifier, copies=copies, average=average, seed=5).eval()
+    parts = Transform(name, noise_std=0.1), purifier, classifier
+    return AToPPipeline(*parts, copies=copies, average=average, seed=5).eval()
 
 
 @pytest.mark.parametrize("copies, average", [(1, "images"), (3, "images"), (3, "logits")])
