@@ -25,8 +25,7 @@ def moves_of(images, bound):
 
 
 def constant(images, down, right):
-    moves = torch.tensor([down, right]).view(1, 2, 1, 1)
-    return moves.expand(len(images), 2, *images.shape[2:]).clone()
+    return torch.tensor([down, right]).view(1, 2, 1, 1).expand(len(images), 2, *images.shape[2:])
 
 
 @pytest.mark.parametrize("bound", [0.05, 0.5, 2.0])
@@ -75,12 +74,7 @@ class Ramp(nn.Module):
     """Two classes by a smooth weight: the closed form of the best flow is the bound along the image's
     slope."""
 
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
     def forward(self, images):
-        self.calls.append(len(images))
         score = (images - 0.5).mean(dim=(1, 2, 3)) * 40
         return torch.stack([-score, score], dim=1)
 
@@ -89,16 +83,16 @@ def test_on_a_ramp_the_attack_finds_the_known_optimum():
     """The brightness of a ramp rises most where every pixel looks its bound further up: the last column
     cannot."""
     ramp = (torch.arange(10.0) / 20).expand(2, 3, 10, 10)
-    labels = torch.zeros(2, dtype=torch.int64)
+    best, labels = ramp.clone(), torch.zeros(2, dtype=torch.int64)
     found = flow(Ramp().eval(), ramp, labels, steps=30, eot_samples=2, restarts=1)
-    best = ramp.clone()
     best[..., :9] += 0.05 * 10 / 2 / 20
     torch.testing.assert_close(found, best)
 
 
 def small_model(classes=4):
-    layers = nn.Conv2d(3, 8, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(8 * 64, classes)
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(8 * 64, classes)
+    ).eval()
 
 
 def places(count):
@@ -125,8 +119,7 @@ def test_the_attack_raises_the_loss_and_keeps_its_bound(control):
 def test_restarts_break_more_and_leave_what_is_broken_alone():
     model, images = small_model(), images_of(40)
     labels = model(images).argmax(dim=1)
-    few = {"eps": 0.02, "steps": 2, "eot_samples": 1}
-    one, many = (flow(model, images, labels, **few, restarts=restarts) for restarts in (2, 8))
+    one, many = (flow(model, images, labels, eps=0.02, steps=2, eot_samples=1, restarts=n) for n in (2, 8))
     broken_by_few, broken = (model(found).argmax(dim=1) != labels for found in (one, many))
     assert torch.equal(one[broken_by_few], many[broken_by_few])
     assert broken_by_few.sum() < broken.sum() and (broken | ~broken_by_few).all()

@@ -63,9 +63,8 @@ def quality(shift, shown=CLEAN, transform=NONE, threshold=0.5, **options):
     pipeline = make_pipeline(transform, shifted(shift))
     # class 1 where an image is brighter on average than the threshold
     bright = By(lambda x: torch.stack([torch.full((len(x),), threshold), x.mean(dim=(1, 2, 3))], dim=1))
-    classifiers = {"other": bright}
     return purification_quality(
-        pipeline, shown, CLEAN, SHADES, classifiers=classifiers, max_batch=4, **options
+        pipeline, shown, CLEAN, SHADES, classifiers={"other": bright}, max_batch=4, **options
     )
 
 
@@ -158,7 +157,6 @@ def test_a_weaker_attack_that_wins_is_told():
     )
     assert masked_gradients(evaluation(ours, outcome([0] * 4 + [1] * 16, "T", "transfer"))) == []
     assert len(masked_gradients(evaluation(ours, outcome([0] * 6 + [1] * 14, "T", "transfer")))) == 1
-    known = outcome([0] * 20, "fixed", "known sample")
+    known, strong = outcome([0] * 20, "fixed", "known sample"), outcome([0] * 20, "strong")
     assert len(masked_gradients(evaluation(ours, square, known, gradient_free=["Square"]))) == 1
-    strong = outcome([0] * 20, "strong")
     assert masked_gradients(evaluation(strong, square, gradient_free=["Square"])) == []

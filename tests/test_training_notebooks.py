@@ -63,12 +63,17 @@ CLASSIFY = dict(
 )  # fmt: skip
 
 
+def classifying(network, purifier=None, **changes):
+    """The step of notebook 1."""
+    p = SimpleNamespace(**CLASSIFY | changes)
+    return step_of(STAGES[0], network=network, purifier=purifier, p=p).step
+
+
 @pytest.mark.parametrize("norm, eps", [("linf", 0.1), ("l2", 1.0)])
 def test_adversarial_training_attacks_in_eval_mode_and_learns_in_train_mode_within_eps(batch, norm, eps):
     network = Recorder().train()
     statistics = network.inner[1].stem[1].running_mean.clone()
-    p = SimpleNamespace(**CLASSIFY | dict(adversarial=True, norm=norm, eps=eps))
-    losses = step_of(STAGES[0], network=network, purifier=None, p=p).step(*batch, 0.0)
+    losses = classifying(network, adversarial=True, norm=norm, eps=eps)(*batch, 0.0)
     assert [mode for mode, _ in network.calls] == [False, False, False, True]
     assert all(part.training for part in network.modules())
     assert network.inner[1].stem[1].num_batches_tracked == 1
@@ -82,8 +87,7 @@ def test_adversarial_training_attacks_in_eval_mode_and_learns_in_train_mode_with
 
 def test_normal_training_sees_the_images_as_they_are_with_the_label_smoothing_that_is_asked_for(batch):
     network = Recorder().train()
-    p = SimpleNamespace(**CLASSIFY | dict(label_smoothing=0.2))
-    loss = step_of(STAGES[0], network=network, purifier=None, p=p).step(*batch, 0.0)["loss"]
+    loss = classifying(network, label_smoothing=0.2)(*batch, 0.0)["loss"]
     ((mode, images),) = network.calls
     assert mode and torch.equal(images, batch[0])
     logs = network.inner(images).log_softmax(dim=1)
@@ -93,9 +97,7 @@ def test_normal_training_sees_the_images_as_they_are_with_the_label_smoothing_th
 
 def test_a_classifier_behind_a_purifier_is_attacked_and_trained_on_one_sample_of_it(batch):
     pipeline, network = recording(classifier=nn.Identity()).eval(), Recorder().train()
-    p = SimpleNamespace(**CLASSIFY | dict(adversarial=True))
-    step = step_of(STAGES[0], network=network, purifier=pipeline, p=p).step
-    samples = []
+    step, samples = classifying(network, pipeline, adversarial=True), []
     for _ in range(2):
         pipeline.used = []
         network.calls.clear()
@@ -118,9 +120,11 @@ FINETUNE = dict(
 )  # fmt: skip
 
 
-def finetuning(pipeline, discriminator=None, **changes):
+def finetuning(pipeline, discriminator=None, frozen_ones=None, **changes):
     """The step of notebook 3."""
-    names = dict(pipeline=pipeline, discriminator=discriminator, frozen_ones=[pipeline.classifier])
+    names = dict(
+        pipeline=pipeline, discriminator=discriminator, frozen_ones=frozen_ones or [pipeline.classifier]
+    )
     return step_of(STAGES[2], p=SimpleNamespace(**FINETUNE | changes), **names).step
 
 
@@ -175,8 +179,7 @@ def test_what_goes_in_is_what_the_variant_says(batch, variant, attacked):
     assert torch.equal(pipeline.used[-1][0], batch[0]) != attacked and ("classification" in losses) == (
         variant != "ap"
     )
-    total = losses["reconstruction"] + 2 * losses.get("classification", 0)
-    assert torch.allclose(losses["loss"], total)
+    assert torch.allclose(losses["loss"], losses["reconstruction"] + 2 * losses.get("classification", 0))
 
 
 def test_the_temperature_divides_the_logits_and_the_floor_has_its_price(batch):
@@ -196,8 +199,7 @@ def test_each_step_shows_attack_and_loss_to_one_of_the_frozen_classifiers(batch)
     for seed in range(12):
         for one in ones:
             one.calls.clear()
-        names = dict(pipeline=(pipeline := recording()), discriminator=None, frozen_ones=ones)
-        step = step_of(STAGES[2], p=SimpleNamespace(**FINETUNE | {"inner_attack": "n_fgsm"}), **names).step
+        step = finetuning(pipeline := recording(), frozen_ones=ones, inner_attack="n_fgsm")
         torch.manual_seed(seed)
         step(*batch, 0.0)
         assert sorted(len(one.calls) for one in ones) == [0, 2]
@@ -209,10 +211,7 @@ def test_each_step_shows_attack_and_loss_to_one_of_the_frozen_classifiers(batch)
 @pytest.mark.parametrize("shake", [0, 2])
 def test_a_shake_moves_what_the_frozen_classifier_sees_and_nothing_else(batch, shake):
     one, pipeline = Recorder().eval(), recording()
-    names = dict(pipeline=pipeline, discriminator=None, frozen_ones=[one])
-    changes = {"variant": "ft_clean", "shake": shake}
-    torch.manual_seed(0)
-    step_of(STAGES[2], p=SimpleNamespace(**FINETUNE | changes), **names).step(*batch, 0.0)
+    finetuned(batch, pipeline, frozen_ones=[one], variant="ft_clean", shake=shake)
     ((images, t, _),), ((_, seen),) = pipeline.used, one.calls
     assert torch.equal(images, batch[0]) and seen.shape == images.shape
     assert torch.equal(seen, pipeline.purify(images, t)) == (shake == 0)

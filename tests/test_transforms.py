@@ -176,7 +176,6 @@ def test_impossible_settings_are_refused(wrong, message):
 
 REAL = torch.tensor([[2.0, 0.5], [1.0, -1.0]])
 FAKE = torch.tensor([[-2.0, -0.5], [0.0, 2.0]])
-KINDS = ["hinge", "least_squares"]
 
 
 def flat_image(value):
@@ -214,7 +213,7 @@ def test_gan_losses_agree_with_hand_computed_values(kind, discriminator, generat
     assert discriminator_loss(torch.ones(2, 3), perfect, kind).item() == 0
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["hinge", "least_squares"])
 def test_the_gradient_of_the_gan_term_reaches_every_weight_of_the_purifier_and_raises_the_scores(kind):
     purifier, discriminator = GatedUNet(width=4, blocks=0), PatchDiscriminator(width=2)
     mask, output = torch.ones(2, 1, 16, 16), purifier(torch.rand(2, 5, 16, 16))
