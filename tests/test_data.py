@@ -84,16 +84,21 @@ class TestMnist5k:
         assert len(list((tmp_path / "cache").glob("mnist5k-48px-*.npy"))) == 2
 
 
-WRONG = [{name: value} for name in ("image_size", "max_train", "max_test") for value in (0, -1)]
-ARGUMENTS = [("CIFAR-10", {}, r"no data set 'CIFAR-10'.*mnist5k.*folder:PATH")]
-ARGUMENTS += [("mnist5k", options, "must be at least 1") for options in WRONG]
-ARGUMENTS += [
-    ("mnist5k", {"max_test": value}, message)
-    for value, message in (([3, 1000], "must lie in 0..999, got 1000"), ([], "must not be empty"))
-]
-
-
-@pytest.mark.parametrize("name, options, message", ARGUMENTS, ids=str)
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("CIFAR-10", {}, r"no data set 'CIFAR-10'.*mnist5k.*folder:PATH"),
+        ("mnist5k", {"image_size": 0}, "must be at least 1"),
+        ("mnist5k", {"image_size": -1}, "must be at least 1"),
+        ("mnist5k", {"max_train": 0}, "must be at least 1"),
+        ("mnist5k", {"max_train": -1}, "must be at least 1"),
+        ("mnist5k", {"max_test": 0}, "must be at least 1"),
+        ("mnist5k", {"max_test": -1}, "must be at least 1"),
+        ("mnist5k", {"max_test": [3, 1000]}, "must lie in 0..999, got 1000"),
+        ("mnist5k", {"max_test": []}, "must not be empty"),
+    ],
+    ids=str,
+)
 def test_impossible_arguments_are_named(name, options, message, without_shape_checks):
     with pytest.raises(ValueError, match=message):
         data.load(name, **options)

@@ -81,8 +81,7 @@ def test_the_interval_holds_the_proportion_mirrors_it_and_stays_within_0_and_1(t
     for successes in {0, 1, trials // 3, trials - 1, trials}:
         low, high = wilson_interval(successes, trials)
         assert 0 <= low <= successes / trials <= high <= 1 and low < high
-        mirrored = wilson_interval(trials - successes, trials)
-        assert (1 - high, 1 - low) == pytest.approx(mirrored)
+        assert (1 - high, 1 - low) == pytest.approx(wilson_interval(trials - successes, trials))
 
 
 @pytest.mark.parametrize("successes, trials", [(0, 0), (-1, 5), (6, 5), (0, -1)])

@@ -87,8 +87,7 @@ class TestFolder:
         images = load(make_tree(tmp_path / "images", size=(24, 16)), image_size=16).train.images
         centre = np.asarray(smooth_image(0, 24, 16))[:, 4:20].transpose(2, 0, 1)
         assert np.array_equal(images[0].numpy(), centre)
-        stripes = np.zeros((64, 64, 3), dtype=np.uint8)
-        stripes[:, ::2] = 255
+        stripes = np.tile(np.array([[[255] * 3, [0] * 3]], dtype=np.uint8), (64, 32, 1))
         Image.fromarray(stripes).save(tmp_path / "stripes.png")
         assert np.abs(read_image(tmp_path / "stripes.png", 8).astype(int) - 127).max() < 20
 
@@ -152,9 +151,7 @@ class TestImages:
         assert read_image(tmp_path / f"deep.{suffix}")[0, :, 1].tolist() == [0, 1, 4, 128, 254, 255]
 
     def test_transparency_of_every_kind_is_composited_over_white(self, tmp_path):
-        pixels = np.zeros((1, 3, 4), dtype=np.uint8)
-        pixels[0, :, 0] = 200
-        pixels[0, :, 3] = [0, 128, 255]
+        pixels = np.array([[[200, 0, 0, 0], [200, 0, 0, 128], [200, 0, 0, 255]]], dtype=np.uint8)
         Image.fromarray(pixels, "RGBA").save(tmp_path / "alpha.png")
         image = read_image(tmp_path / "alpha.png").astype(int)
         assert image[0, 0].tolist() == [255, 255, 255] and image[0, 2].tolist() == [200, 0, 0]
