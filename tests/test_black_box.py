@@ -116,8 +116,7 @@ def test_a_random_model_is_broken_by_the_rule_that_is_asked_for():
     labels = body(images).argmax(dim=1)
     model = NoGradient(body, noise=0.3 * margin(body(images), labels).abs().mean().item()).eval()
     found = attack(model, images, labels, eot_samples=4, rule="majority", votes=41, eps=0.15)
-    broken = body(found).argmax(dim=1) != labels
-    assert broken.sum() >= 8
+    assert (body(found).argmax(dim=1) != labels).sum() >= 8
 
 
 def test_values_are_averaged_over_the_samples():
@@ -156,7 +155,6 @@ def test_only_suspects_are_judged_and_a_rule_of_the_model_is_turned_round_for_ta
 def test_the_best_of_many_noisy_candidates_is_chosen_again_on_votes(monkeypatch):
     """The margin rises from candidate to candidate, by far less than the noise of a single value."""
     images, labels = torch.zeros(200, 3, 4, 4), torch.zeros(200, dtype=torch.int64)
-    options = {"rule": "any", "votes": 10, "eot_samples": 1, "seed": 0, "max_batch": 999}
 
     def noisy(x):
         score = 1.5 * x.flatten(1).mean(dim=1) - 2.5 + torch.randn(len(x))
@@ -165,7 +163,9 @@ def test_the_best_of_many_noisy_candidates_is_chosen_again_on_votes(monkeypatch)
     def chosen(finalists):
         monkeypatch.setattr(queries, "FINALISTS", finalists)
         torch.manual_seed(0)
-        search = Search(noisy, images, labels, targets=None, **options)
+        search = Search(
+            noisy, images, labels, targets=None, rule="any", votes=10, eot_samples=1, seed=0, max_batch=999
+        )
         return search.try_all(lambda number, rows: images[rows] + number / 60, 60, None).mean()
 
     assert chosen(queries.FINALISTS) > chosen(1) + 0.02
@@ -195,9 +195,8 @@ class LuckyAtFirst(nn.Module):
 
     def forward(self, images):
         self.left -= 1
-        luck = 4.0 if self.left >= 0 else 0.0
         gain = images.mean(dim=(1, 2, 3)) * 5 + 1e-3 * torch.randn(len(images), generator=self.generator)
-        return torch.stack([torch.full_like(gain, 9.0), gain + luck], dim=1)
+        return torch.stack([torch.full_like(gain, 9.0), gain + 4.0 * (self.left >= 0)], dim=1)
 
 
 def test_asking_again_keeps_a_lucky_sample_from_stopping_the_search():
@@ -205,11 +204,10 @@ def test_asking_again_keeps_a_lucky_sample_from_stopping_the_search():
     for ask_again in (0, 10):
         path = []
         # the check, twice whether it is random, the image itself, and the stripes
-        model = LuckyAtFirst(5).eval()
-        options = {"eps": 0.2, "queries": 30, "ask_again": ask_again}
         square(
-            adapt(model), images, labels, **options, callback=lambda *given, path=path: path.append(given[2])
-        )
+            adapt(LuckyAtFirst(5).eval()), images, labels, eps=0.2, queries=30, ask_again=ask_again,
+            callback=lambda *given, path=path: path.append(given[2]),
+        )  # fmt: skip
         moved.append((path[-1] - path[1]).mean().item())
     assert moved[0] == 0 and moved[1] > 0.01
 

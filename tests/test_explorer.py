@@ -299,8 +299,7 @@ def test_the_curve_counts_what_is_correct_at_each_eps() -> None:
     values, classifier = {**VALUES, "rows": ["bare"], "image": 2}, make_classifier()
     points = {point[0]: point[1:] for point in attack.robust_curve(make_scene(), values, "bare", print)}
     images, labels = (part.roll(-2, 0) for part in make_images())
-    attacked = attacks.pgd(classifier, images, labels, eps=0.1, steps=3)
-    for eps, shown in ((0, images), (0.1, attacked)):
+    for eps, shown in ((0, images), (0.1, attacks.pgd(classifier, images, labels, eps=0.1, steps=3))):
         share = float((classifier(shown).argmax(dim=1) == labels).double().mean())
         low, high = decisions.wilson_interval(12 * share, 12)
         assert points[eps] == pytest.approx([100 * share, 100 * low, 100 * high])

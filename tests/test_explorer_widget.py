@@ -175,8 +175,7 @@ def test_buttons_go_on_resample_and_set_presets() -> None:
 
 def test_an_image_of_ones_own_is_fitted_attacked_and_can_be_given_its_class() -> None:
     explorer = make()
-    picture = page.source(np.full((50, 40, 3), 200, dtype=np.uint8))
-    view = ask(explorer, "draw", png=picture)
+    view = ask(explorer, "draw", png=page.source(np.full((50, 40, 3), 200, dtype=np.uint8)))
     assert view.values["image"] == 12 and view.clean.shape == (3, SIZE, SIZE) and explorer.state["own"]
     torch.testing.assert_close(view.clean, torch.full_like(view.clean, 200 / 255))
     assert ask(explorer, "label", label=3).label == 3
@@ -269,8 +268,7 @@ def test_the_bitmap_holds_the_same_pictures(rows: list[str]) -> None:
     bitmap = np.asarray(page.sheet(view))
     for row in view.rows:
         for pixels, _ in page.pictures(view, row).values():
-            size = page.CELL, page.CELL
-            wanted = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX))
+            wanted = np.asarray(Image.fromarray(pixels).resize([page.CELL] * 2, Image.Resampling.BOX))
             places = np.argwhere((bitmap == wanted[0, 0]).all(axis=2))
             parts = (bitmap[y : y + page.CELL, x : x + page.CELL] for y, x in places)
             assert any(np.array_equal(part, wanted) for part in parts)

@@ -47,9 +47,8 @@ def test_a_training_that_diverges_stops_keeps_the_last_good_state_and_says_where
         return F.cross_entropy(network(x), y) * (math.nan if epoch == 1.2 and how == "loss" else 1)
 
     message = r"diverged near step 7 of 10.*state is kept in .*state\.pt.*lower learning_rate \(now 0\.01\)"
-    with pytest.raises(TrainingDiverged, match=message):
-        with a_run(tmp_path) as run:
-            fit(step, network, split, **SETTINGS, run=run, save_every=-1)
+    with pytest.raises(TrainingDiverged, match=message), a_run(tmp_path) as run:
+        fit(step, network, split, **SETTINGS, run=run, save_every=-1)
     assert state_of(tmp_path)["step"] == 6 and len(steps) == 7
     assert all(torch.isfinite(tensor).all() for tensor in state_of(tmp_path)["networks"]["network"].values())
 
@@ -159,10 +158,10 @@ def test_every_network_follows_its_own_loss_alone_and_its_gradient_is_clipped(sp
         both = (first(colour) + second(colour)).sum()
         return {"loss": 100 * both, "second": 0.1 * -both}
 
-    settings = dict(
-        epochs=1, batch_size=8, max_steps=1, learning_rate=1.0, schedule="constant", optimizer="sgd"
-    )
-    fit(step, {"first": first, "second": second}, split, **settings, grad_clip=0.5, dtype="float32")
+    fit(
+        step, {"first": first, "second": second}, split, epochs=1, batch_size=8, max_steps=1,
+        learning_rate=1.0, schedule="constant", optimizer="sgd", grad_clip=0.5, dtype="float32",
+    )  # fmt: skip
     moved = (first.weight - before[0]).detach(), (second.weight - before[1]).detach()
     assert float(moved[0].norm()) == pytest.approx(0.5 * 1.9, rel=1e-4), (
         "Nesterov's first step: (1 + momentum) * gradient"
