@@ -119,9 +119,8 @@ def test_gradients_reach_every_parameter_the_loss_depends_on(stage):
 
 def test_a_fresh_generator_lets_the_image_through():
     torch.manual_seed(0)
-    model = DeepFillV2(width=8)
     with torch.no_grad():
-        outputs = model(random_input(4, 64, 64))
+        outputs = DeepFillV2(width=8)(random_input(4, 64, 64))
     for output in outputs:
         assert output.std(dim=0).mean() > 0.005  # torch's own initialisation gives 1e-8
 
@@ -136,11 +135,6 @@ def test_bfloat16_autocast_stays_close_and_returns_float32(model):
         assert b.dtype == torch.float32
         torch.testing.assert_close(a, b, rtol=0, atol=0.1)
         assert not torch.equal(a, b)
-
-
-def test_a_size_not_divisible_by_8_is_refused(model):
-    with pytest.raises(ValueError, match="divisible by 8, got 64 x 33"):
-        model(torch.zeros(1, 5, 64, 33))
 
 
 def test_the_public_width_has_its_size_and_cost():

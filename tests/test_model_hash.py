@@ -36,21 +36,48 @@ class Holding(nn.Module):
         )  # on bright images only
 
 
-HOLDS = [
-    lambda n: n,
-    lambda n: [n],
-    lambda n: (0 * n + n,),
-    lambda n: {"n": n},
-    lambda n: torch.tensor(n),
-    lambda n: lambda: n,
-    lambda n: [{"n": (lambda: n,)}],
-]
+class Shifted(nn.Module):
+    def __init__(self, shift):
+        super().__init__()
+        self.shift = shift
+
+    def forward(self, x):
+        return x.mean(dim=(2, 3)) + self.shift
 
 
-@pytest.mark.parametrize("hold", HOLDS)
-def test_a_constant_anywhere_makes_another_network(hold):
-    assert model_hash(Holding(hold(0.9)).eval()) == model_hash(Holding(hold(0.9)).eval())
-    assert model_hash(Holding(hold(0.9)).eval()) != model_hash(Holding(hold(0.90001)).eval())
+def scaled_by_a_hook(factor):
+    """With a hook, and others of torch, to which it gives numbers."""
+    torch.manual_seed(0)
+    network = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    network.register_forward_hook(lambda module, given, result: factor * result)
+    return network
+
+
+def scaled_in_a_graph(factor):
+    """A graph that calls a function of one's own."""
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(lambda x: factor * x, (graph.placeholder("x"),)))
+    return torch.fx.GraphModule(nn.Module(), graph)
+
+
+CONSTANTS = {
+    "a number": lambda n: Holding(n),
+    "a list": lambda n: Holding([n]),
+    "a tuple": lambda n: Holding((0 * n + n,)),
+    "a dict": lambda n: Holding({"n": n}),
+    "a tensor": lambda n: Holding(torch.tensor(n)),
+    "a function": lambda n: Holding(lambda: n),
+    "nested": lambda n: Holding([{"n": (lambda: n,)}]),
+    "scripted": lambda n: torch.jit.script(Shifted((n - 0.9) * 1e5)),  # known by some digits of its answers
+    "a hook": scaled_by_a_hook,
+    "a graph": scaled_in_a_graph,
+}
+
+
+@pytest.mark.parametrize("make", CONSTANTS.values(), ids=CONSTANTS)
+def test_a_constant_anywhere_makes_another_network(make):
+    first, again, other = (model_hash(make(number).eval()) for number in (0.9, 0.9, 0.90001))
+    assert first == again != other
 
 
 def replaced(network):
@@ -111,16 +138,6 @@ def test_a_network_of_an_odd_size_is_its_own_equal():
     assert model_hash(odd) == model_hash(odd) == model_hash(odd, torch.rand(4, 3, 70, 70))
 
 
-def test_hooks_count_but_not_the_numbers_that_torch_gives_them():
-    def hooked(factor):
-        torch.manual_seed(0)
-        network = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
-        network.register_forward_hook(lambda module, given, result: factor * result)
-        return model_hash(network)
-
-    assert hooked(2) == hooked(2) != hooked(3)
-
-
 def test_asking_a_random_network_about_its_hash_changes_neither_hash_nor_samples():
     images = torch.rand(2, 3, 4, 4)
     asked, other = (NoisyInput(nn.Flatten(), 0.5).eval() for _ in range(2))
@@ -139,15 +156,6 @@ def test_a_random_network_is_known_by_its_answers_to_one_seed(monkeypatch):
         return model_hash(Noisy().eval())
 
     assert found("0.1") == found("0.1") != found("0.2")
-
-
-def test_a_graph_that_calls_a_function_of_ones_own_is_known_by_that_function():
-    def traced(factor):
-        graph = torch.fx.Graph()
-        graph.output(graph.call_function(lambda x: factor * x, (graph.placeholder("x"),)))
-        return model_hash(torch.fx.GraphModule(nn.Module(), graph))
-
-    assert traced(1.0) == traced(1.0) != traced(2.0)
 
 
 def test_buffers_of_every_layout_have_a_hash_and_are_left_as_they_were():
