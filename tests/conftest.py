@@ -20,6 +20,16 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", before)
 
 
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A folder of small notebooks, which the command of a batch uses, too."""
+    from tests.small_notebooks import write_notebooks
+
+    folder = write_notebooks(tmp_path / "notebooks")
+    monkeypatch.setattr("atoplib.batch.__main__.NOTEBOOKS", folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def digits():
     """64 test digits (64, 3, 32, 32) in [0, 1] and their labels."""

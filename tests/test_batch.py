@@ -15,20 +15,11 @@ from atoplib.batch import __main__ as command
 from atoplib.batch.checks import check
 from atoplib.batch.recipe import Job, RecipeError, find_recipe, make_plan, report_job, select
 from atoplib.files import read_yaml, write_json
-from tests.small_notebooks import write_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "notebooks/recipes").glob("*.yaml"))
 FIRST, SECOND, THIRD, ATTACK = "01_train_classifier", "02_pretrain_purifier", "03_finetune_atop", "04_attack"
 CHAIN = f"notebooks: {{{FIRST}: , {SECOND}: , {THIRD}: , {ATTACK}: }}"
-
-
-@pytest.fixture
-def notebooks(tmp_path, monkeypatch) -> Path:
-    """A folder of small notebooks, which the command uses, too."""
-    folder = write_notebooks(tmp_path / "notebooks")
-    monkeypatch.setattr(command, "NOTEBOOKS", folder)
-    return folder
 
 
 def plan(notebooks: Path, text: str, **overrides: object) -> list[Job]:
@@ -104,9 +95,8 @@ def test_what_the_combinations_of_a_grid_share_is_run_once_and_labelled_by_what_
 
 
 def test_a_notebook_that_fixes_a_parameter_takes_no_part_in_the_grid_over_it(notebooks):
-    text = f"notebooks: {{{FIRST}: {{seed: 5}}, {SECOND}: }}\ngrid: {{seed: [0, 1]}}"
-    seeds = [(job.name, job.parameters["seed"]) for job in plan(notebooks, text)]
-    assert seeds == [(FIRST, 5), (SECOND, 0), (SECOND, 1)]
+    jobs = plan(notebooks, f"notebooks: {{{FIRST}: {{seed: 5}}, {SECOND}: }}\ngrid: {{seed: [0, 1]}}")
+    assert [(job.name, job.parameters["seed"]) for job in jobs] == [(FIRST, 5), (SECOND, 0), (SECOND, 1)]
 
 
 def test_notebooks_run_under_other_names_and_others_ask_for_them(notebooks):

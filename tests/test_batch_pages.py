@@ -13,7 +13,6 @@ from nbformat import v4
 from atoplib.batch import pages, tables
 from atoplib.batch.recipe import Job, make_plan
 from atoplib.files import write_json, write_text
-from tests.small_notebooks import write_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 FIRST = "01_train_classifier"
@@ -21,13 +20,12 @@ CHAIN = "notebooks: {01_train_classifier: , 02_pretrain_purifier: , 03_finetune_
 
 
 @pytest.fixture
-def complete(tmp_path):
+def complete(notebooks, tmp_path):
     """Makes the directories that the runs of a recipe leave."""
 
     def made(text: str) -> list[Job]:
-        folder = write_notebooks(tmp_path / "notebooks")
-        write_text(folder / "recipe.yaml", text)
-        jobs = make_plan(folder / "recipe.yaml", folder, {"workspace": str(tmp_path / "workspace")})
+        write_text(notebooks / "recipe.yaml", text)
+        jobs = make_plan(notebooks / "recipe.yaml", notebooks, {"workspace": str(tmp_path / "workspace")})
         for number, job in enumerate(jobs, start=1):
             manifest = {
                 "stage": job.stage,
@@ -73,8 +71,7 @@ def test_results_hold_numbers_plots_and_notebooks_and_no_weights_pictures_or_fol
 ):
     (job,) = complete(f"notebooks: {{{FIRST}: }}")
     pages.write_results(tmp_path / "results", [job], "# mine")
-    folder = tmp_path / "results" / job.run_dir.name
-    there = {path.name: path.read_text() for path in folder.iterdir()}
+    there = {path.name: path.read_text() for path in (tmp_path / "results" / job.run_dir.name).iterdir()}
     named = {"table.md", "plot.png", "manifest.json", "metrics.json", "parameters.json", "notebook.ipynb"}
     assert there.keys() == named and not any(str(tmp_path) in text for text in there.values())
     notebook = there["notebook.ipynb"]

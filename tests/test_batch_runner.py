@@ -21,7 +21,6 @@ from atoplib.batch import pages, runner
 from atoplib.batch.recipe import Job, make_plan
 from atoplib.batch.runner import execute, job_state, local
 from atoplib.files import read_json, write_json
-from tests.small_notebooks import write_notebooks
 
 FIRST = "01_train_classifier"
 ONE = f"notebooks: {{{FIRST}: }}"
@@ -52,18 +51,16 @@ BEGUN = '(run / "pid").write_text(str(os.getpid())); (run / "begun").touch(); ti
 
 
 @pytest.fixture
-def plan(tmp_path, monkeypatch) -> Callable[..., list[Job]]:
+def plan(notebooks, tmp_path, monkeypatch) -> Callable[..., list[Job]]:
     """Makes jobs of small notebooks; pages, and what a run depends on, are stand-ins."""
-    folder = write_notebooks(tmp_path / "notebooks")
-    monkeypatch.setattr(command, "NOTEBOOKS", folder)
     monkeypatch.setattr(runner, "write_page", lambda executed: None)
     monkeypatch.setattr(
         runner.runs, "difference", lambda run_dir, _: (read_json(run_dir / "changed") or {}).get("now", "")
     )
 
     def made(text: str = ONE) -> list[Job]:
-        (folder / "recipe.yaml").write_text(text)
-        return make_plan(folder / "recipe.yaml", folder, {"workspace": str(tmp_path / "workspace")})
+        (notebooks / "recipe.yaml").write_text(text)
+        return make_plan(notebooks / "recipe.yaml", notebooks, {"workspace": str(tmp_path / "workspace")})
 
     return made
 

@@ -15,7 +15,6 @@ from atoplib.batch import __main__ as command
 from atoplib.batch.recipe import make_plan
 from atoplib.batch.runner import job_state, slurm
 from atoplib.files import read_json
-from tests.small_notebooks import write_notebooks
 
 SCRIPT = Path(__file__).parent / "slurm_cluster.sh"
 FIRST, SECOND = "01_train_classifier", "02_pretrain_purifier"
@@ -23,12 +22,10 @@ GRID = f"notebooks: {{{FIRST}: {{epochs: 8}}, {SECOND}: }}\ngrid: {{{SECOND}: {{
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch) -> Path:
-    """A small recipe, whose notebooks the command uses, too."""
-    folder = write_notebooks(tmp_path / "notebooks")
-    monkeypatch.setattr(command, "NOTEBOOKS", folder)
-    (folder / "recipe.yaml").write_text(GRID)
-    return folder / "recipe.yaml"
+def recipe(notebooks) -> Path:
+    """A small recipe of small notebooks."""
+    (notebooks / "recipe.yaml").write_text(GRID)
+    return notebooks / "recipe.yaml"
 
 
 def test_slurm_that_is_not_there_or_does_not_answer_is_refused_in_a_sentence(
