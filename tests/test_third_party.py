@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchattacks
 from test_attacks import seeded
+from test_black_box import images_of
 from torch import nn
 
 from atoplib.attacks import ATTACKS, Ball, EOTWrapper, third_party
@@ -27,13 +28,10 @@ WEAK = {"GN", "SPSA", "Square"}  # noise alone, and searches that were cut short
 OWN_BATCHES = {"PGDRS", "PGDRSL2", "SPSA"}  # they repeat the images themselves
 
 
-def images_of(count=4):
-    return torch.rand(count, 3, 8, 8, generator=seeded(count))
-
-
 def small_model(classes=4):
-    layers = nn.Conv2d(3, 4, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(144, classes)
-    return nn.Sequential(*layers).eval()
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.Softplus(beta=4), nn.Flatten(), nn.Linear(144, classes)
+    ).eval()
 
 
 class Noisy(nn.Module):
@@ -56,9 +54,8 @@ def quick(name, norm, samples=2):
     return {"name": name, "norm": norm, "eps": eps, "eot_samples": samples, **QUICK.get(name, {})}
 
 
-MARKS = {"AutoAttack": [pytest.mark.long]}
 ALL = [
-    pytest.param(name, norm, marks=MARKS.get(name, []))
+    pytest.param(name, norm, marks=[pytest.mark.long] if name == "AutoAttack" else [])
     for name, known in THIRD_PARTY.items()
     for norm in known.norms
 ]
@@ -66,11 +63,10 @@ ALL = [
 
 @pytest.mark.parametrize("name, norm", ALL)
 def test_every_attack_that_is_listed_works_on_a_random_model_and_leaves_no_trace(name, norm):
-    model, images = Noisy().eval(), images_of()
+    model, images = Noisy().eval(), images_of(4)
     labels = model.body(images).argmax(dim=1)
     kept, state = images.clone(), {key: value.clone() for key, value in model.state_dict().items()}
-    before = torch.get_rng_state()
-    results = []
+    before, results = torch.get_rng_state(), []
     for _ in range(2):
         model.reseed(1)
         results.append(third_party(model, images, labels, **quick(name, norm), seed=3, max_batch=8))
@@ -101,18 +97,6 @@ def test_what_the_list_says_of_an_attack_is_true(name):
     assert ("steps" in attack.options) == bool(own & {"steps", "num_iter_set", "nb_iter"})
 
 
-def spied(monkeypatch, name):
-    given, original = [], getattr(torchattacks, name).__init__
-
-    def spy(self, model, **options):
-        given.append(options)
-        original(self, model, **options)
-
-    spy.__signature__ = inspect.signature(original)
-    monkeypatch.setattr(getattr(torchattacks, name), "__init__", spy)
-    return given
-
-
 @pytest.mark.parametrize(
     "name, settings, expected",
     [
@@ -125,16 +109,22 @@ def spied(monkeypatch, name):
     ],
 )
 def test_radius_norm_classes_steps_and_options_reach_the_attack(monkeypatch, name, settings, expected):
-    given = spied(monkeypatch, name)
-    attack = ATTACKS[f"torchattacks:{name}"].function
-    attack(small_model(classes=6), images_of(2), torch.tensor([0, 5]), **settings)
+    given, original = [], getattr(torchattacks, name).__init__
+
+    def spy(self, model, **options):
+        given.append(options)
+        original(self, model, **options)
+
+    spy.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(getattr(torchattacks, name), "__init__", spy)
+    ATTACKS[f"torchattacks:{name}"].function(small_model(6), images_of(2), torch.tensor([0, 5]), **settings)
     (options,) = given
     options.pop("seed", None)
     assert options == expected
 
 
 def test_an_attack_without_a_radius_is_projected_into_ours():
-    model, images = small_model(), images_of()
+    model, images = small_model(), images_of(4)
     labels = model(images).argmax(dim=1)
     free = torchattacks.DeepFool(model)(images, labels)
     assert ((free - images).flatten(1).norm(dim=1) > 0.01).any()
@@ -142,7 +132,7 @@ def test_an_attack_without_a_radius_is_projected_into_ours():
 
 
 def test_on_a_deterministic_model_it_is_torchattacks_own_result():
-    model, images = small_model(), images_of()
+    model, images = small_model(), images_of(4)
     labels = model(images).argmax(dim=1)
     found = third_party(model, images, labels, name="MIFGSM", eps=0.1, steps=5, alpha=2 / 255)
     expected = torchattacks.MIFGSM(model, eps=0.1, steps=5)(images, labels)
@@ -169,10 +159,10 @@ def test_the_callback_counts_images():
         seen.append((done, total, int((losses > 0).sum())))
         assert adversarial.shape == images.shape
 
-    images = images_of(5)
-    labels = torch.tensor([0, 1, 2, 3, 0])
-    settings = {"name": "FGSM", "eps": 0.1, "eot_samples": 2, "max_batch": 4}
-    third_party(small_model(), images, labels, **settings, callback=callback)
+    images, labels = images_of(5), torch.tensor([0, 1, 2, 3, 0])
+    third_party(
+        small_model(), images, labels, name="FGSM", eps=0.1, eot_samples=2, max_batch=4, callback=callback
+    )
     assert seen == [(2, 5, 2), (4, 5, 4), (5, 5, 5)]
 
 
