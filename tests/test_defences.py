@@ -27,9 +27,8 @@ FIELDS = {
 
 
 def parameters(folder, **changes):
-    places = dict(workspace=str(folder), smoke=False, device="cpu", seed=0)
-    values = dict(experiment="test", dataset="mnist5k", image_size=None) | places
-    return Parameters(values | dict.fromkeys(FIELDS, "latest") | changes, FIELDS)
+    values = dict(experiment="test", dataset="mnist5k", image_size=None, smoke=False, device="cpu", seed=0)
+    return Parameters(values | {"workspace": str(folder)} | dict.fromkeys(FIELDS, "latest") | changes, FIELDS)
 
 
 def run_with(folder, stage, weights, **values):
@@ -75,8 +74,7 @@ def test_a_run_comes_before_the_kit_and_of_the_kind_that_is_meant(tmp_path):
 
 
 def test_the_kits_defences_are_loaded_as_pretrained_gives_them(tmp_path, digits):
-    p = defences.resolve(parameters(tmp_path))
-    found = defences.load_defences(p)
+    found = defences.load_defences(defences.resolve(parameters(tmp_path)))
     assert list(found) == ["undefended", "AP", "AToP", "AT"] and not found.missing
     for name, defence in found.items():
         images, expected = digits[0][:4], load_pretrained("mnist", name)
@@ -130,15 +128,11 @@ def test_further_defences_are_a_purifier_a_classifier_or_both(tmp_path):
     }
     found = defences.load_defences(defences.resolve(parameters(tmp_path, others=others)), ("undefended",))
     assert [isinstance(found[name], AToPPipeline) for name in others] == [True, False, True]
-    misspelt = {"x": {"purifer": "pretrained"}}
-    with pytest.raises(ValueError, match="parts of x must be one of purifier, classifier, got 'purifer'"):
-        defences.load_defences(
-            parameters(tmp_path, classifier_run="pretrained"), ("undefended",), others=misspelt
-        )
+    p = parameters(tmp_path, classifier_run="pretrained", others={"x": "nothing"})
     with pytest.raises(FileNotFoundError, match="there is no run 'nothing'"):
-        defences.load_defences(
-            parameters(tmp_path, classifier_run="pretrained", others={"x": "nothing"}), ("undefended",)
-        )
+        defences.load_defences(p, ("undefended",))
+    with pytest.raises(ValueError, match="parts of x must be one of purifier, classifier, got 'purifer'"):
+        defences.load_defences(p, ("undefended",), others={"x": {"purifer": "pretrained"}})
 
 
 def test_what_is_left_out_says_which_notebook_makes_it(tmp_path):
@@ -162,7 +156,6 @@ def test_a_checkpoint_names_its_origin_without_places_and_somebodys_file_none(tm
 
 
 OPTIONS = {"num_classes": 10, "mean": [0.5] * 3, "std": [0.25] * 3, "width": 4}
-PIPELINES = [pair for pair in available() if pair[1] in ("ap", "atop")]
 
 
 @pytest.fixture
@@ -225,7 +218,7 @@ def test_the_weights_are_those_that_were_measured(dataset, defence):
     torch.testing.assert_close(logits, torch.tensor(noted[f"{dataset}-{defence}"]), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("dataset, defence", PIPELINES)
+@pytest.mark.parametrize("dataset, defence", [pair for pair in available() if pair[1] in ("ap", "atop")])
 def test_frozen_for_attacks_the_weights_give_the_same_logits_and_gradients(dataset, defence):
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     pipeline, frozen = (
