@@ -94,15 +94,11 @@ def another(defences):
     return defences
 
 
-def wider(defences):
-    return defences | {"pipeline": purifying(noise=0.06)}
-
-
 @pytest.mark.parametrize(
     "change, said, stay",
     [
         ({"defences": another(setting())}, r"defences\.other", 8),
-        ({"defences": wider(setting())}, r"defences\.pipeline", 8),
+        ({"defences": setting() | {"pipeline": purifying(noise=0.06)}}, r"defences\.pipeline", 8),
         ({"images": IMAGES.flip(0)}, "images", 0),
         ({"labels": LABELS.flip(0)}, "labels", 0),
         ({"seed": 3}, r"shared\.seed", 0),
