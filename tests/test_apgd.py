@@ -130,14 +130,24 @@ def test_each_image_climbs_as_algorithm_1_would_have_it_climb_alone(norm, eps, l
     model, images, labels = attacked_set(16)
     seen = []
     options = {"eps": eps, "norm": norm, "steps": 30}
-    keep = lambda *given: seen.append(given[2])  # noqa: E731
-    found = apgd(model, images, labels, loss=loss, num_targets=1, seed=3, **options, callback=keep)
+    found = apgd(
+        model,
+        images,
+        labels,
+        loss=loss,
+        **options,
+        num_targets=1,
+        seed=3,
+        callback=lambda *given: seen.append(given[2]),
+    )
     clean = model(images).detach()
     losses = {"ce": _cross_entropy_at_fixed_scale(clean), "dlr": dlr, "targeted_dlr": targeted_dlr}
     starts = Ball(images, eps, norm).start(seeded(3))
     targets = likely_targets(clean, labels, 1)[0] if loss == "targeted_dlr" else [None] * len(images)
-    each = zip(images, labels, targets, starts, strict=True)
-    paths = [by_the_book(model, *given, loss=losses[loss], **options) for given in each]
+    paths = [
+        by_the_book(model, *given, loss=losses[loss], **options)
+        for given in zip(images, labels, targets, starts, strict=True)
+    ]
     assert 3 <= broken(model, found, labels).sum() <= len(images) - 3
     for step in (1, 5, 15, 30):
         expected = torch.stack([path[step - 1] for path in paths])
@@ -272,8 +282,8 @@ def test_apgd_is_at_most_one_image_weaker_than_the_original(digits, defences, no
         options = {"eps": eps, "norm": norm, "steps": steps, "loss": loss, "seed": seed}
         ours[seed] |= broken(model, apgd(model, images, labels, num_targets=3, **options), labels)
         theirs[seed] |= broken(model, original_apgd(model, images, labels, **options), labels)
-    counts = ours.sum(dim=1).tolist(), theirs.sum(dim=1).tolist()
     assert 0.1 < theirs.float().mean() < 0.9
     assert ours.sum() >= theirs.sum() - seeds and (ours != theirs).sum() <= seeds * max(4, count // 10), (
-        counts
+        ours.sum(dim=1),
+        theirs.sum(dim=1),
     )
