@@ -12,6 +12,7 @@ Two settings never share a directory and one setting always finds its own. A run
 ``run.lock``, which the system frees when its process ends, however it ends. No torch is imported here before
 a run is opened."""
 
+import ast
 import os
 import platform
 import subprocess
@@ -166,8 +167,9 @@ class Run:
         manifest: dict[str, Any],
         lock: FileLock,
         before: dict[str, Any],
+        notebook: Path,
     ) -> None:
-        self.path, self.parameters, self.manifest = path, parameters, manifest
+        self.path, self.parameters, self.manifest, self.notebook = path, parameters, manifest, notebook
         self.metrics: dict[str, Any] = read_json(path / "metrics.json") or {}
         self._lock, self._before, self.started, self.opened = lock, before, time.monotonic(), time.time()
 
@@ -220,6 +222,8 @@ class Run:
             "ended": loaded.get("ended", datetime.now(UTC).isoformat(timespec="milliseconds")),
             "number": 1 + max((n for n, *_ in _ended(self.path.parent, self.manifest["stage"])), default=0),
         } | ({"error": error} if error else {})
+        if _is_edited(self.notebook):  # known only now: by cells before or after ``open_run``
+            self.manifest["code"] = EDITED
         write_json(self.path / "manifest.json", self.manifest)
         self._lock.release(force=True)
 
@@ -275,14 +279,13 @@ def open_run(
         "process": os.getpid(),
         "host": platform.node(),
         **identity(notebook),
-        **({"code": EDITED} if _is_edited(notebook) else {}),
         "revision": _revision(Path(__file__).parent),
         "platform": platform.platform(),
         "hardware": _hardware(p.as_dict().get("device", "auto")),
     }
     write_json(path / "parameters.json", p.as_dict())
     write_json(path / "manifest.json", manifest)
-    return Run(path, p, manifest, lock, done)
+    return Run(path, p, manifest, lock, done, notebook)
 
 
 def _is_edited(notebook: Path) -> bool:
@@ -295,7 +298,16 @@ def _is_edited(notebook: Path) -> bool:
     sources = {"".join(cell["source"]).strip(): cell["metadata"].get("tags", []) for cell in content["cells"]}
     parameters = [text.splitlines()[0] for text, tags in sources.items() if "parameters" in tags]
     others = {cell.strip() for cell in shell.history_manager.input_hist_raw} - {"", *sources}
-    return any(cell.splitlines()[0] not in ("# Parameters", *parameters) for cell in others)
+    return any(
+        cell.splitlines()[0] not in ("# Parameters", *parameters) or not _only_sets(cell) for cell in others
+    )
+
+
+def _only_sets(cell: str) -> bool:
+    """Whether a cell does nothing but set names to values; one that cannot be read did nothing at all."""
+    with suppress(SyntaxError):
+        return all(isinstance(line, ast.Assign | ast.AnnAssign) for line in ast.parse(cell).body)
+    return True
 
 
 def identity(notebook: Path) -> dict[str, Any]:

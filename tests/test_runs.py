@@ -176,27 +176,32 @@ def test_a_difference_is_one_sentence_about_code_versions_or_inputs(p, tmp_path)
 
 SET = "# to play with\na: int = {}"
 EXECUTED = {
-    "as it is": ([SET.format(1), "x = 1"], False),
-    "with other parameters": ([SET.format(3), "# Parameters\na = 5", "", " x = 1\n"], False),
-    "an edited cell": ([SET.format(1), "x = 2"], True),
-    "a cell of one's own": ([SET.format(1), "x = 1", "y = 1"], True),
+    "as it is": ([SET.format(1)], ["x = 1"], False),
+    "with other parameters": ([SET.format(3), "# Parameters\na = 5", ""], [" x = 1\n"], False),
+    "a parameter that cannot be read": ([SET.format("*"), SET.format(1)], ["x = 1"], False),
+    "code among the parameters": ([SET.format(3) + "\nprint(a)"], ["x = 1"], True),
+    "an edited cell": ([SET.format(1), "x = 2"], [], True),
+    "a cell of one's own": ([SET.format(1), "y = 1"], ["x = 1"], True),
+    "a cell edited after the run was opened": ([SET.format(1)], ["x = 2"], True),
 }
 
 
-@pytest.mark.parametrize("cells, edited", EXECUTED.values(), ids=EXECUTED)
+@pytest.mark.parametrize("before, after, edited", EXECUTED.values(), ids=EXECUTED)
 def test_a_run_of_cells_that_the_notebooks_file_does_not_hold_is_known_as_edited_by_hand(
-    p, tmp_path, cells, edited
+    p, tmp_path, before, after, edited
 ):
     notebook = notebook_with(tmp_path / "n.ipynb", SET.format(1), "x = 1")
     shell = InteractiveShell.instance()
     try:
-        for cell in cells:
+        for cell in before:
             shell.run_cell(cell, store_history=True)
         run = open_run(p, STAGE, notebook=notebook)
+        for cell in after:
+            shell.run_cell(cell, store_history=True)
+        run.finish()
     finally:
         shell.history_manager.end_session()
         InteractiveShell.clear_instance()
-    run.finish()
     assert ("edited by hand" in runs.difference(run.path, notebook)) == edited
 
 
