@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
+from numbers import Number
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,11 @@ def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave modes, seeds, buffers and every source of random numbers as they were, the network's own, too."""
     parts = list(model.modules())
-    kept = [(part, name, vars(part)[name]) for part in parts for name in {"training", "seed"} & {*vars(part)}]
+    plain = [(vars(part), {n: v for n, v in vars(part).items() if _is_plain(v)}) for part in parts]
     dense = (each for each in model.buffers() if each.layout is torch.strided and 0 not in each.stride())
     buffers = [(buffer, buffer.clone()) for buffer in dense]  # into others nothing can be written in place
-    made = [(part._generators, dict(part._generators)) for part in parts if hasattr(part, "_generators")]
+    held = [getattr(part, name, None) for part in parts for name in ("_generators", "_buffers")]
+    held = [(of_part, dict(of_part)) for of_part in held if isinstance(of_part, dict)]  # scripted: none
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     states = [each for part in parts for each in _states(vars(part))]
     states += [(np.random.set_state, np.random.get_state()), (random.setstate, random.getstate())]
@@ -42,13 +44,17 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     finally:
         for set_state, state in states:
             set_state(state)
-        for generators, before in made:  # those that the model made meanwhile would go on elsewhere
-            generators.clear()
-            generators.update(before)
-        for part, name, value in kept:
-            setattr(part, name, value)
+        for now, before in held:  # generators that the model made meanwhile would go on elsewhere
+            now.clear()
+            now.update(before)
+        for values, before in plain:
+            values.update(before)
         for buffer, before in buffers:
             buffer.data.copy_(before)
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, Number)
 
 
 def _states(values: Any) -> Iterator[tuple[Callable[[Any], None], Any]]:

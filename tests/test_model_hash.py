@@ -158,6 +158,23 @@ def test_a_random_network_is_known_by_its_answers_to_one_seed(monkeypatch):
     assert found("0.1") == found("0.1") != found("0.2")
 
 
+def test_what_a_network_counts_and_keeps_of_its_last_images_is_as_it_was():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("last", torch.zeros(1))
+
+        def forward(self, x):
+            self.calls, self.last = self.calls + 1, x
+            return x.mean((2, 3))
+
+    network = Keeps().eval()
+    network(torch.ones(2, 3, 4, 4))
+    assert model_hash(network) == model_hash(network)
+    assert network.calls == 1 and (network.last == 1).all()
+
+
 def test_buffers_of_every_layout_have_a_hash_and_are_left_as_they_were():
     network = nn.Flatten().eval()
     expanded, turned = torch.ones(1, 1).expand(1, 3), torch.randn(2, dtype=torch.cfloat).conj()
