@@ -22,6 +22,7 @@ from atoplib import classifiers, contract, files, purifiers
 FORMAT = "atoplib-checkpoint-1"
 CUSTOM = "custom: "  # begins the architecture of a network that none of our builders makes; its class follows
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"classifier": classifiers.build, "purifier": purifiers.build}
+WRAPPERS = ("module.", "_orig_mod.")  # in front of names, by DataParallel and torch.compile
 
 
 class CheckpointError(ValueError):
@@ -231,8 +232,9 @@ def load_foreign(
     """A network from somebody's weights, in eval mode: images in [0, 1] -> logits. No pickle is run.
 
     Args:
-        path: a state dict, ``.pth`` or ``.pt`` (also below ``state_dict``, ``model`` or ``net``) or
-            ``.safetensors``; ``module.`` in front of its names is taken off.
+        path: a state dict, ``.pth`` or ``.pt`` (also below ``state_dict``, ``model_state_dict``, ``model`` or
+            ``net``) or ``.safetensors``; what DataParallel and torch.compile put in front of its names
+            (``WRAPPERS``) is taken off where they do not fit as they are.
         factory: what builds the network: a callable, or ``"package.module:function"``.
         options: its keyword arguments.
         mean, std: per channel, of images in [0, 1], of the normalisation that is put in front; None: the
@@ -243,21 +245,28 @@ def load_foreign(
     """
     tensors = _foreign_state(Path(path))
     network = classifiers.build_custom(factory, options or {})
-    load_weights(network, tensors, path)
+    own, _ = tensors_of(network)
+    while not own.keys() & tensors.keys():
+        prefix = next((each for each in WRAPPERS if all(name.startswith(each) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+    counted = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    load_weights(network, counted | tensors, path)  # old files lack these
     if mean is not None or std is not None:
         network = nn.Sequential(classifiers.Normalize(mean, std), network)
     return network.to(device).eval()
 
 
 def _foreign_state(path: Path) -> dict[str, Any]:
-    """The state dict in somebody's file, without ``module.`` in front of its names."""
+    """The state dict in somebody's file."""
     path = path.expanduser()
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no file {path}; give the path of .pth, .pt or .safetensors weights"
         )
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -266,21 +275,21 @@ def _foreign_state(path: Path) -> dict[str, Any]:
             f"{path} cannot be read as weights ({contract.first_line(error)}); allowed are state dicts "
             "(torch.save(model.state_dict(), path)) and .safetensors, for whole pickled models run code"
         ) from error
-    for key in ("state_dict", "model", "net", "G"):
+    for key in ("state_dict", "model_state_dict", "model", "net", "G"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]
     if not isinstance(state, Mapping) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(
-            f"{path} holds no state dict, neither itself nor below state_dict, model or net"
+            f"{path} holds no state dict, neither itself nor below state_dict, model_state_dict, model or net"
         )
-    return {str(name).removeprefix("module."): value for name, value in state.items()}
+    return {str(name): value for name, value in state.items()}
 
 
 def load_deepfill(path: Path) -> purifiers.DeepFillV2:
     """A DeepFillv2 generator, on the CPU, in float32, from a public file (``states_pt_*.pth``, under the key
     ``G``), an AToP checkpoint (its names after ``generator.``) or a bare state dict; errors as
     ``load_foreign``."""
-    state = _foreign_state(Path(path))
+    state = {name.removeprefix("module."): value for name, value in _foreign_state(Path(path)).items()}
     prefix = "generator." if any(name.startswith("generator.") for name in state) else ""
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     shape = getattr(state.get("stage1.conv1.conv.weight"), "shape", ())

@@ -70,10 +70,14 @@ def written(path, model, form):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     if "parallel" in form:
         state = {f"module.{name}": value for name, value in state.items()}
-    for key in ("state_dict", "model", "net"):
-        if form.endswith(key):
+    if "compiled" in form:
+        state = {f"_orig_mod.{name}": value for name, value in state.items()}
+    if "old" in form:
+        state = {name: value for name, value in state.items() if not name.endswith("num_batches_tracked")}
+    for key in ("model_state_dict", "state_dict", "model", "net"):
+        if form.endswith(f" {key}") or form == key:
             state = {key: state, "epoch": 3}
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         safetensors.torch.save_file(state, path)
     else:
         torch.save(state, path)
@@ -88,8 +92,11 @@ def written(path, model, form):
         ("w.pth", "parallel state_dict"),
         ("w.pth", "model"),
         ("w.pth", "net"),
+        ("w.pth", "parallel compiled"),
+        ("w.pt", "compiled model_state_dict"),
+        ("w.pth", "old"),
         ("w.safetensors", "plain"),
-        ("w.safetensors", "parallel"),
+        ("w.SAFETENSORS", "parallel"),
     ],
 )
 def test_somebodys_weights_are_loaded_by_parameters_alone(tmp_path, foreign_package, name, form):
@@ -101,6 +108,13 @@ def test_somebodys_weights_are_loaded_by_parameters_alone(tmp_path, foreign_pack
     torch.testing.assert_close(loaded(images), expected)
     assert not any(part.training for part in loaded.modules())
     torch.testing.assert_close(load_foreign(path, lambda: ForeignNet(5))(images), model(images))
+
+
+def test_a_network_that_has_a_part_named_module_keeps_that_name(tmp_path):
+    model, path = nn.ModuleDict({"module": nn.Linear(2, 3)}), tmp_path / "w.pth"
+    written(path, model, "plain")
+    loaded = load_foreign(path, lambda: nn.ModuleDict({"module": nn.Linear(2, 3)}))
+    assert torch.equal(loaded["module"].weight, model["module"].weight)
 
 
 def test_a_classifier_is_built_by_the_name_of_anybodys_function(foreign_package, tmp_path):
@@ -129,6 +143,7 @@ def test_somebodys_weights_that_cannot_be_used_say_so(tmp_path, foreign_package)
         ((path, "somebodys_models:other"), "no attribute 'other'"),
         ((path, "somebodys_models:resnet"), "another architecture.*of another shape"),
         ((path, "somebodys_models:resnet", {"depth": 3}), "cannot build a network"),
+        ((path, partial(nn.LazyLinear, 5)), "give a lazy network one batch first"),
         ((whole, "somebodys_models:resnet"), "cannot be read as weights.*run code"),
     ]:
         with pytest.raises(ValueError, match=sentence):
