@@ -1,6 +1,7 @@
 """Anybody's network works at every public entry, or is refused at the border with one sentence: a zoo of odd
 networks."""
 
+from contextlib import nullcontext
 from functools import partial
 from random import SystemRandom
 
@@ -112,6 +113,30 @@ def test_every_network_is_evaluated_and_defended(make):
         moving = images.clone().requires_grad_()
         defence(moving).square().sum().backward()
         assert moving.grad.isfinite().all() and moving.grad.abs().sum() > 0
+
+
+UNTRAINED = {  # with which decays of the average
+    "half": (0.0, 0.9, "network.float"),
+    "pruned": (0.9, "prune.remove"),
+    "weight norm, old form": (0.9, "remove_weight_norm"),
+}
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+@pytest.mark.parametrize("make", EVERY)
+def test_every_network_is_trained_as_a_classifier_or_refused_with_a_sentence(make, ema_decay, request):
+    *refused, sentence = UNTRAINED.get(request.node.callspec.id.rpartition("-")[0], ("",))
+    network, sentence = made(make), sentence if ema_decay in refused else ""
+    data = Split((images_of(4) * 255).to(torch.uint8), torch.arange(4) % 2)
+    settings = {"epochs": 1, "batch_size": 2, "learning_rate": 0.01, "dtype": "float32"}
+    before = [weight.clone() for weight in network.parameters()]
+    with pytest.raises(ValueError, match=sentence) if sentence else nullcontext():
+        fit(
+            lambda x, y, epoch: F.cross_entropy(adapt(network)(x), y), network, data, ema_decay=ema_decay,
+            **settings,
+        )  # fmt: skip
+    moved = [not torch.equal(old, new) for old, new in zip(before, network.parameters(), strict=True)]
+    assert any(moved) != bool(sentence)
 
 
 @pytest.mark.parametrize("make", SOME)

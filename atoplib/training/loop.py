@@ -124,6 +124,10 @@ def fit(
     )
     for network in networks.values():
         checkpoints.tensors_of(network)  # before an hour of training: can it be saved?
+        if any(weight.dtype == torch.float16 for weight in network.parameters()):
+            raise ValueError(
+                "weights of float16 do not bear a training: give network.float(), for speed dtype='bfloat16'"
+            )
     say = notify or (lambda sentence: None)
     state = None if run is None else parts.begin_run(run, (step, validate), settings, networks, data, say)
     training = _Training(step, networks, data, settings, run, state or {})

@@ -94,7 +94,13 @@ def moving_average(module: nn.Module, decay: float) -> AveragedModel:
         else:
             torch._foreach_copy_(averaged, current)
 
-    average = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    try:
+        average = AveragedModel(module, multi_avg_fn=update, use_buffers=True)
+    except RuntimeError as error:  # weights that are computed from others, as torch's pruning makes them
+        raise ValueError(
+            f"the network cannot be copied for the average of its weights: make them plain (prune.remove, "
+            f"remove_weight_norm), or leave the average out (ema_decay=0); {error}"
+        ) from error
     return average
 
 
