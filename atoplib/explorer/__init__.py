@@ -16,8 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from atoplib import data, decisions, parameters, pretrained
+from atoplib.contract import device_of, prepare
 from atoplib.explorer import controls, page
-from atoplib.explorer.attack import Scene, device_of
+from atoplib.explorer.attack import Scene
 from atoplib.explorer.widget import Explorer
 from atoplib.pipeline import AToPPipeline
 from atoplib.transforms import Transform
@@ -46,7 +47,8 @@ def explore(
             image, rows, attack, threat_model, steps, transform, ...: further controls at the start.
 
     Raises:
-        ValueError: without a defence or an image, for names and values of controls that are not allowed.
+        ValueError: without a defence or an image, for images or labels as ``contract.prepare``, for names
+            and values of controls that are not allowed.
     """
     explorer = make_explorer(model_or_defences, images, labels, **options)
     explorer.refresh()
@@ -84,6 +86,7 @@ def make_explorer(
         raise ValueError(
             "there is nothing to explore: give a defence, and images (count, channels, height, width)"
         )
+    images = torch.as_tensor(images)
     scene = Scene(
         {str(name): module for name, module in defences.items()},
         images.detach().float().cpu(),
@@ -91,9 +94,11 @@ def make_explorer(
         list(classes),
     )
     first = scene.defence(next(iter(scene.defences)))
-    known = scene.images[:1] if labels is not None else scene.images
-    logits = decisions.sample_logits(first, known.to(device_of(first)))[0].cpu()
-    scene.labels = (logits.argmax(dim=1) if labels is None else labels).long().cpu().clone()
+    known, device = scene.images[:1] if labels is not None else scene.images, device_of(first)
+    logits = decisions.sample_logits(first, known.to(device))[0].cpu()
+    labels = logits.argmax(dim=1) if labels is None else torch.as_tensor(labels)
+    prepare(first, scene.images.to(device), labels.to(device))
+    scene.labels = labels.cpu().clone()
     scene.classes += map(str, range(len(classes), logits.shape[1]))
     transform = next(
         (each.transform for each in (first, *defences.values()) if isinstance(each, AToPPipeline)),
