@@ -178,7 +178,15 @@ def certified_accuracy(
 
     Returns:
         columns ``radius``, ``accuracy``, ``low``, ``high``, in percent, with the 95 % interval of Wilson.
+
+    Raises:
+        ValueError: for another number of labels, or a radius that is none.
     """
+    if labels.shape != certificates.classes.shape or not all(0 <= radius < inf for radius in radii):
+        raise ValueError(
+            f"there must be one label for each of {len(certificates.classes)} certificates, and radii of at "
+            f"least 0, got labels {tuple(labels.shape)} and radii {list(radii)}"
+        )
     held = torch.where(certificates.classes == labels, certificates.radii, 0.0).cpu().numpy()
     return pd.DataFrame(
         [(float(radius), *percents(int((held > radius).sum()), len(held))) for radius in radii],

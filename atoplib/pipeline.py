@@ -210,6 +210,11 @@ class Mixed(nn.Module):
         weights = torch.tensor([1 - self.alpha, self.alpha], dtype=images.dtype, device=images.device).log()
         natural = self.natural(images).log_softmax(dim=1)
         defended = (self.scale * self.defended(images)).log_softmax(dim=1)
+        if natural.shape != defended.shape:
+            raise ValueError(
+                f"the models give logits of {natural.shape[1]} and {defended.shape[1]} classes, but only two "
+                "of the same classes can be mixed"
+            )
         return torch.stack([weights[0] + natural, weights[1] + defended]).logsumexp(dim=0)
 
 

@@ -216,6 +216,9 @@ def test_certified_accuracy_counts_correct_images_whose_radius_is_larger():
     assert frame["accuracy"].tolist() == pytest.approx([60, 40, 20, 20, 0])
     expected = [tuple(100 * end for end in wilson_interval(k, 5)) for k in (3, 2, 1, 1, 0)]
     assert list(zip(frame["low"], frame["high"], strict=True)) == expected
+    for wrong in ((torch.tensor([1]), [0.5]), (torch.ones(5), [-1.0]), (torch.ones(5), [float("nan")])):
+        with pytest.raises(ValueError, match="one label for each of 5 certificates, and radii of at least 0"):
+            certified_accuracy(certificates, *wrong)
 
 
 # what certifies nothing

@@ -288,6 +288,7 @@ IMPOSSIBLE = {
     "average must be one of images, logits, got 'masks'": lambda: averaged(2, "masks"),
     "alpha must lie in 0..1": lambda: Mixed(affine(1), affine(2), float("nan"), 1),
     "scale must be above 0": lambda: Mixed(affine(1), affine(2), 0.5, float("inf")),
+    "only two of the same classes": lambda: Mixed(affine(1), nn.Flatten())(images_of(2, 16)),
     r"call model\.eval": lambda: small_defence().train().freeze_for_attack(),
 }
 
