@@ -57,12 +57,20 @@ def costs(rows: list[dict[str, Any]]) -> pd.DataFrame:
     return table.map(lambda value: "–" if pd.isna(value) else number(value))
 
 
+def dataset_of(run: Path) -> str:
+    """What a run of notebook 6 was measured on."""
+    return json.loads((run / "parameters.json").read_text(encoding="utf-8"))["dataset"]
+
+
+def name_of(run: Path) -> str:
+    """Its name; of a folder the last part, without where it lies."""
+    return dataset_of(run).rpartition("/")[2]
+
+
 def section(run: Path) -> str:
     """One run of notebook 6 as a section of the page."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    frame = pd.read_csv(run / "frame.csv")
-    dataset = json.loads((run / "parameters.json").read_text(encoding="utf-8"))["dataset"]
-    name = dataset.rpartition("/")[2]  # of a folder that the images lie in
+    frame, name, dataset = pd.read_csv(run / "frame.csv"), name_of(run), dataset_of(run)
     parts = [
         f"## {name}",
         results["caption"].replace(dataset, name) + ".",
@@ -80,7 +88,8 @@ def main() -> None:
     runs = sorted(path.parent for path in folder.glob("06_compare*/results.json"))
     if not runs:
         parser.error(f"{folder} holds no finished run of notebook 6; make demo RECIPE=leaderboard makes them")
-    print("\n\n".join([ABOUT.strip(), *map(section, runs)]))
+    contents = "\n".join(f"- [{name_of(run)}](#{name_of(run)})" for run in runs)
+    print("\n\n".join([ABOUT.strip(), contents, *map(section, runs)]))
 
 
 if __name__ == "__main__":
