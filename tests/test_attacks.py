@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from atoplib.attacks import ATTACKS, RADII, Ball, PassCounter, eot_gradient, fgsm, n_fgsm, pgd
+from atoplib.attacks import ATTACKS, RADII, Ball, PassCounter, eot_gradient, fgsm, n_fgsm, pgd, pgd_ensemble
 from atoplib.attacks.losses import (
     cross_entropy,
     dlr,
@@ -192,6 +192,38 @@ def test_an_image_stops_once_it_was_wrong_in_so_many_steps_in_a_row_and_no_other
     torch.testing.assert_close(found, torch.stack([path[end][image] for image, end in enumerate(ends)]))
     assert counter.gradient_passes == 1 + sum(ends), "an image that had stopped was computed again"
     assert (model(found).argmax(dim=1) != labels)[[end < 8 for end in ends]].all()
+
+
+def test_an_image_that_is_misclassified_outside_its_ball_alone_does_not_leave():
+    model, images, steps = TwoClasses().eval(), images_of((1, *SHAPE[1:]), low=0.4, high=0.6), []
+    label = model(images).argmax(dim=1)
+    away = margin(model(images), label).abs() / (0.2 * model.weight.norm())  # from the boundary
+    eps = 0.75 * away.item()
+    keep = lambda step, *_: steps.append(step)  # noqa: E731
+    pgd(model, images, label, eps=eps, norm="l2", steps=10, early_stop=1, callback=keep)
+    assert steps == list(range(1, 11))
+    assert model(best_attack(model, images, label, 2 * eps, "l2")).argmax(dim=1) != label
+
+
+@pytest.mark.parametrize("norm, schedule", [("l1", {"cycles": 1, "momentum": 0.25}), ("l2", {"cycles": 1})])
+def test_the_ensemble_has_a_schedule_of_its_own_where_the_ball_shrinks(norm, schedule):
+    model, images = smooth_model(), images_of()
+    own = {"eps": 0.1, "norm": norm, "steps": 9, "restarts": 1, "loss": "margin"}
+    found = pgd_ensemble(model, images, MANY, **own)
+    usual = {"eot_samples": 5, "momentum": 0.75, "cycles": 3, "early_stop": 3}
+    assert torch.equal(found, pgd(model, images, MANY, **own, **usual | schedule))
+    assert not torch.equal(found, pgd(model, images, MANY, **own, **usual))
+
+
+def test_images_that_ask_for_gradients_and_targets_in_a_list_are_taken(without_shape_checks):
+    model, images = smooth_model(), images_of()
+    aims = (MANY + 1) % 5
+    found = pgd(model, images.clone().requires_grad_(), MANY, eps=0.1, targets=aims.tolist())
+    assert torch.equal(found, pgd(model, images, MANY, eps=0.1, targets=aims.int()))
+    assert not found.requires_grad
+    for wrong in (3, [0.5] * 6, MANY.tolist(), [5] * 6):
+        with pytest.raises(ValueError, match="targets must be 6 classes of 0..4, none of them the image's"):
+            pgd(model, images, MANY, eps=0.1, targets=wrong)
 
 
 class Scripted(TwoClasses):

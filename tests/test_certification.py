@@ -209,7 +209,7 @@ def test_the_same_seed_gives_the_same_certificates_and_progress_ends_at_the_last
 # certified accuracy
 
 
-def test_certified_accuracy_counts_correct_images_whose_radius_is_larger():
+def test_certified_accuracy_counts_correct_images_whose_radius_is_larger(without_shape_checks):
     radii = torch.tensor([0.5, 0.0, 0.9, 0.2, 0.7], dtype=torch.float64)
     certificates = Certificates(torch.tensor([1, 1, 0, 2, 2]), radii)
     frame = certified_accuracy(certificates, torch.tensor([1, 1, 1, 2, 2]), [0.0, 0.2, 0.5, 0.69, 0.8])

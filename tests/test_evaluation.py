@@ -26,7 +26,7 @@ from torch import nn
 
 from atoplib.attacks import Ball, pgd
 from atoplib.decisions import RULES, correct, reseed, sample_logits
-from atoplib.evaluation import Row, evaluate, measure
+from atoplib.evaluation import Row, evaluate
 
 
 class Flips(nn.Module):
@@ -60,7 +60,7 @@ class Noisy(nn.Module):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(measure, "PIECE", 20)
+    monkeypatch.setattr("atoplib.evaluation.pieces.PIECE", 20)
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +224,36 @@ def test_accuracy_over_eps_falls_and_what_is_broken_stays_broken():
     largest = found.adversarial("f", "white-box", sizes[-1])
     assert torch.equal(found.adversarial("f", "white-box"), largest)
     assert list(found.table().index) == ["clean", *(f"white-box, ε = {eps:.3g}" for eps in sizes)]
+
+
+class Detached(nn.Sequential):
+    def forward(self, images):
+        return super().forward(images).detach()
+
+
+@pytest.mark.parametrize(
+    "defence, row, change, message",
+    [
+        (
+            linear(),
+            Row("corruption", norm="corruption"),
+            {"eps": {"corruption": 6}},
+            "severity must be one of",
+        ),
+        (linear(), Row("occlusion", norm="occlusion", options={"grid_size": 9}), {}, "grid_size must lie in"),
+        (purifying(), Row("ddn", norm="l2"), {}, "the model is random"),
+        (Detached(*linear()).eval(), Row("pgd"), {}, "no gradient arrives"),
+    ],
+    ids=lambda value: getattr(value, "attack", None),
+)
+def test_what_cannot_run_is_said_before_anything_is_measured(defence, row, change, message):
+    calls, rows = [], (Row("fgsm", "first"), row)
+    with pytest.raises(ValueError, match=message):
+        run(
+            {"f": linear(), "g": defence}, protocol=PROTOCOL._replace(rows=rows),
+            progress=lambda *call: calls.append(call), **change,
+        )  # fmt: skip
+    assert not calls
 
 
 def test_progress_never_falls_says_what_runs_and_ends_at_the_total(small_pieces):

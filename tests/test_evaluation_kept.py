@@ -29,7 +29,7 @@ from atoplib.evaluation import measure
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    monkeypatch.setattr(measure, "PIECE", 20)
+    monkeypatch.setattr("atoplib.evaluation.pieces.PIECE", 20)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def finished(tmp_path_factory):
     """A directory that holds a whole evaluation, and its result."""
     folder = tmp_path_factory.mktemp("evaluation")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "PIECE", 20)
+        patch.setattr("atoplib.evaluation.pieces.PIECE", 20)
         return folder, run(run_dir=folder)
 
 

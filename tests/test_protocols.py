@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from small_evaluation import IMAGES, LABELS, PGD, PROTOCOL, linear, purifying, run
 from torch import nn
 
@@ -65,12 +66,18 @@ def test_a_model_in_train_mode_is_refused_before_its_statistics_move(place):
             "option queries of pgd must be one of steps",
         ),
         ({"protocol": PROTOCOL._replace(rows=(Row("pgd"), Row("pgd", step=1.0)))}, "have the same name"),
-        ({"steps": 0}, "numbers of at least 1 .*not steps=0"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"queries": 9}, "protocol 'test' takes the options eot_samples, steps, votes"),
         ({"eps": 8.0}, "eps of linf .*at most 1.* got 8.0"),
         ({"eps": -0.1}, "eps of linf must be above 0"),
         ({"eps": []}, "ascending list of at least one"),
         ({"eps": [0.2, 0.1]}, "ascending list"),
+        ({"eps": [[0.1, 0.2]]}, r"eps of linf\[0\]' must be of type float"),
+        ({"eps": True}, "eps of linf' must be of type float or list, got True"),
+        ({"steps": "3"}, "steps must be at least 1, got '3'"),
+        ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
+        ({"protocol": PROTOCOL._replace(rows=())}, "rows must be at least 1"),
+        ({"protocol": PROTOCOL._replace(votes=0)}, "votes must be at least 1"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -91,7 +98,7 @@ def test_a_deterministic_model_gets_the_passes_of_a_long_run_as_more_starts():
         assert calm["steps"] < 80 and calm.get("alpha") == (row.step and 0.05)
         if row.attack == "pgd_ensemble":
             assert (random["votes"], calm["votes"]) == (5, 1) and "loss" not in random
-            assert calm["loss"] == ("mean_softmax", "likely_targets")[: 1 if row.norm == "l1" else 2]
+            assert calm["loss"] == ("mean_softmax", "likely_targets")
 
 
 def test_a_changed_protocol_says_so_and_its_columns_what_was_run():
@@ -114,6 +121,7 @@ def test_the_norm_asked_for_is_that_of_all_rows_that_name_none():
 def test_published_protocols_have_their_published_numbers_and_images():
     rows = [row for row in PROTOCOLS["lee-kim"].rows if row.threat_model == "white-box"]
     assert [row.step for row in rows] == pytest.approx([0.007 / (8 / 255), 0.005 / 0.5])
+    assert not any(row.options["shrink"] for row in rows), "all in the ball"
     assert [row.votes for row in PROTOCOLS["strict"].rows if row.threat_model == "bpda"] == [150], "Hill"
     assert PROTOCOLS["strict"].num_votes == 20, "as many as EOT samples"
     first = np.random.RandomState(0).permutation(10_000)[:5].tolist()
@@ -121,11 +129,20 @@ def test_published_protocols_have_their_published_numbers_and_images():
     assert images_of(PROTOCOLS["lee-kim"], "mnist") == 512
 
 
+def test_an_option_that_no_attack_has_is_refused_and_one_that_this_one_lacks_is_left_out():
+    assert single("square", queries=5, steps=3).rows[0].options == {"queries": 5}
+    with pytest.raises(ValueError, match="no attack has 'eot_sample' .*did you mean 'eot_samples'"):
+        single("pgd", eot_sample=9)
+
+
 def test_usual_radii_depend_on_whether_images_are_grey():
     grey = IMAGES[:, :1].expand(-1, 3, -1, -1)
     assert radii(grey)["linf"] == (0.3,) and radii(IMAGES)["linf"] == (8 / 255,)
     assert radii(grey)["l2"] == (2.0,) and radii(IMAGES, 1.0, "l2")["l2"] == (1.0,)
     assert radii(IMAGES, [0.1, 0.2]) == {"linf": (0.1, 0.2)}, "a list is of one norm alone"
+    assert radii(IMAGES, torch.tensor([0.25, 0.5])) == {"linf": (0.25, 0.5)}
+    assert radii(IMAGES, np.array([0.25, 0.5])) == {"linf": (0.25, 0.5)}
+    assert radii(IMAGES, "8/255") == radii(IMAGES)
     assert radii(IMAGES, {"l2": [0.1, 1]})["l2"] == (0.1, 1) and radii(IMAGES, {"l2": 1})["linf"] == (
         8 / 255,
     )

@@ -252,15 +252,20 @@ def test_under_autocast_candidates_stay_in_float32(defences, digits, attack, opt
         (rotation_translation, {"eps": 200}, "eps must be above 0, at most 180"),
         (rotation_translation, {"translation": 1.5}, r"translation must lie in 0..1"),
         (rotation_translation, {"shifts": 0}, "shifts must be at least 1"),
+        (rotation_translation, {"angles": 2.5}, "angles must be a whole number"),
         (corruption, {"kind": "fog"}, "kind must be one of all, gaussian_noise"),
         (corruption, {"eps": 6}, "severity must be one of 1, 2, 3, 4, 5, got 6"),
         (ddn, {"norm": "linf"}, "norm must be one of l2"),
         (fmn, {"norm": "l0"}, "norm must be one of linf, l2, l1"),
         (fmn, {"steps": 0}, "steps must be at least 1"),
+        (fmn, {"alpha": -1.0}, "alpha must be above 0"),
+        (fmn, {"gamma": 5.0}, "gamma must be above 0, at most 1"),
+        (ddn, {"first_norm": -1.0}, "first_norm must be above 0"),
+        (ddn, {"max_batch": 0}, "max_batch must be at least 1"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
-def test_threats_that_do_not_exist_are_refused(attack, wrong, message):
+def test_threats_that_do_not_exist_are_refused(attack, wrong, message, without_shape_checks):
     model, images, labels = toy_set(2)
     with pytest.raises(ValueError, match=message):
         attack(model, images, labels, **wrong)

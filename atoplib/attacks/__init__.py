@@ -100,6 +100,7 @@ class Attack:
         description: one line.
         gradient: whether it differentiates the model.
         stochastic: whether it can attack random models.
+        tries: about so many points of each image are looked at beside steps, by default.
         takes: names of its own options; None: those of the function's signature.
     """
 
@@ -110,6 +111,7 @@ class Attack:
     description: str
     gradient: bool = True
     stochastic: bool = True
+    tries: int = 1
     takes: tuple[str, ...] | None = None
 
     @cached_property
@@ -172,15 +174,16 @@ _ROWS = (
     ),
     Attack(
         "occlusion", "Occlusion", occlusion, ("occlusion",),
-        "patches covered at the worst place", gradient=False,
+        "patches covered at the worst place", gradient=False, tries=65,
     ),
     Attack(
         "rotation_translation", "Rotation, translation", rotation_translation, ("rotation",),
-        "the worst rotation and shift of a grid (Engstrom et al. 2019)", gradient=False,
+        "the worst rotation and shift of a grid (Engstrom et al. 2019)", gradient=False, tries=775,
     ),
     Attack(
         "corruption", "Corruption", corruption, ("corruption",),
         "noise, blur, contrast and others (Hendrycks & Dietterich 2019)", gradient=False,
+        tries=len(CORRUPTIONS),
     ),
     Attack(
         "ddn", "DDN", ddn, ("l2",),

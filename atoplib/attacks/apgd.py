@@ -98,7 +98,7 @@ def apgd(
     """
     check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts, num_targets=num_targets)
     check_settings(loss=(loss, one_of("ce", "dlr", "targeted_dlr")))
-    model, images, labels = prepare_attack(model, images, labels, targets)
+    model, images, labels, targets = prepare_attack(model, images, labels, targets)
     ball, generator = Ball(images, eps, norm), make_generator(seed, images.device)
     random, votes = check_rule(model, images, rule, votes, max_batch)
     clean = sample_logits(model, images, num_samples=votes, max_batch=max_batch).mean(dim=0)
@@ -322,7 +322,7 @@ def autoattack(
 
     Source: Croce & Hein 2020, section 5, in the composition of the authors' code since 2020-08.
     """
-    model, images, labels = prepare_attack(model, images, labels)
+    model, images, labels, _ = prepare_attack(model, images, labels)
     ball = Ball(images, eps, norm)
     random, votes = check_rule(model, images, rule, votes, max_batch)
     classes, least = sample_logits(model, images[:1]).shape[2], 3 if random else 4

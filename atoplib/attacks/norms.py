@@ -42,6 +42,7 @@ class Ball:
         norm: str,
     ) -> None:
         check_settings(norm=(norm, one_of(*NORMS)))
+        eps = float(eps) if isinstance(eps, Tensor) and eps.ndim == 0 else eps
         if not isinstance(eps, Tensor):
             check_settings(eps=(eps, above(0, FINITE)))
             if norm == "linf" and eps > 1:

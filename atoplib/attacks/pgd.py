@@ -24,8 +24,10 @@ ENSEMBLE = {
     "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
     "momentum": 0.75, "cycles": 3, "early_stop": 3,
 }  # fmt: skip
-# Of l1, whose ball shrinks meanwhile.
-ENSEMBLE_L1 = ENSEMBLE | {"momentum": 0.25, "cycles": 1}
+# Where the ball shrinks meanwhile: one cycle, for l1 less momentum.
+ENSEMBLES = {
+    "linf": ENSEMBLE, "l2": ENSEMBLE | {"cycles": 1}, "l1": ENSEMBLE | {"cycles": 1, "momentum": 0.25},
+}  # fmt: skip
 # Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
 # get lost in the noise; the projection makes up for steps that are too large.
 SMALLEST_STEP = 1 / 3
@@ -110,7 +112,7 @@ def pgd(
     check_counts(steps=steps, eot_samples=eot_samples, restarts=restarts)
     check_settings(momentum=(momentum, between(0, FINITE)), early_stop=(early_stop, at_least(0)))
     checked = isinstance(model, nn.Module)
-    model, images, labels = prepare_attack(model, images, labels, targets)
+    model, images, labels, targets = prepare_attack(model, images, labels, targets)
     if isinstance(start, str):
         check_settings(start=(start, one_of("random", "clean")))
         start = images if start == "clean" else None
@@ -156,12 +158,11 @@ def pgd_ensemble(
     **options: Any,
 ) -> Float[Tensor, "batch channels height width"]:
     """The strongest PGD of the kit for its passes: ``pgd`` with a falling step, momentum, and restarts of
-    several losses, which ``ENSEMBLE`` holds (for l1 ``ENSEMBLE_L1``).
+    several losses (``ENSEMBLES``, by norm).
 
     Arguments, result and errors as ``pgd``; other defaults.
     """
-    usual = ENSEMBLE_L1 if options.get("norm") == "l1" else ENSEMBLE
-    return pgd(model, images, labels, **usual | options)
+    return pgd(model, images, labels, **ENSEMBLES.get(options.get("norm"), ENSEMBLE) | options)
 
 
 pgd_ensemble.__signature__ = signature(partial(pgd, **ENSEMBLE))  # what help() and the registry read

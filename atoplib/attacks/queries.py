@@ -47,22 +47,24 @@ def prepare_attack(
     targets: Int[Tensor, " batch"] | None = None,
     *,
     differentiable: bool = True,
-) -> tuple[nn.Module, Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]:
+) -> tuple[nn.Module, Tensor, Tensor, Tensor | None]:
     """``contract.prepare``, and a model whose logits are checked in every pass (``Finite``); a function that
-    is no module stays as it is. ValueError unless each target is a class of the model and not the image's
-    own."""
+    is no module stays as it is. The targets, if any, are the last. ValueError unless each is a class of the
+    model and not the image's own."""
     checked = isinstance(model, nn.Module) and not isinstance(model, Finite)
     model, images, labels = prepare(model, images, labels, differentiable=differentiable)
     model = Finite(model) if checked else model
     if targets is not None:
+        targets = torch.as_tensor(targets, device=labels.device)
         classes = sample_logits(model, images[:1]).shape[2]
-        known = targets.shape == labels.shape and 0 <= int(targets.min()) <= int(targets.max()) < classes
-        if not known or (targets == labels).any():
+        known = targets.shape == labels.shape and not targets.is_floating_point()
+        if not known or int(targets.min()) < 0 or int(targets.max()) >= classes or (targets == labels).any():
             raise ValueError(
                 f"targets must be {len(labels)} classes of 0..{classes - 1}, none of them the image's own, "
                 f"got {targets} for the labels {labels}"
             )
-    return model, images, labels
+        targets = targets.long()
+    return model, images.detach(), labels, targets
 
 
 def check_rule(model: Model, images: Tensor, rule: str, votes: int, max_batch: int) -> tuple[bool, int]:
@@ -247,7 +249,7 @@ class Search:
         max_batch: int,
     ) -> None:
         check_counts(eot_samples=eot_samples)
-        model, images, labels = prepare_attack(model, images, labels, targets, differentiable=False)
+        model, images, labels, targets = prepare_attack(model, images, labels, targets, differentiable=False)
         self.model, self.images, self.labels, self.targets = model, images, labels, targets
         self.random, votes = check_rule(model, images, rule, votes, max_batch)
         self.generator = make_generator(seed, images.device)

@@ -129,7 +129,7 @@ def third_party(
         raise ValueError(f"{name} of torchattacks has no {unknown[0]}: leave them out")
     norm = norm or known.norms[0]
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
-    model, images, labels = prepare_attack(model, images, labels)
+    model, images, labels, _ = prepare_attack(model, images, labels)
     ball, wrapped, device = Ball(images, eps, norm), EOTWrapper(model, eot_samples), images.device
     alpha = step_sizes(eps, steps or 10)[0] if known.alpha else None
     wanted = {known.steps: steps, known.queries: queries, "alpha": alpha}
@@ -228,7 +228,7 @@ def ddn(
 
     Source: Rony et al. 2019, algorithm 1.
     """
-    check_settings(norm=(norm, one_of("l2")))
+    check_settings(norm=(norm, one_of("l2")), first_norm=(first_norm, above(0)))
     return _nearest(
         "DDNAttack", model, images, labels, eps=eps, norm=norm, targets=targets, seed=seed,
         max_batch=max_batch, callback=callback, steps=steps, gamma=gamma, init_epsilon=first_norm,
@@ -263,10 +263,12 @@ def fmn(
     Source: Pintor et al. 2021, algorithm 1.
     """
     check_settings(norm=(norm, one_of(*FMN)))
+    alpha = (10.0 if norm == "linf" else 1.0) if alpha is None else alpha
+    check_settings(alpha=(alpha, above(0)))
     return _nearest(
         FMN[norm], model, images, labels, eps=eps, norm=norm, targets=targets, seed=seed,
         max_batch=max_batch, callback=callback, steps=steps, gamma=gamma,
-        max_stepsize=alpha or (10.0 if norm == "linf" else 1.0),
+        max_stepsize=alpha,
     )  # fmt: skip
 
 
@@ -286,9 +288,9 @@ def _nearest(
     **options: Any,
 ) -> Tensor:
     """What foolbox's attack ``name`` finds, pulled back to ``eps``."""
-    check_counts(steps=steps)
-    check_settings(eps=(eps, above(0)))
-    model, images, labels = prepare_attack(model, images, labels, targets)
+    check_counts(steps=steps, max_batch=max_batch)
+    check_settings(eps=(eps, above(0)), gamma=(options["gamma"], above(0, 1)))
+    model, images, labels, targets = prepare_attack(model, images, labels, targets)
     if is_random(model, images, max_batch=max_batch):
         raise ValueError(
             "minimum-norm attacks follow one boundary, but the model is random; use pgd at several eps"

@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 from atoplib.attacks.eot import StepCallback, make_generator
 from atoplib.attacks.queries import Search
 from atoplib.decisions import Model, full_float32
-from atoplib.parameters import above, at_least, between, check_settings, one_of
+from atoplib.parameters import above, between, check_counts, check_settings, one_of
 
 SIDE = 32  # px, that the strengths of corruptions were made for
 
@@ -67,6 +67,7 @@ def occlusion(
         max_batch=max_batch,
     )  # fmt: skip
     height, width = search.images.shape[2:]
+    check_counts(grid_size=grid_size)
     check_settings(
         norm=(norm, one_of("occlusion")), eps=(eps, one_of(1, 2)),
         grid_size=(grid_size, between(1, min(height, width))),
@@ -117,10 +118,10 @@ def rotation_translation(
 
     Source: Engstrom et al. 2019, section 3 (30 degrees, 10 %, 31 x 5 x 5 poses, bilinear).
     """
+    check_counts(angles=angles, shifts=shifts)
     check_settings(
-        norm=(norm, one_of("rotation")), eps=(eps, above(0, 180)), translation=(translation, between(0, 1)),
-        angles=(angles, at_least(1)), shifts=(shifts, at_least(1)),
-    )  # fmt: skip
+        norm=(norm, one_of("rotation")), eps=(eps, above(0, 180)), translation=(translation, between(0, 1))
+    )
     search = Search(
         model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
         max_batch=max_batch,

@@ -1,7 +1,5 @@
 """Measure defences by a protocol: attack, decide, count; in pieces that survive an interruption."""
 
-import json
-import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,7 +7,7 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -29,39 +27,25 @@ from atoplib.decisions import (
     reseed,
     sample_logits,
 )
-from atoplib.evaluation.protocols import COUNTS, Protocol, Row, check_protocol, for_classes, radii
-from atoplib.evaluation.results import CLEAN, FILES, KNOWN, Evaluation, with_worst_cases
+from atoplib.evaluation.pieces import (
+    SISTER,
+    SURROGATE,
+    Piece,
+    all_pieces,
+    effort,
+    file_of,
+    helpers,
+    plain,
+    try_out,
+)
+from atoplib.evaluation.protocols import Protocol, check_protocol, for_classes, radii
+from atoplib.evaluation.results import FILES, KNOWN, Evaluation, with_worst_cases
 from atoplib.files import read_json, set_aside, write_atomically, write_json
 from atoplib.hashing import code_hash, environment, function_hash, json_hash, model_hash, tensor_hash
 from atoplib.parameters import check_counts
-from atoplib.pipeline import AToPPipeline
 from atoplib.progress import Report, format_seconds
 
-PIECE = 100  # images that are attacked at once, and finished or repeated as a whole
-SURROGATE = "the classifier"  # as a target of transfer attacks
-SISTER = "sister of"
 FACTS = "evaluation.json"
-
-
-class _Piece(NamedTuple):
-    """One attack on one target for one batch of images, at every radius, then shown to some defences; of
-    clean images ``row`` is None, ``target`` "". ``file`` holds a hash of all that decides what is found."""
-
-    row: Row | None
-    eps: tuple[float, ...]
-    target: str
-    shown_to: tuple[str, ...]
-    batch: int
-    images: slice
-    file: str = ""
-
-    @property
-    def attack(self) -> str:
-        return self.row.heading if self.row else CLEAN
-
-    @property
-    def title(self) -> str:
-        return f"{self.target}, {self.attack}" if self.row else CLEAN
 
 
 def evaluate(
@@ -129,11 +113,13 @@ def evaluate(
         )
     plan = check_protocol(protocol, norm, **overrides)
     # all of them before the first runs: no statistics move, no hour is lost
+    followed = {row.threat_model for row in plan.rows if ATTACKS[row.attack].gradient}
     targets = {}
     for name, model in defences.items():
-        targets[name], images, labels = prepare(model, images, labels)
-    for name, model in _helpers(targets, sisters or {}).items():
-        targets[name], *_ = prepare(model, images, labels)
+        targets[name], images, labels = prepare(model, images, labels, differentiable="white-box" in followed)
+    for name, model in helpers(targets, sisters or {}).items():
+        needed = "sister" if name.startswith(SISTER) else "transfer"
+        targets[name], *_ = prepare(model, images, labels, differentiable=needed in followed)
     random = {name: is_random(model, images, max_batch=max_batch) for name, model in targets.items()}
     classes = min(sample_logits(model, images[:1]).shape[2] for model in targets.values())
     plan, sizes = for_classes(plan, classes), radii(images, eps, norm)
@@ -151,14 +137,17 @@ def evaluate(
         "environment": environment(images.device),
         "gradient_free": [row.heading for row in plan.rows if not ATTACKS[row.attack].gradient],
     }
-    facts, folder = _plain(facts), run_dir and Path(run_dir)
+    facts, folder = plain(facts), run_dir and Path(run_dir)
     pieces = [
-        piece._replace(file=_file(piece, facts, images[piece.images], labels[piece.images]))
-        for piece in _pieces(plan, targets, random, tuple(defences), sizes, len(images))
+        piece._replace(file=file_of(piece, facts, images[piece.images], labels[piece.images]))
+        for piece in all_pieces(plan, targets, random, tuple(defences), sizes, len(images))
     ]
+    for piece in pieces:
+        if piece.batch == 0:
+            try_out(piece, plan, images[:1], labels[:1], classes, random.get(piece.target, False))
     if folder:
         _open(folder, facts, {folder / piece.file for piece in pieces}, notify or (lambda sentence: None))
-    efforts = [_effort(piece, plan.num_votes) for piece in pieces]
+    efforts = [effort(piece, plan.num_votes) for piece in pieces]
     found, kept = [], defaultdict(list)
     for number, piece in enumerate(pieces):
 
@@ -191,78 +180,8 @@ def evaluate(
     return evaluation
 
 
-def _helpers(defences: Mapping[str, nn.Module], sisters: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """What attacks use in place of a defence: one classifier for all, a pipeline's own other one, sisters."""
-    own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
-    found = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
-    shared = defences.get("undefended", next(iter(own.values()), None))
-    if shared is not None:
-        found[SURROGATE], same = shared, model_hash(shared)
-        found |= {f"{SURROGATE} of {n}": model for n, model in own.items() if model_hash(model) != same}
-    return found
-
-
-def _pieces(
-    plan: Protocol,
-    targets: Mapping[str, nn.Module],
-    random: Mapping[str, bool],
-    defences: tuple[str, ...],
-    sizes: Mapping[str, Any],
-    count: int,
-) -> list[_Piece]:
-    """The pieces of work, in order. Of a mean of logits BPDA has no image for the identity."""
-    pipelines = [name for name in defences if isinstance(targets[name], AToPPipeline)]
-    purifying = [n for n in pipelines if targets[n].copies == 1 or targets[n].average == "images"]
-    sharing = tuple(n for n in defences if f"{SURROGATE} of {n}" not in targets)
-    each = {name: (name,) for name in defences}
-    work = {
-        "": {"": defences},
-        "white-box": each,
-        "bpda": {name: (name,) for name in purifying},
-        "transfer": {SURROGATE: sharing} | {f"{SURROGATE} of {n}": shown for n, shown in each.items()},
-        "sister": {f"{SISTER} {name}": shown for name, shown in each.items()},
-    }  # by threat model: targets, and whom the images are shown
-    found = []
-    for row in (None, *plan.rows):
-        eps = sizes.get(row.norm, ()) if row else (0.0,)
-        for target, shown_to in work[row.threat_model if row else ""].items():
-            there = target in targets and (random[target] or not row.random_only) if row else True
-            for first in range(0, count, PIECE) if eps and shown_to and there else ():
-                batch = first // PIECE, slice(first, min(first + PIECE, count))
-                found.append(_Piece(row, eps, target, shown_to, *batch))
-    return found
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it, tensors and functions by their hash."""
-    return json.loads(json.dumps(value, default=function_hash))
-
-
-def _file(piece: _Piece, facts: Mapping[str, Any], images: Tensor, labels: Tensor) -> str:
-    decides = [
-        piece.row and [_plain(piece.row._asdict()), facts["attacks"][piece.row.attack]],
-        [facts["defences"].get(name) for name in (piece.target, *piece.shown_to)],
-        [facts[name] for name in ("shared", "code", "environment")],
-        [facts["protocol"][name] for name in ("votes", "rule")],
-        [piece.eps, piece.shown_to, piece.batch, tensor_hash(images), tensor_hash(labels)],
-    ]
-    words = re.sub(r"[\W_]+", "-", piece.title.lower())
-    return f"pieces/{words[:100]}-batch{piece.batch}-{json_hash(decides)}.pt"
-
-
-def _effort(piece: _Piece, votes: int) -> int:
-    """About how many passes a piece takes: of its images in every step, sample and run, at every radius."""
-    options = ATTACKS[piece.row.attack].options | dict(piece.row.options) if piece.row else {}
-    steps, samples, runs, queries = (options.get(n) or 1 for n in COUNTS[:4])
-    return (
-        (piece.images.stop - piece.images.start)
-        * len(piece.eps)
-        * (steps * samples * runs + queries + votes * len(piece.shown_to))
-    )
-
-
 def _measure(
-    piece: _Piece,
+    piece: Piece,
     images: Tensor,
     labels: Tensor,
     plan: Protocol,
@@ -316,7 +235,7 @@ def _measure(
 
 
 def _attack(
-    piece: _Piece,
+    piece: Piece,
     eps: float,
     images: Tensor,
     labels: Tensor,
@@ -333,7 +252,7 @@ def _attack(
     """Adversarial images at one radius, and passes of images through the target. What ``smaller``, those at
     the radius before, break stays broken; the rest is attacked from there."""
     row, attack, device = piece.row, ATTACKS[piece.row.attack], images.device
-    votes = plan.num_votes if random else 1
+    votes = (row.votes or plan.num_votes) if random else 1
     options = row.keywords(eps, random=random, rule=plan.rule, votes=votes)
     counter = PassCounter(bpda(model) if row.threat_model == "bpda" else model)
     # float32 is meant as such, as in decisions: TF32 would make an attack believe in other errors

@@ -10,7 +10,7 @@ import torch
 
 from atoplib.attacks import ATTACKS, RADII, usual_radii
 from atoplib.decisions import ANY
-from atoplib.parameters import check_settings, one_of
+from atoplib.parameters import check_counts, check_known, check_settings, convert, one_of
 
 COUNTS = ("steps", "eot_samples", "restarts", "queries", "votes")
 # What an attacker uses: all of the defence; a classifier, whose adversarial images the defence is then shown;
@@ -69,8 +69,7 @@ class Row(NamedTuple):
                 given["steps"] //= parts
                 given["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
-                    more = () if self.norm == "l1" else ("likely_targets",)
-                    given.setdefault("loss", ("mean_softmax", *more))
+                    given.setdefault("loss", ("mean_softmax", "likely_targets"))
         return {name: value for name, value in given.items() if name in known}
 
 
@@ -108,6 +107,7 @@ def single(
 ) -> Protocol:
     """A protocol of one attack; options that it does not have, and None, are left out."""
     known = ATTACKS[attack].options if attack in ATTACKS else ()
+    check_known(options, {name for each in ATTACKS.values() for name in each.options}, "no attack has")
     options = {name: value for name, value in options.items() if name in known and value is not None}
     said = ", ".join(f"{name} {value}" for name, value in options.items())
     row = Row(attack, threat_model, None, threat_model, options, equal_passes="restarts" in known)
@@ -133,11 +133,13 @@ def check_protocol(protocol: str | Protocol, norm: str = "linf", **overrides: An
     options = {name: value for name, value in overrides.items() if value is not None}
     known = {"votes"}.union(*(row.options for row in protocol.rows))
     for name, value in options.items():
-        if name not in known or name in COUNTS and value < 1:
+        if name not in known:
             raise ValueError(
-                f"protocol {protocol.name!r} takes the options {', '.join(sorted(known))}, numbers of at "
-                f"least 1 (None: its own), not {name}={value}"
+                f"protocol {protocol.name!r} takes the options {', '.join(sorted(known))} (None: its own), "
+                f"not {name}={value}"
             )
+    counts = {"rows": len(protocol.rows), "votes": 1 if protocol.votes is None else protocol.votes}
+    check_counts(**counts | {name: value for name, value in options.items() if name in COUNTS})
     rows = []
     for row in protocol.rows:
         row = row._replace(
@@ -193,11 +195,13 @@ def radii(
         ValueError: for a radius that is not above 0, an l_inf radius above 1, an empty list or one that is
             not ascending.
     """
-    found = {} if isinstance(eps, Sequence | np.ndarray) else usual_radii(images)
+    found = {} if np.ndim(eps) else usual_radii(images)
     found |= {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
     for name, value in found.items():
         check_settings(**{"each norm of eps": (name, one_of(*RADII))})
-        values = tuple(np.atleast_1d(value).astype(float).tolist())
+        value = value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
+        value = convert(f"eps of {name}", value, float | list[float])
+        values = tuple(value) if isinstance(value, list) else (value,)
         largest = 1 if name == "linf" else float_info.max
         if not values or list(values) != sorted(set(values)) or not 0 < values[0] <= values[-1] <= largest:
             raise ValueError(
@@ -222,9 +226,12 @@ _STEP = 0.007 * 255 / 8  # Lee & Kim 2023: 0.007 at eps 8/255, in units of eps
 _PGD = "PGD-{steps} + EOT-{eot_samples} {norm}"
 
 
-def _strongest(steps: int, samples: int, norm: str | None = None, *, name: str = _PGD, **row: Any) -> Row:
-    """The strongest attack of the kit for its passes: one run over EOT samples, or as many restarts."""
-    options = {"steps": steps, "eot_samples": samples, "restarts": 1}
+def _strongest(
+    steps: int, samples: int, norm: str | None = None, *, name: str = _PGD, restarts: int = 1, **row: Any
+) -> Row:
+    """The strongest attack of the kit for its passes: runs over EOT samples, or as many times the
+    restarts."""
+    options = {"steps": steps, "eot_samples": samples, "restarts": restarts}
     return Row("pgd_ensemble", name, norm, options=options, equal_passes=True, **row)
 
 
@@ -267,7 +274,7 @@ def _randomness(steps: int) -> tuple[Row, ...]:
 
 
 _UNSEEN = (
-    _strongest(80, 5, "l1"),
+    _strongest(80, 5, "l1", restarts=5),  # few images are left after the first
     Row("occlusion", "occlusion", "occlusion", options={"eot_samples": 5}),
     Row("rotation_translation", "rotation, translation", "rotation"),
     Row("corruption", "corruptions", "corruption"),
@@ -288,7 +295,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "quick",
-            "a look at every kind of attack, each too short to be believed alone; minutes on 2 cores",
+            "a look at five kinds of attack, each too short to be believed alone; minutes on 2 cores",
             (
                 _transfer(40),
                 _strongest(80, 5),
@@ -306,7 +313,7 @@ PROTOCOLS: dict[str, Protocol] = {
             (
                 _strongest(80, 5, name="transfer", threat_model="transfer"),
                 _strongest(80, 5),
-                _strongest(80, 5, "l2"),
+                _strongest(160, 5, "l2"),
                 _flow(5),
                 Row("square", "Square {norm}", options={"queries": 500}),
                 *_UNSEEN,
@@ -315,7 +322,7 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
         Protocol(
             "cpu",
-            "half as long as ``strict`` (Square a fifth), 128 images; an hour on 2 cores for small models",
+            "the published attacks at half their length in ``strict``, 128 images; an hour on 2 cores",
             (
                 _transfer(100),
                 _published(100),

@@ -1,0 +1,137 @@
+"""What an evaluation consists of: pieces that are finished or repeated as a whole, and are tried out before
+the first of them runs."""
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from atoplib.attacks import ATTACKS
+from atoplib.decisions import forked_rng
+from atoplib.evaluation.protocols import COUNTS, Protocol, Row
+from atoplib.evaluation.results import CLEAN
+from atoplib.hashing import function_hash, json_hash, model_hash, tensor_hash
+from atoplib.pipeline import AToPPipeline
+
+PIECE = 100  # images that are attacked at once
+SURROGATE = "the classifier"  # as a target of transfer attacks
+SISTER = "sister of"
+
+
+class Piece(NamedTuple):
+    """One attack on one target for one batch of images, at every radius, then shown to some defences; of
+    clean images ``row`` is None, ``target`` "". ``file`` holds a hash of all that decides what is found."""
+
+    row: Row | None
+    eps: tuple[float, ...]
+    target: str
+    shown_to: tuple[str, ...]
+    batch: int
+    images: slice
+    file: str = ""
+
+    @property
+    def attack(self) -> str:
+        return self.row.heading if self.row else CLEAN
+
+    @property
+    def title(self) -> str:
+        return f"{self.target}, {self.attack}" if self.row else CLEAN
+
+
+def helpers(defences: Mapping[str, nn.Module], sisters: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """What attacks use in place of a defence: one classifier for all, a pipeline's own other one, sisters."""
+    own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
+    found = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
+    shared = defences.get("undefended", next(iter(own.values()), None))
+    if shared is not None:
+        found[SURROGATE], same = shared, model_hash(shared)
+        found |= {f"{SURROGATE} of {n}": model for n, model in own.items() if model_hash(model) != same}
+    return found
+
+
+def all_pieces(
+    plan: Protocol,
+    targets: Mapping[str, nn.Module],
+    random: Mapping[str, bool],
+    defences: tuple[str, ...],
+    sizes: Mapping[str, Any],
+    count: int,
+) -> list[Piece]:
+    """The pieces of work, in order. Of a mean of logits BPDA has no image for the identity."""
+    pipelines = [name for name in defences if isinstance(targets[name], AToPPipeline)]
+    purifying = [n for n in pipelines if targets[n].copies == 1 or targets[n].average == "images"]
+    sharing = tuple(n for n in defences if f"{SURROGATE} of {n}" not in targets)
+    each = {name: (name,) for name in defences}
+    work = {
+        "": {"": defences},
+        "white-box": each,
+        "bpda": {name: (name,) for name in purifying},
+        "transfer": {SURROGATE: sharing} | {f"{SURROGATE} of {n}": shown for n, shown in each.items()},
+        "sister": {f"{SISTER} {name}": shown for name, shown in each.items()},
+    }  # by threat model: targets, and whom the images are shown
+    found = []
+    for row in (None, *plan.rows):
+        eps = sizes.get(row.norm, ()) if row else (0.0,)
+        for target, shown_to in work[row.threat_model if row else ""].items():
+            there = target in targets and (random[target] or not row.random_only) if row else True
+            for first in range(0, count, PIECE) if eps and shown_to and there else ():
+                batch = first // PIECE, slice(first, min(first + PIECE, count))
+                found.append(Piece(row, eps, target, shown_to, *batch))
+    return found
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it, tensors and functions by their hash."""
+    return json.loads(json.dumps(value, default=function_hash))
+
+
+def file_of(piece: Piece, facts: Mapping[str, Any], images: Tensor, labels: Tensor) -> str:
+    """Where a piece is kept, by all that decides what is found."""
+    decides = [
+        piece.row and [plain(piece.row._asdict()), facts["attacks"][piece.row.attack]],
+        [facts["defences"].get(name) for name in (piece.target, *piece.shown_to)],
+        [facts[name] for name in ("shared", "code", "environment")],
+        [facts["protocol"][name] for name in ("votes", "rule")],
+        [piece.eps, piece.shown_to, piece.batch, tensor_hash(images), tensor_hash(labels)],
+    ]
+    words = re.sub(r"[\W_]+", "-", piece.title.lower())
+    return f"pieces/{words[:100]}-batch{piece.batch}-{json_hash(decides)}.pt"
+
+
+def effort(piece: Piece, votes: int) -> int:
+    """About how many passes a piece takes: of its images in every step, sample and run, at every radius."""
+    options = ATTACKS[piece.row.attack].options | dict(piece.row.options) if piece.row else {}
+    steps, samples, runs, queries = (options.get(n) or 1 for n in COUNTS[:4])
+    tries = ATTACKS[piece.row.attack].tries if piece.row else 1
+    return (
+        (piece.images.stop - piece.images.start)
+        * len(piece.eps)
+        * (tries * steps * samples * runs + queries + votes * len(piece.shown_to))
+    )
+
+
+class _AlwaysWrong(nn.Module):
+    """A model that is always wrong about one image."""
+
+    def __init__(self, label: Tensor, classes: int, random: bool) -> None:
+        super().__init__()
+        self.random = random
+        self.register_buffer("logits", torch.arange(classes, device=label.device)[None] != label[:, None])
+
+    def forward(self, images: Tensor) -> Tensor:
+        noise = torch.rand_like(images[:, 0, 0, 0]) if self.random else 0
+        return 9.0 * self.logits + (images.mean(dim=(1, 2, 3)) + 1e-3 * noise)[:, None]
+
+
+def try_out(piece: Piece, plan: Protocol, image: Tensor, label: Tensor, classes: int, random: bool) -> None:
+    """A piece's attack at every radius on one image that is misclassified anyhow: settings that cannot be
+    stop here, before the first hour."""
+    model = _AlwaysWrong(label, classes, random).eval()
+    with forked_rng(image.device):
+        for eps in piece.eps if piece.row else ():
+            options = piece.row.keywords(eps, random=random, rule=plan.rule, votes=plan.num_votes)
+            ATTACKS[piece.row.attack].function(model, image, label, eps=eps, norm=piece.row.norm, **options)
