@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from atoplib.attacks import ATTACKS, Ball, pgd
+from atoplib.attacks import ATTACKS, NORMS, Ball, pgd
 from atoplib.contract import ContractError
+from atoplib.evaluation import single
+from atoplib.evaluation.pieces import Piece, try_out
+from atoplib.evaluation.protocols import check_protocol, for_classes
 
 SMALL = {"steps": 4, "queries": 20, "samples": 8, "eot_samples": 2, "restarts": 2, "num_targets": 2}
 EPS = {"linf": 0.03, "l2": 0.3, "l1": 3.0, "flow": 0.03}
@@ -195,3 +198,12 @@ def test_logits_that_are_no_finite_real_numbers_are_refused(name, message, batch
     eps = {"occlusion": 1, "rotation": 5, "corruption": 1}.get(ATTACKS[name].norms[0], 0.01)
     with pytest.raises(ContractError, match=message):
         ATTACKS[name].function(model, images, labels, eps=eps, **options)
+
+
+@pytest.mark.parametrize("name, norm", [(name, norm) for name in ATTACKS for norm in ATTACKS[name].norms])
+def test_the_try_out_of_an_evaluation_refuses_no_attack_and_prints_nothing(name, norm, capsys):
+    plan = for_classes(check_protocol(single(name, steps=2, queries=2), norm), 5)
+    for random in {False, ATTACKS[name].stochastic}:
+        piece = Piece(plan.rows[0], (0.1 if norm in NORMS else 1.0,), "f", ("f",), 0, slice(0, 1))
+        try_out(piece, plan, torch.rand(1, 3, 8, 8), torch.tensor([1]), 5, random)
+    assert capsys.readouterr().out == ""
