@@ -159,7 +159,7 @@ def _run_l1(
         callback(done + step, steps, ball.project(x), losses)
 
     for multiple, share in L1_STAGES:
-        stage, length = Ball(ball.images, multiple * ball.eps, "l1"), min(ceil(share * steps), steps - done)
+        stage, length = ball.rows(slice(None), multiple), min(ceil(share * steps), steps - done)
         points = stage.start(generator) if points is None else stage.project(points)
         if length > 0:
             points = _run(

@@ -143,7 +143,7 @@ def evaluate(
         for piece in all_pieces(plan, targets, random, tuple(defences), sizes, len(images))
     ]
     for piece in pieces:
-        if piece.batch == 0:
+        if piece.batch == 0 and not (folder and (folder / piece.file).is_file()):
             try_out(piece, plan, images[:1], labels[:1], classes, random.get(piece.target, False))
     if folder:
         _open(folder, facts, {folder / piece.file for piece in pieces}, notify or (lambda sentence: None))
