@@ -209,10 +209,10 @@ def load_weights(
         raise CheckpointError(f"the weights in {source} cannot be put into the network: {error}") from error
 
 
-def _check_shapes(expected: dict[str, torch.Size], found: dict[str, torch.Size], source: Path) -> None:
+def _check_shapes(expected: dict[str, torch.Size], actual: dict[str, torch.Size], source: Path) -> None:
     """Raise CheckpointError unless a file's tensors have the names and shapes of a state."""
-    missing, surplus = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-    wrong = [name for name in expected if name in found and found[name] != expected[name]]
+    missing, surplus = sorted(set(expected) - set(actual)), sorted(set(actual) - set(expected))
+    wrong = [name for name in expected if name in actual and actual[name] != expected[name]]
     if missing or surplus or wrong:
         raise CheckpointError(
             f"the weights in {source} belong to another architecture: {len(missing)} missing, {len(surplus)} "
@@ -243,22 +243,22 @@ def load_foreign(
     Raises:
         FileNotFoundError, CheckpointError: for the file. ValueError: for a factory that cannot build.
     """
-    tensors = _foreign_state(Path(path))
+    tensors = _read_state(Path(path))
     network = classifiers.build_custom(factory, options or {})
-    own, _ = tensors_of(network)
-    while not own.keys() & tensors.keys():
+    expected, _ = tensors_of(network)
+    while not expected.keys() & tensors.keys():
         prefix = next((each for each in WRAPPERS if all(name.startswith(each) for name in tensors)), None)
         if prefix is None:
             break
         tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
-    counted = {name: value for name, value in own.items() if name.endswith("num_batches_tracked")}
+    counted = {name: value for name, value in expected.items() if name.endswith("num_batches_tracked")}
     load_weights(network, counted | tensors, path)  # old files lack these
     if mean is not None or std is not None:
         network = nn.Sequential(classifiers.Normalize(mean, std), network)
     return network.to(device).eval()
 
 
-def _foreign_state(path: Path) -> dict[str, Any]:
+def _read_state(path: Path) -> dict[str, Any]:
     """The state dict in somebody's file."""
     path = path.expanduser()
     if not path.is_file():
@@ -289,7 +289,7 @@ def load_deepfill(path: Path) -> purifiers.DeepFillV2:
     """A DeepFillv2 generator, on the CPU, in float32, from a public file (``states_pt_*.pth``, under the key
     ``G``), an AToP checkpoint (its names after ``generator.``) or a bare state dict; errors as
     ``load_foreign``."""
-    state = {name.removeprefix("module."): value for name, value in _foreign_state(Path(path)).items()}
+    state = {name.removeprefix("module."): value for name, value in _read_state(Path(path)).items()}
     prefix = "generator." if any(name.startswith("generator.") for name in state) else ""
     state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
     shape = getattr(state.get("stage1.conv1.conv.weight"), "shape", ())

@@ -117,8 +117,8 @@ def _classifier(p: Parameters, path: Path) -> nn.Module:
             ) from None
         options, norm = values.get("classifier_options"), {name: values.get(name) for name in ("mean", "std")}
         return freezing.freeze(checkpoints.load_foreign(path, factory, options, device=device, **norm))
-    own = ":" in factory and header.get("architecture") == factory
-    build = partial(classifiers.build, factory, **header["options"]) if own else None
+    is_custom = ":" in factory and header.get("architecture") == factory
+    build = partial(classifiers.build, factory, **header["options"]) if is_custom else None
     return freezing.freeze(checkpoints.load(path, kind="classifier", device=device, build=build)[0])
 
 
@@ -161,8 +161,8 @@ def training_flops(path: Path) -> int | None:
         metrics = checkpoints.read_header(path).get("metrics", {})
     except checkpoints.CheckpointError:  # of another program
         return None
-    own, before = metrics.get("train_flops"), metrics.get("start_flops", 0)
-    return None if own is None or before is None else own + before
+    train_flops, start_flops = metrics.get("train_flops"), metrics.get("start_flops", 0)
+    return None if train_flops is None or start_flops is None else train_flops + start_flops
 
 
 def load_defences(
@@ -182,12 +182,12 @@ def load_defences(
         FileNotFoundError, ValueError: for the undefended classifier or one of ``others``; what else there
             is not is ``missing``.
     """
-    values, found, classifier_at = p.as_dict(), Defences(), cache(partial(_classifier, p))
+    values, loaded, classifier_at = p.as_dict(), Defences(), cache(partial(_classifier, p))
     options = {"device": decisions.pick_device(p.device), "seed": values.get("seed", 0)}
 
     def add(name: str, path: Path, classifier: Path) -> None:
-        network, found.sources[name] = classifier_at(classifier), path
-        found[name] = (
+        network, loaded.sources[name] = classifier_at(classifier), path
+        loaded[name] = (
             network if path == classifier else load_pipeline(path, network, **options).freeze_for_attack()
         )
 
@@ -198,14 +198,14 @@ def load_defences(
         except (FileNotFoundError, ValueError) as error:
             if name == "undefended":
                 raise
-            found.missing[name] = f"{name} is left out: {error}"
-    for name, given in (values.get("others", {}) if others is None else others).items():
-        parts = given if isinstance(given, Mapping) else {"purifier": given}
+            loaded.missing[name] = f"{name} is left out: {error}"
+    for name, run in (values.get("others", {}) if others is None else others).items():
+        parts = run if isinstance(run, Mapping) else {"purifier": run}
         check_settings(**{f"parts of {name}": (sorted(parts), each(one_of("purifier", "classifier")))})
         classifier = find_weights(p, parts.get("classifier", p.classifier_run))
         path = find_weights(p, parts["purifier"], "AP") if "purifier" in parts else classifier
         add(name, path, classifier)
-    return found
+    return loaded
 
 
 def _classifier_path(p: Parameters, path: Path, defence: str) -> Path:
@@ -216,19 +216,19 @@ def _classifier_path(p: Parameters, path: Path, defence: str) -> Path:
     which = p.as_dict().get("atop_classifier_run", "own") if defence == "AToP" else p.classifier_run
     if which != "own":
         return find_weights(p, which)
-    own = checkpoints.read_header(path).get("classifier", "undefended")
+    trained_for = checkpoints.read_header(path).get("classifier", "undefended")
     if path.parent == pretrained.FOLDER:
-        return pretrained.pretrained_path(path.stem.rpartition("-")[0], own)
-    if own.startswith(checkpoints.CUSTOM):
+        return pretrained.pretrained_path(path.stem.rpartition("-")[0], trained_for)
+    if trained_for.startswith(checkpoints.CUSTOM):
         raise ValueError(
-            f"{defence} was fine-tuned for a custom classifier ({own.removeprefix(checkpoints.CUSTOM)}): "
-            f"attack it as a module, AToPPipeline(transform, purifier, classifier), or name another one "
-            f"by atop_classifier_run"
+            f"{defence} was fine-tuned for a custom classifier "
+            f"({trained_for.removeprefix(checkpoints.CUSTOM)}): attack it as a module, "
+            "AToPPipeline(transform, purifier, classifier), or name another one by atop_classifier_run"
         )
     try:
-        return find_weights(p, own)
+        return find_weights(p, trained_for)
     except FileNotFoundError as error:
         raise FileNotFoundError(
-            f"{defence} was fine-tuned for the classifier of {own}, which {runs.experiment_dir(p)} does not "
-            f"hold any more; name another by atop_classifier_run"
+            f"{defence} was fine-tuned for the classifier of {trained_for}, which {runs.experiment_dir(p)} "
+            "does not hold any more; name another by atop_classifier_run"
         ) from error

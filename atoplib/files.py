@@ -29,14 +29,14 @@ def data_files(folder: Path) -> list[Path]:
     Raises:
         ValueError: for a folder that is there twice, by links: in a circle, or with the same images again.
     """
-    found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    files, seen = [], set()
+    for root, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if is_data(Path(name))]
-        if os.path.realpath(place) in seen:
-            raise ValueError(f"{place} is a link to a folder that {folder} holds already: remove the link")
-        seen.add(os.path.realpath(place))
-        found += [Path(place, name) for name in names if is_data(Path(name))]
-    return sorted(found)
+        if os.path.realpath(root) in seen:
+            raise ValueError(f"{root} is a link to a folder that {folder} holds already: remove the link")
+        seen.add(os.path.realpath(root))
+        files += [Path(root, name) for name in names if is_data(Path(name))]
+    return sorted(files)
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -98,7 +98,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError(f"it cannot be read as YAML: {error}") from error
 
 
-def set_aside(folder: Path, paths: Iterable[Path]) -> Path:
+def supersede(folder: Path, paths: Iterable[Path]) -> Path:
     """Move files and folders of ``folder`` to the same places in its next ``superseded-N``; returns that."""
     numbers = (path.name.rpartition("-")[2] for path in folder.glob("superseded-*"))
     archive = folder / f"superseded-{1 + max((int(n) for n in numbers if n.isdigit()), default=0)}"
@@ -119,7 +119,7 @@ def workspace_dir(workspace: str = "") -> Path:
         return Path(workspace).expanduser().resolve()
     here = Path.cwd()
     folders = (here, *here.parents, Path(__file__).resolve().parents[1])
-    found = (
+    projects = (
         each for each in folders if (each / "notebooks").is_dir() and (each / "pyproject.toml").is_file()
     )
-    return next(found, here)
+    return next(projects, here)

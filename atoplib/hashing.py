@@ -33,10 +33,10 @@ SHOWS_ONLY = ("batch", "explorer", "figures", "progress", "runs")
 NO_IDENTITY = ("workspace", "data_dir", "device", "keep_every")
 PACKAGES = ("torch", "torchvision", "numpy", "torchattacks")
 # The attribute by which a network remembers with which weights it was given to a training.
-GIVEN = "_given"
+INITIAL = "_initial"
 NO_ATTRIBUTES = (
     "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_generators",
-    GIVEN,
+    INITIAL,
 )  # fmt: skip
 NO_MEMBERS = (
     "__dict__", "__weakref__", "__module__", "__doc__", "__firstlineno__", "__static_attributes__",
@@ -100,15 +100,19 @@ def code_hash(module: str) -> str:
     Of a module that this process has imported, the source counts that was imported, whatever the file says
     by now.
     """
-    found: dict[str, str] = {}
+    sources: dict[str, str] = {}
     waiting = [module]
     while waiting:
         name = waiting.pop()
         path = _source(name)
-        if name not in found and path is not None and name.partition(".")[2].split(".")[0] not in SHOWS_ONLY:
-            found[name] = _text_when_imported(name, path)
-            waiting += _imports(found[name])
-    return json_hash(found)
+        if (
+            name not in sources
+            and path is not None
+            and name.partition(".")[2].split(".")[0] not in SHOWS_ONLY
+        ):
+            sources[name] = _text_when_imported(name, path)
+            waiting += _imports(sources[name])
+    return json_hash(sources)
 
 
 def notebook_hash(notebook: Path) -> str:
@@ -120,17 +124,17 @@ def notebook_hash(notebook: Path) -> str:
     plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
     names = _imports(plain)
     imported = {name: path for name in names if (path := _source(name))}
-    own = {name: [path_hash(path) for path in _beside(name, notebook)] for name in names}
+    user_modules = {name: [path_hash(path) for path in _beside(name, notebook)] for name in names}
     # What a notebook imports itself counts even where it only shows.
     texts = {name: code_hash(name) + _text_when_imported(name, path) for name, path in imported.items()}
-    return json_hash([sources, texts, own])
+    return json_hash([sources, texts, user_modules])
 
 
 def _beside(module: str, notebook: Path) -> list[Path]:
     """The files of a user's own module or package, beside a notebook or where its kernel starts, here."""
     stems = [folder / module.split(".")[0] for folder in (notebook.parent, Path.cwd())]
-    found = [file for stem in stems for file in (stem.with_suffix(".py"), *stem.glob("**/*.py"))]
-    return [file for file in found if file.is_file() and not file.is_relative_to(PACKAGE)]
+    files = [file for stem in stems for file in (stem.with_suffix(".py"), *stem.glob("**/*.py"))]
+    return [file for file in files if file.is_file() and not file.is_relative_to(PACKAGE)]
 
 
 def _source(module: str) -> Path | None:
@@ -206,7 +210,7 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
             yield from _walk([value.co_names, value.co_consts], seen)
         case types.ModuleType():
             yield f"module {value.__name__} {_module_code(value.__name__)}"
-            if _is_own(value.__name__):
+            if _is_user_code(value.__name__):
                 yield from _walk({name: each for name, each in vars(value).items() if name[:2] != "__"}, seen)
         case type():
             yield f"class {value.__module__}.{value.__qualname__}"
@@ -225,14 +229,17 @@ def _walk(value: Any, seen: dict) -> Iterator[str]:
 def _walk_function(function: types.FunctionType, seen: dict) -> Iterator[str]:
     module = function.__module__ or ""
     yield f"function {module}.{function.__qualname__} {_module_code(module)}"
-    if not _is_own(module) and getattr(sys.modules.get(module), function.__qualname__, None) is function:
+    if (
+        not _is_user_code(module)
+        and getattr(sys.modules.get(module), function.__qualname__, None) is function
+    ):
         return  # the module's source tells all of it, decorators among it
     for cell in function.__closure__ or ():
         try:
             yield from _walk(cell.cell_contents, seen)
         except ValueError:
             yield "empty cell"  # of a function that refers to itself, not yet bound
-    if not _is_own(module):
+    if not _is_user_code(module):
         return
     code, space = function.__code__, function.__globals__
     yield from _walk([code, function.__defaults__, function.__kwdefaults__, vars(function)], seen)
@@ -265,7 +272,7 @@ def _imported(name: str, names: tuple[str, ...] | None, level: int, package: str
 
 def _walk_class(kind: type, seen: dict) -> Iterator[str]:
     yield _module_code(kind.__module__)
-    if _is_own(kind.__module__):
+    if _is_user_code(kind.__module__):
         for name, member in sorted(vars(kind).items()):
             if name not in NO_MEMBERS:
                 yield name
@@ -298,7 +305,7 @@ def _walk_object(value: Any, seen: dict) -> Iterator[str]:
         case _ if kind.__module__.startswith(tuple(f"atoplib.{name}" for name in SHOWS_ONLY)):
             pass
         case _:
-            if _is_own(kind.__module__) or kind.__module__.startswith("atoplib"):
+            if _is_user_code(kind.__module__) or kind.__module__.startswith("atoplib"):
                 yield from _walk(getattr(value, "__dict__", None), seen)
             yield from _walk(_carried(value), seen)
 
@@ -318,7 +325,7 @@ def _carried(value: Any) -> Any:
     return parts if isinstance(parts, str) else [*parts[:3], *(list(each or ()) for each in parts[3:5])]
 
 
-def _is_own(module: str) -> bool:
+def _is_user_code(module: str) -> bool:
     """Whether a module is the user's: a notebook, a script, a file of theirs; not atoplib, nor an installed
     library.
     """
@@ -333,7 +340,7 @@ def _module_code(module: str) -> str:
     root = module.split(".")[0]
     if root == "atoplib":
         return code_hash(module)
-    if _is_own(module):
+    if _is_user_code(module):
         file = Path(getattr(sys.modules.get(module), "__file__", None) or "")
         return path_hash(file) if module != "__main__" and file.is_file() else ""
     return str(getattr(sys.modules.get(root), "__version__", ""))
@@ -355,12 +362,12 @@ def model_hash(model: Any, images: Any = None) -> str:
 
     if not isinstance(model, torch.nn.Module):
         return function_hash(model)
-    parts, own = [f"{type(model).__qualname__} {model!r}"], False
+    parts, custom = [f"{type(model).__qualname__} {model!r}"], False
     met = {id(part): (number, part) for number, part in enumerate(model.modules())}
     for name, part in model.named_modules():
         kind = type(part)
         compiled = isinstance(part, torch.jit.ScriptModule) or kind.__name__ == "OptimizedModule"
-        own |= (
+        custom |= (
             compiled
             or isinstance(part, torch.fx.GraphModule)
             or kind.__module__.split(".")[0] not in ("atoplib", "torch", "torchvision")
@@ -379,7 +386,7 @@ def model_hash(model: Any, images: Any = None) -> str:
     tensors |= model.named_buffers(remove_duplicate=False)  # those that are not saved, too
     more = {name: value for name, value in model.state_dict().items() if name not in tensors}
     parts += _walk(tensors | more, dict(met))
-    return _short(*parts, *(answers(model, images) if own else ()))
+    return _short(*parts, *(answers(model, images) if custom else ()))
 
 
 def _decides(part: Any, name: str, value: Any) -> bool:

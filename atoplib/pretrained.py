@@ -17,8 +17,8 @@ DATASETS = {"mnist5k": "mnist", "mnist": "mnist", "cifar10": "cifar10", "cifar10
 def available(folder: Path = FOLDER) -> list[tuple[str, str]]:
     """The (dataset, defence) of all weights that are there, by data set, the undefended classifier first."""
     names = [path.stem.rpartition("-") for path in folder.glob("*.safetensors")]
-    found = [(dataset, defence) for dataset, _, defence in names if defence in DEFENCES]
-    return sorted(found, key=lambda pair: (pair[0], DEFENCES.index(pair[1])))
+    pairs = [(dataset, defence) for dataset, _, defence in names if defence in DEFENCES]
+    return sorted(pairs, key=lambda pair: (pair[0], DEFENCES.index(pair[1])))
 
 
 def pretrained_path(dataset: str, defence: str, *, folder: Path = FOLDER) -> Path:
@@ -53,6 +53,6 @@ def load_pretrained(
     header = checkpoints.read_header(path)
     if header["kind"] == "classifier":
         return checkpoints.load(path, kind="classifier", device=device)[0]
-    own = header.get("classifier", "undefended")
-    classifier = load_pretrained(dataset, own, device=device, folder=folder)
+    trained_for = header.get("classifier", "undefended")
+    classifier = load_pretrained(dataset, trained_for, device=device, folder=folder)
     return load_pipeline(path, classifier, device=device)

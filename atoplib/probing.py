@@ -79,10 +79,10 @@ def answers(network: nn.Module, images: Tensor | None = None) -> Iterator[str]:
     tensors = (*network.parameters(), *network.buffers(), torch.zeros(()))
     weight = next(tensor for tensor in tensors if tensor.is_floating_point())
     probes = (probe_images(4, channels, *size) for size in PROBE_SIZES for channels in (3, 5, 1))
-    own = [] if images is None else [images[:4].detach().float()]
+    fallback = [] if images is None else [images[:4].detach().float()]
     with undisturbed(network):
         network.eval()
-        for probe in chain(probes, own):
+        for probe in chain(probes, fallback):
             try:
                 probe = probe.to(weight.device, weight.dtype)
                 first, second = (_numbers(_seeded(network)(probe)) for _ in range(2))

@@ -27,7 +27,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from atoplib import hashing, progress
-from atoplib.files import read_json, set_aside, workspace_dir, write_json, write_text
+from atoplib.files import read_json, supersede, workspace_dir, write_json, write_text
 from atoplib.parameters import Parameters
 
 # The environment variable by which a batch tells a notebook the name of its run.
@@ -61,12 +61,12 @@ def resolve(p: Parameters) -> Parameters:
     """The parameters with every ``latest`` replaced by the name of the run that it means now, so that a
     notebook by hand and a batch, which names the run that it made, have the same ones. Where there is none
     yet, it stays."""
-    found = {}
+    latest = {}
     for name, rule in p.run_fields.items():
         if not rule.several and getattr(p, name) == "latest":
             with suppress(FileNotFoundError):
-                found[name] = find_run(p, "latest", rule.stage, **rule.wanted).name
-    return p.replace(**found)
+                latest[name] = find_run(p, "latest", rule.stage, **rule.wanted).name
+    return p.replace(**latest)
 
 
 def find_run(p: Parameters, which: str, stage: str, **wanted: Any) -> Path:
@@ -87,11 +87,11 @@ def find_run(p: Parameters, which: str, stage: str, **wanted: Any) -> Path:
     wanted = {"dataset": p.dataset, "image_size": p.image_size} | wanted
     nearest = ""
     for path in reversed(complete_runs(folder, stage)):
-        own = read_json(path / "parameters.json") or {}
+        values = read_json(path / "parameters.json") or {}
         others = [
-            f"{name} = {own.get(name)!r}, not {value!r}"
+            f"{name} = {values.get(name)!r}, not {value!r}"
             for name, value in wanted.items()
-            if own.get(name, type(value)()) != value  # an older run did not know it: False, ""
+            if values.get(name, type(value)()) != value  # an older run did not know it: False, ""
         ]
         if not others:
             return path
@@ -200,7 +200,7 @@ class Run:
         """Move what an earlier call left, files and folders that match the patterns, into superseded-N/, and
         forget its metrics."""
         self.metrics.clear()
-        return set_aside(self.path, {path for pattern in patterns for path in self.path.glob(pattern)})
+        return supersede(self.path, {path for pattern in patterns for path in self.path.glob(pattern)})
 
     def age(self) -> str:
         """How long ago its training's state was written, such as ``21 min 05 s``."""

@@ -172,7 +172,7 @@ def test_every_attack_of_the_registry_can_be_described_to_the_page(name: str) ->
     assert name in [value for _, entries in shown["attack"]["entries"] for value, _, _ in entries]
     known = ATTACKS[name].options if name in ATTACKS else {}
     plain = {name for name, default in known.items() if not isinstance(default, tuple)}
-    assert {option for option, _ in shown["options"]["entries"]} == plain.difference(attack.OWN)
+    assert {option for option, _ in shown["options"]["entries"]} == plain.difference(attack.EFFORT)
 
 
 # what is computed

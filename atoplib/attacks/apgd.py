@@ -208,13 +208,13 @@ def _run(
     for step in range(steps + 1):
         if step > 0:
             state.previous, state.points = state.points, _step(state, ball, NEW_SHARE if step > 1 else 1.0)
-        found = eot_gradient(
+        gradient, loss, logits = eot_gradient(
             model, state.points, state.labels, loss=objective, eot_samples=eot_samples, targets=state.goals,
             max_batch=max_batch,
         )  # fmt: skip
-        state.increases = state.increases + (found.loss > state.loss)
-        state.gradient, state.loss = found.gradient, found.loss
-        better = found.loss > state.best_loss
+        state.increases = state.increases + (loss > state.loss)
+        state.gradient, state.loss = gradient, loss
+        better = loss > state.best_loss
         at = better.view(-1, 1, 1, 1)
         state.best = torch.where(at, state.points, state.best)
         state.best_gradient = torch.where(at, state.gradient, state.best_gradient)
@@ -223,7 +223,7 @@ def _run(
         if random:
             candidates, suspects = state.best, torch.full_like(better, step in windows)
         else:  # what breaks an image counts, whatever its loss
-            candidates, suspects = state.points, broken_samples(found.logits, state.labels)[0]
+            candidates, suspects = state.points, broken_samples(logits, state.labels)[0]
         gone = suspects & leave
         if gone.any():  # by decisions in float32, whatever the attack computes in
             gone[gone.clone()] = broken(
@@ -390,6 +390,7 @@ def _original(
             attack.n_iter_2, attack.n_iter_min, attack.size_decr = (
                 max(1, int(share * steps)) for share in (0.22, 0.06, 0.03)
             )
-        found = original.run_standard_evaluation(images, labels, batch_size=max_batch)[0].detach()
-    moved = (found != images).flatten(1).any(dim=1).view(-1, 1, 1, 1)
-    return torch.where(moved, ball.project(found), images)  # it clips to the ball in float32, up to rounding
+        adversarial = original.run_standard_evaluation(images, labels, batch_size=max_batch)[0].detach()
+    moved = (adversarial != images).flatten(1).any(dim=1).view(-1, 1, 1, 1)
+    # it clips to the ball in float32, up to rounding
+    return torch.where(moved, ball.project(adversarial), images)

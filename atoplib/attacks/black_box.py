@@ -95,10 +95,10 @@ def square(
                 points, origin, eps, share_of_pixels(query, schedule, first_share), generator
             )
             sample = new_seed(search.model, generator, origin.device) if fixed else None
-        found = search.margin(candidates, sample)
+        margins = search.margin(candidates, sample)
         if sample is not None:
             search.margins[search.active] = search.margin(points, sample)
-        search.keep(candidates, found, torch.ones_like(found, dtype=torch.bool) if query == 2 else None)
+        search.keep(candidates, margins, torch.ones_like(margins, dtype=torch.bool) if query == 2 else None)
         if callback is not None:
             callback(query, queries, search.adversarial.clone(), search.margins.clone())
         if len(search.active) == 0:

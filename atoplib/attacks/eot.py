@@ -64,7 +64,7 @@ def eot_gradient(
         check_settings(loss=(loss, one_of(*LOSSES)))
     value_of = LOSSES.get(loss, loss)
     classes = (labels,) if targets is None else (labels, targets)
-    found = []
+    results = []
     for rows in torch.arange(len(images), device=images.device).split(max(1, max_batch // eot_samples)):
         passes = []
         for part in rows.repeat(eot_samples).split(max_batch):
@@ -82,8 +82,8 @@ def eot_gradient(
             gradient = (gradients * weights[..., None, None, None]).sum(dim=0)
         else:
             gradient, value = gradients.mean(dim=0), values.mean(dim=0)
-        found.append((gradient, value, logits))
-    gradients, values, logits = zip(*found, strict=True)
+        results.append((gradient, value, logits))
+    gradients, values, logits = zip(*results, strict=True)
     return EOTGradient(torch.cat(gradients), torch.cat(values), torch.cat(logits, dim=1))
 
 

@@ -126,10 +126,10 @@ class Ball:
         if self.norm == "l2":
             size = moved.flatten(1).norm(dim=1, dtype=torch.float64).clamp_min(1e-30).view(-1, 1, 1, 1)
             return (self.images + moved * (eps / size).clamp_max(1).to(moved.dtype)).clamp(0, 1)
-        room = torch.where(moved > 0, 1 - self.images, self.images).double().flatten(1)
+        headroom = torch.where(moved > 0, 1 - self.images, self.images).double().flatten(1)
         change = moved.double().abs().flatten(1)
-        shrink = _l1_shrinkage(change, room, eps.expand(len(moved), 1, 1, 1).reshape(-1, 1))
-        change = torch.minimum((change - shrink).clamp_min(0), room)
+        shrink = _l1_shrinkage(change, headroom, eps.expand(len(moved), 1, 1, 1).reshape(-1, 1))
+        change = torch.minimum((change - shrink).clamp_min(0), headroom)
         return (self.images + (moved.sign() * change.view_as(moved)).to(moved.dtype)).clamp(0, 1)
 
     def size(self, points: Float[Tensor, "batch channels height width"]) -> Float[Tensor, " batch"]:
@@ -178,13 +178,13 @@ def _unit(gradient: Tensor) -> Tensor:
     return gradient / gradient.flatten(1).norm(dim=1).clamp_min(tiny).view(-1, 1, 1, 1)
 
 
-def _l1_shrinkage(change: Tensor, room: Tensor, eps: Tensor) -> Tensor:
-    """The smallest t >= 0 with sum(min(max(change - t, 0), room)) <= eps: that sum is linear between sorted
-    breakpoints.
+def _l1_shrinkage(change: Tensor, headroom: Tensor, eps: Tensor) -> Tensor:
+    """The smallest t >= 0 with sum(min(max(change - t, 0), headroom)) <= eps: that sum is linear between
+    sorted breakpoints.
 
     Source: Croce & Hein 2021, "Mind the box", proposition 2.1.
     """
-    breaks, order = torch.cat([change, change - room], dim=1).sort(dim=1, descending=True)
+    breaks, order = torch.cat([change, change - headroom], dim=1).sort(dim=1, descending=True)
     # of the sum, below each breakpoint
     slope = torch.where(order < change.shape[1], 1.0, -1.0).double().cumsum(dim=1)
     growth = slope[:, :-1] * -breaks.diff(dim=1)
@@ -193,4 +193,6 @@ def _l1_shrinkage(change: Tensor, room: Tensor, eps: Tensor) -> Tensor:
     after = (total < eps).sum(dim=1, keepdim=True).clamp(1, total.shape[1] - 1)
     below = total.gather(1, after) - eps
     shrink = breaks.gather(1, after) + below / slope.gather(1, after - 1).clamp_min(1)
-    return torch.where(torch.minimum(change, room).sum(dim=1, keepdim=True) <= eps, 0.0, shrink.clamp_min(0))
+    return torch.where(
+        torch.minimum(change, headroom).sum(dim=1, keepdim=True) <= eps, 0.0, shrink.clamp_min(0)
+    )

@@ -134,7 +134,7 @@ def pgd(
         near = whole.rows(rows) if restarts > 1 else whole
         wide = near.searched(1 / steps) if shrink else near
         begin = wide.start(generator) if number or start is None else near.project(start[rows])
-        return _ascend(
+        return _pgd(
             model, begin, labels[rows], near, goal, at_rows(classes, rows), sizes=sizes,
             eot_samples=eot_samples, momentum=momentum, early_stop=early_stop, shrink=shrink,
             reach=targets is not None, max_batch=max_batch, callback=report,
@@ -231,7 +231,7 @@ def step_sizes(eps: float, steps: int, alpha: float | None = None, cycles: int =
     return [alpha * (LAST_STEP + (1 - LAST_STEP) * share) for share in falling]
 
 
-def _ascend(
+def _pgd(
     model: Model,
     x: Tensor,
     labels: Tensor,
@@ -254,19 +254,19 @@ def _ascend(
     rows = torch.arange(len(x), device=x.device)
     in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x)
     for step, size in enumerate(sizes):
-        found = eot_gradient(
+        gradient, loss, logits = eot_gradient(
             model, ball.images_at(x), labels, loss=goal, eot_samples=eot_samples, targets=classes,
             max_batch=max_batch,
         )  # fmt: skip
-        past = momentum * past + of_l1_norm_1(ball.gradient_at(x, found.gradient))
+        past = momentum * past + of_l1_norm_1(ball.gradient_at(x, gradient))
         near = ball.searched((step + 1) / len(sizes)) if shrink else ball
         x = near.project(x + size * near.direction(past, x))
         if callback is not None:
-            result[rows], losses[rows] = ball.images_at(x if near is ball else ball.project(x)), found.loss
+            result[rows], losses[rows] = ball.images_at(x if near is ball else ball.project(x)), loss
             callback(step + 1, len(sizes), result.clone(), losses.clone())
         # only where the point that was judged lay in the ball
         if early_stop and (not shrink or ball.searched(step / len(sizes)) is ball):
-            done = broken_samples(found.logits, labels, classes if reach else None).all(dim=0)
+            done = broken_samples(logits, labels, classes if reach else None).all(dim=0)
             in_a_row = torch.where(done, in_a_row + 1, 0)
             stays = in_a_row < early_stop
             if not stays.all():

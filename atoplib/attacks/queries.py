@@ -179,12 +179,12 @@ def strongest_attempt(
         rows = remaining.nonzero().squeeze(1)
         if len(rows) == 0:
             break
-        found = run(rows, callback and partial(report, done, rows))
+        candidates = run(rows, callback and partial(report, done, rows))
         if random and number:  # asked again, so that luck keeps none
             scores[rows] = (scores[rows] + judge(samples(adversarial[rows]), rows)[1]) / 2
-        remaining[rows], strength = judge(samples(found), rows)
+        remaining[rows], strength = judge(samples(candidates), rows)
         better = ~remaining[rows] | (strength > scores[rows])
-        adversarial[rows] = torch.where(better.view(-1, 1, 1, 1), found, adversarial[rows])
+        adversarial[rows] = torch.where(better.view(-1, 1, 1, 1), candidates, adversarial[rows])
         scores[rows] = torch.where(better, strength, scores[rows])
         done += length
     return adversarial
@@ -301,8 +301,8 @@ class Search:
                 judged = len(self.active)
                 self.margins[self.active] = self.margin(self.adversarial[self.active], seed)
             points = candidate(number, self.active)
-            found = values[number, self.active] = self.margin(points, seed)
-            self.keep(points, found)
+            margins = values[number, self.active] = self.margin(points, seed)
+            self.keep(points, margins)
             if callback is not None:
                 callback(number + 1, count, self.adversarial.clone(), self.margins.clone())
             if len(self.active) == 0:

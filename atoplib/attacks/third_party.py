@@ -121,11 +121,11 @@ def third_party(
     """
     check_settings(name=(name, one_of(*THIRD_PARTY)))
     known = THIRD_PARTY[name]
-    given = {
+    counts = {
         option: value for option, value in {"steps": steps, "queries": queries}.items() if value is not None
     }
-    check_counts(**given)
-    if unknown := [option for option in given if not getattr(known, option)]:
+    check_counts(**counts)
+    if unknown := [option for option in counts if not getattr(known, option)]:
         raise ValueError(f"{name} of torchattacks has no {unknown[0]}: leave them out")
     norm = norm or known.norms[0]
     check_settings(**{f"norm of {name}": (norm, one_of(*known.norms))})
@@ -138,8 +138,9 @@ def third_party(
     with without_a_trace(model, seed, device) as number:
         attack = _build(name, wrapped, ball, number, options)
         for rows in torch.arange(len(images), device=device).split(max(1, max_batch // eot_samples)):
-            found = attack(images[rows].contiguous(), labels[rows])  # some sample in the order of the memory
-            adversarial[rows] = ball.rows(rows).project(found.detach())
+            # contiguous, as some sample in the order of the memory
+            perturbed = attack(images[rows].contiguous(), labels[rows])
+            adversarial[rows] = ball.rows(rows).project(perturbed.detach())
             if callback is not None:
                 with torch.no_grad():
                     losses[rows] = cross_entropy(wrapped(adversarial[rows]), labels[rows])
@@ -162,8 +163,8 @@ def _build(name: str, model: nn.Module, ball: Ball, seed: int, options: dict[str
         )
     # AutoAttack's own default seed is the time of day
     ours = {"eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm.capitalize(), "n_classes": classes}
-    given = {option: value for option, value in (ours | {"seed": seed}).items() if option in allowed}
-    attack = make(model, **given | options)
+    arguments = {option: value for option, value in (ours | {"seed": seed}).items() if option in allowed}
+    attack = make(model, **arguments | options)
     attack.set_device(ball.images.device)
     return attack
 

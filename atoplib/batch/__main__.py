@@ -140,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     when the minutes that it was given are over.
     """
     parser = argparse.ArgumentParser("python -m atoplib.batch", description="Run a recipe's notebooks.")
-    for name, (how, what) in OPTIONS.items():
-        parser.add_argument(name, help=what, **how)
+    for name, (settings, what) in OPTIONS.items():
+        parser.add_argument(name, help=what, **settings)
     options = parser.parse_args(arguments)
     for number in (signal.SIGTERM, signal.SIGALRM):
         signal.signal(number, signal.default_int_handler)

@@ -48,7 +48,8 @@ def write_index(experiment_dir: Path) -> Path:
         paths = runs.complete_runs(experiment_dir, stage)[::-1]
         frame = tables.runs_frame(paths)
         texts = [
-            {name: html.escape(str(value)) for name, value in tables.own(path).items()} for path in paths
+            {name: html.escape(str(value)) for name, value in tables.identity_parameters(path).items()}
+            for path in paths
         ]
         shown = (
             tables.pandas.DataFrame(texts)
@@ -105,15 +106,15 @@ def write_results(folder: Path, jobs: Sequence[Job], summary: str) -> None:
             path.name: path.read_text(encoding="utf-8") for path in _files(job.run_dir, *TABLES, "*.json")
         }
         for name, text in (texts | {"notebook.ipynb": without_pictures(job.executed)}).items():
-            for own, kept in _own_folders(job).items():
-                text = text.replace(own, kept).replace(json.dumps(own)[1:-1], kept)
+            for private, public in _private_folders(job).items():
+                text = text.replace(private, public).replace(json.dumps(private)[1:-1], public)
             files.write_text(target / name, text)
         link = f"[{job.label}]({job.run_dir.name}/notebook.ipynb)"
         lines.append(f"| {link} | {manifest.get('seconds', 0):.0f} s on {manifest.get('hardware', '?')} |")
     files.write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 
-def _own_folders(job: Job) -> dict[str, str]:
+def _private_folders(job: Job) -> dict[str, str]:
     """Folders of one's own that a run's records name, the longest first, and what replaces each."""
     folders = {job.parameters.get(name): name.upper() for name in ("workspace", "data_dir")}
     folders[str(Path(__file__).resolve().parents[2])] = "ATOPLIB"
@@ -121,7 +122,7 @@ def _own_folders(job: Job) -> dict[str, str]:
     if kind == "folder":
         path = Path(images).expanduser()
         folders |= {f"folder:{images}": f"folder:{path.name}", str(path.resolve()): path.name}
-    return {own: folders[own] for own in sorted(filter(None, folders), key=len, reverse=True)}
+    return {path: folders[path] for path in sorted(filter(None, folders), key=len, reverse=True)}
 
 
 def without_pictures(executed: Path) -> str:

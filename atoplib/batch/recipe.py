@@ -90,8 +90,10 @@ def _read(
             "it must hold 'notebooks' (name: parameters) and may hold 'shared' and 'grid', nothing else"
         )
     shared, grid, notebooks = (_mapping(name, content.get(name)) for name in ("shared", "grid", "notebooks"))
-    entries = {name: _entry(name, _mapping(name, own), notebooks_dir) for name, own in notebooks.items()}
-    if any("workspace" in values for values in (shared, *(own for _, own in entries.values()))):
+    entries = {
+        name: _entry(name, _mapping(name, values), notebooks_dir) for name, values in notebooks.items()
+    }
+    if any("workspace" in values for values in (shared, *(values for _, values in entries.values()))):
         raise RecipeError(
             "the workspace is no parameter of a recipe: give it by --workspace DIR (make: WORKSPACE=DIR)"
         )
@@ -104,15 +106,15 @@ def _mapping(name: str, content: Any) -> dict[str, Any]:
     return content or {}
 
 
-def _entry(name: str, own: Mapping[str, Any], notebooks_dir: Path) -> tuple[Path, dict[str, Any]]:
+def _entry(name: str, values: Mapping[str, Any], notebooks_dir: Path) -> tuple[Path, dict[str, Any]]:
     stages = sorted(path.stem for path in notebooks_dir.glob("0[1-9]_*.ipynb") if path.stem != REPORT)
-    stage = own.get("notebook", name)
+    stage = values.get("notebook", name)
     if stage not in stages:
         raise RecipeError(
             f"unknown notebook {stage!r:.200}; allowed: {', '.join(stages)}, or a name of yours with "
             f"'notebook'"
         )
-    return notebooks_dir / f"{stage}.ipynb", {key: value for key, value in own.items() if key != "notebook"}
+    return notebooks_dir / f"{stage}.ipynb", {k: v for k, v in values.items() if k != "notebook"}
 
 
 def _axes(grid: Mapping[str, Any], entries: Mapping[str, Any]) -> Iterator[tuple[Axis, list[Any]]]:
@@ -145,11 +147,11 @@ def make_plan(source: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -
     try:
         shared, axes, entries = _read(source, notebooks_dir)
         defaults = {name: _defaults(notebook).as_dict() for name, (notebook, _) in entries.items()}
-        given = (*shared, *overrides, *(name for owner, name in axes if owner is None))
-        parameters.check_known(given, set().union(*defaults.values()), "no notebook has the parameter")
+        names = (*shared, *overrides, *(name for owner, name in axes if owner is None))
+        parameters.check_known(names, set().union(*defaults.values()), "no notebook has the parameter")
         for owner, name in axes:
-            takers = [own for entry, (_, own) in entries.items() if name in defaults[entry]]
-            fixed = name in overrides or (owner is None and all(name in own for own in takers))
+            takers = [settings for entry, (_, settings) in entries.items() if name in defaults[entry]]
+            fixed = name in overrides or (owner is None and all(name in settings for settings in takers))
             if fixed or name in hashing.NO_IDENTITY:
                 raise RecipeError(
                     f"the grid's {name} changes no run: the notebooks have values of their own for it, or it "
@@ -158,17 +160,17 @@ def make_plan(source: Path, notebooks_dir: Path, overrides: Mapping[str, Any]) -
         jobs: dict[Path, Job] = {}
         for point in product(*axes.values()):
             earlier: dict[str, Job] = {}
-            for name, (notebook, own) in entries.items():
+            for name, (notebook, settings) in entries.items():
                 here = {
                     (owner, key): value
                     for (owner, key), value in zip(axes, point, strict=True)
-                    if owner == name or (owner is None and key in defaults[name] and key not in own)
+                    if owner == name or (owner is None and key in defaults[name] and key not in settings)
                 }
                 common, last = (
-                    {key: value for key, value in given.items() if key in defaults[name]}
-                    for given in (shared, overrides)
+                    {key: value for key, value in layer.items() if key in defaults[name]}
+                    for layer in (shared, overrides)
                 )
-                values = common | own | {key: value for (_, key), value in here.items()} | last
+                values = common | settings | {key: value for (_, key), value in here.items()} | last
                 job = _job(name, notebook, values, here, earlier, list(entries))
                 earlier[name] = jobs.setdefault(job.run_dir, job)
         return list(jobs.values())
@@ -249,17 +251,17 @@ def select(jobs: Sequence[Job], patterns: Sequence[str]) -> list[Job]:
     """
     wanted: set[Path] = set()
     for pattern in patterns:
-        found = {
+        matches = {
             job.run_dir
             for job in jobs
             if fnmatch.filter((job.name, job.stage, job.label, job.run_dir.name), pattern)
         }
-        if not found:
+        if not matches:
             raise RecipeError(
                 f"--only {pattern} matches no run of this recipe; it has "
                 f"{', '.join(dict.fromkeys(job.name for job in jobs))}"
             )
-        wanted |= found
+        wanted |= matches
     for job in reversed(jobs):
         if job.run_dir in wanted:
             wanted.update(job.needs)

@@ -101,7 +101,7 @@ def _run_process(
     """Run papermill; returns its exit status, and whether it needed no longer than it was given."""
     until = time.monotonic() + (timeout or float("inf"))
     # In /tmp, as the system allows the name of a kernel's socket 107 letters.
-    with tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as own:
+    with tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
         with subprocess.Popen(
             papermill_command(job),
             env={
@@ -110,8 +110,8 @@ def _run_process(
                 runs.NAME_FROM_BATCH: job.run_dir.name,
                 "PYTHONUNBUFFERED": "1",
                 # Notebooks that run side by side would otherwise share a history and race for ports.
-                "IPYTHONDIR": own,
-                "JUPYTER_RUNTIME_DIR": own,
+                "IPYTHONDIR": scratch,
+                "JUPYTER_RUNTIME_DIR": scratch,
             },
             stdin=subprocess.PIPE,
             stdout=log,

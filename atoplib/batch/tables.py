@@ -83,14 +83,14 @@ def trained_with(scores: pandas.DataFrame, name: str) -> pandas.Series:
             (row.get(f"{stage}.{changed}"), row.get(f"04_attack.{changed}"))
             for changed in ("transform", "missing_rate", "noise_std", "num_masks")
         ]
-        if any(attacked != own for own, attacked in pairs if not pandas.isna(attacked)):
+        if any(attacked != trained for trained, attacked in pairs if not pandas.isna(attacked)):
             return None
         return "none (AP)" if (stage, name) == (PRETRAINED, "variant") else row.get(f"{stage}.{name}")
 
     return pandas.Series([value(row) for _, row in scores.iterrows()], index=scores.index, dtype=object)
 
 
-def own(run_dir: Path) -> dict[str, Any]:
+def identity_parameters(run_dir: Path) -> dict[str, Any]:
     """A run's parameters, but for those that say where it is made."""
     values = (files.read_json(run_dir / "parameters.json") or {}).items()
     return {name: value for name, value in values if name not in hashing.NO_IDENTITY}
@@ -100,14 +100,16 @@ def parameters(run_dir: Path) -> dict[str, Any]:
     """Parameters of a run and of the runs beside it that it was computed from, as ``STAGE.name``, each once,
     the nearest first.
     """
-    found, queue = dict[str, Any](), [run_dir]
+    collected, queue = dict[str, Any](), [run_dir]
     for path in queue:  # which grows meanwhile
         manifest = files.read_json(path / "manifest.json") or {}
-        named = {f"{manifest.get('stage')}.{name}": value for name, value in own(path).items()}
-        found |= {name: value for name, value in named.items() if name not in found}
+        named = {
+            f"{manifest.get('stage')}.{name}": value for name, value in identity_parameters(path).items()
+        }
+        collected |= {name: value for name, value in named.items() if name not in collected}
         inputs = [Path(noted["file"]) for noted in manifest.get("inputs", {}).values()]
         queue += [near for file in inputs if (near := run_dir.parent / file.parent.name) not in queue]
-    return found
+    return collected
 
 
 def _measured(run_dir: Path, frame: pandas.DataFrame) -> str:

@@ -236,10 +236,10 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
     try:
         return make()
     except Exception as error:  # "not found or corrupted", or any other for files that were cut short
-        found = sorted(data_dir.glob(unpacked))
-        if found and "not found" not in str(error):
+        existing = sorted(data_dir.glob(unpacked))
+        if existing and "not found" not in str(error):
             raise ValueError(
-                f"{found[0]} is damaged ({contract.first_line(error)}): delete it and run again"
+                f"{existing[0]} is damaged ({contract.first_line(error)}): delete it and run again"
             ) from error
         if not download:
             raise FileNotFoundError(

@@ -40,7 +40,7 @@ from atoplib.evaluation.pieces import (
 )
 from atoplib.evaluation.protocols import Protocol, check_protocol, for_classes, radii
 from atoplib.evaluation.results import FILES, KNOWN, Evaluation, with_worst_cases
-from atoplib.files import read_json, set_aside, write_atomically, write_json
+from atoplib.files import read_json, supersede, write_atomically, write_json
 from atoplib.hashing import code_hash, environment, function_hash, json_hash, model_hash, tensor_hash
 from atoplib.parameters import check_counts
 from atoplib.progress import Report, format_seconds
@@ -148,7 +148,7 @@ def evaluate(
     if folder:
         _open(folder, facts, {folder / piece.file for piece in pieces}, notify or (lambda sentence: None))
     efforts = [effort(piece, plan.num_votes) for piece in pieces]
-    found, kept = [], defaultdict(list)
+    frames, adversarial = [], defaultdict(list)
     for number, piece in enumerate(pieces):
 
         def report(step: int, of: int, *_: Tensor, message: str = piece.title, number: int = number) -> None:
@@ -164,16 +164,16 @@ def evaluate(
             )  # fmt: skip
             if folder:
                 write_atomically(folder / piece.file, partial(torch.save, result))
-        found += map(pd.DataFrame, result["rows"])
+        frames += map(pd.DataFrame, result["rows"])
         right = result["rows"][-len(piece.shown_to)]["single"]  # of the first defence, at the largest radius
         for name, (eps, shown) in product(piece.shown_to, result["images"].items()):
-            kept[name, piece.attack, eps].append(shown)
+            adversarial[name, piece.attack, eps].append(shown)
         report(1, 1, message=f"{piece.title}: {sum(right)} of {len(right)} correct")
     evaluation = Evaluation(
-        with_worst_cases(pd.concat(found, ignore_index=True)),
+        with_worst_cases(pd.concat(frames, ignore_index=True)),
         labels.cpu().numpy(),
         facts,
-        {key: torch.cat(parts) for key, parts in kept.items()},
+        {key: torch.cat(parts) for key, parts in adversarial.items()},
     )
     if folder:
         evaluation.write(folder)
@@ -266,8 +266,10 @@ def _attack(
                 options["start"] = smaller[rows]
         if len(rows):
             options |= {"seed": seed, "max_batch": max_batch, "callback": report}
-            found = attack.function(counter, images[rows], labels[rows], eps=eps, norm=row.norm, **options)
-            result = result.index_copy(0, rows, found.to(result.dtype))
+            adversarial = attack.function(
+                counter, images[rows], labels[rows], eps=eps, norm=row.norm, **options
+            )
+            result = result.index_copy(0, rows, adversarial.to(result.dtype))
     return result.detach(), counter.gradient_passes + counter.forward_passes
 
 
@@ -297,7 +299,7 @@ def _open(run_dir: Path, facts: Mapping[str, Any], wanted: set[Path], notify: Ca
     if changed:
         pieces = set(run_dir.glob("pieces/*.pt"))
         results = [run_dir / name for name in (*FILES, FACTS) if (run_dir / name).exists()]
-        archive = set_aside(run_dir, [*(pieces - wanted), *results])
+        archive = supersede(run_dir, [*(pieces - wanted), *results])
         notify(
             f"Measured anew, because it changed: {'; '.join(changed)}. {len(pieces & wanted)} of "
             f"{len(wanted)} pieces do not depend on it and stay; the earlier results are in {archive}"

@@ -44,13 +44,17 @@ class Piece(NamedTuple):
 
 def helpers(defences: Mapping[str, nn.Module], sisters: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """What attacks use in place of a defence: one classifier for all, a pipeline's own other one, sisters."""
-    own = {name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)}
-    found = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
-    shared = defences.get("undefended", next(iter(own.values()), None))
+    classifiers = {
+        name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)
+    }
+    models = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
+    shared = defences.get("undefended", next(iter(classifiers.values()), None))
     if shared is not None:
-        found[SURROGATE], same = shared, model_hash(shared)
-        found |= {f"{SURROGATE} of {n}": model for n, model in own.items() if model_hash(model) != same}
-    return found
+        models[SURROGATE], same = shared, model_hash(shared)
+        models |= {
+            f"{SURROGATE} of {n}": model for n, model in classifiers.items() if model_hash(model) != same
+        }
+    return models
 
 
 def all_pieces(
@@ -73,15 +77,15 @@ def all_pieces(
         "transfer": {SURROGATE: sharing} | {f"{SURROGATE} of {n}": shown for n, shown in each.items()},
         "sister": {f"{SISTER} {name}": shown for name, shown in each.items()},
     }  # by threat model: targets, and whom the images are shown
-    found = []
+    pieces = []
     for row in (None, *plan.rows):
         eps = sizes.get(row.norm, ()) if row else (0.0,)
         for target, shown_to in work[row.threat_model if row else ""].items():
-            there = target in targets and (random[target] or not row.random_only) if row else True
-            for first in range(0, count, PIECE) if eps and shown_to and there else ():
+            available = target in targets and (random[target] or not row.random_only) if row else True
+            for first in range(0, count, PIECE) if eps and shown_to and available else ():
                 batch = first // PIECE, slice(first, min(first + PIECE, count))
-                found.append(Piece(row, eps, target, shown_to, *batch))
-    return found
+                pieces.append(Piece(row, eps, target, shown_to, *batch))
+    return pieces
 
 
 def plain(value: Any) -> Any:

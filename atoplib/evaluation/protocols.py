@@ -58,19 +58,19 @@ class Row(NamedTuple):
     def keywords(self, eps: float, *, random: bool, rule: str, votes: int) -> dict[str, Any]:
         """Keyword arguments of the attack at radius eps; ``rule`` and ``votes`` where it decides itself."""
         known = ATTACKS[self.attack].options
-        given = {name: known[name] for name in ("steps", "eot_samples", "restarts") if name in known}
-        given |= {"rule": rule, "votes": votes if random else 1, **self.options}
+        options = {name: known[name] for name in ("steps", "eot_samples", "restarts") if name in known}
+        options |= {"rule": rule, "votes": votes if random else 1, **self.options}
         if self.step is not None:
-            given["alpha"] = self.step * eps
+            options["alpha"] = self.step * eps
         if not random and "eot_samples" in known:
-            samples, given["eot_samples"] = given["eot_samples"], 1
+            samples, options["eot_samples"] = options["eot_samples"], 1
             if self.equal_passes:
-                parts = max(1, given["steps"] // 40)  # further starts bring more than further steps
-                given["steps"] //= parts
-                given["restarts"] *= parts * samples
+                parts = max(1, options["steps"] // 40)  # further starts bring more than further steps
+                options["steps"] //= parts
+                options["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
-                    given.setdefault("loss", ("mean_softmax", "likely_targets"))
-        return {name: value for name, value in given.items() if name in known}
+                    options.setdefault("loss", ("mean_softmax", "likely_targets"))
+        return {name: value for name, value in options.items() if name in known}
 
 
 class Protocol(NamedTuple):
@@ -109,9 +109,9 @@ def single(
     known = ATTACKS[attack].options if attack in ATTACKS else ()
     check_known(options, {name for each in ATTACKS.values() for name in each.options}, "no attack has")
     options = {name: value for name, value in options.items() if name in known and value is not None}
-    said = ", ".join(f"{name} {value}" for name, value in options.items())
+    changes = ", ".join(f"{name} {value}" for name, value in options.items())
     row = Row(attack, threat_model, None, threat_model, options, equal_passes="restarts" in known)
-    name = f"{attack} alone{said and f' ({said})'}"
+    name = f"{attack} alone{changes and f' ({changes})'}"
     return Protocol(name, "one attack", (row,), num_images=200, votes=votes)
 
 
@@ -167,7 +167,7 @@ def for_classes(protocol: Protocol, classes: int) -> Protocol:
     """The protocol for models of so many classes. Of few, AutoAttack (needs 4) makes way for those of its
     parts that exist, and the DLR loss (needs 3) for the cross-entropy, under names that say so."""
 
-    rows, said = [], f" ({classes} classes)"
+    rows, suffix = [], f" ({classes} classes)"
     for row in protocol.rows:
         parts = [(row.attack, row.name, row.options)]
         shared = {name: row.options[name] for name in ("steps", "eot_samples") if name in row.options}
@@ -175,12 +175,13 @@ def for_classes(protocol: Protocol, classes: int) -> Protocol:
             losses = ("ce", "dlr") if classes == 3 else ("ce",)
             parts = [("apgd", f": APGD-{loss.upper()}", shared | {"loss": loss}) for loss in losses]
             parts += [("square", ": Square", {"queries": row.options.get("queries", 1000)})]
-            parts = [(a, f"{row.name or 'AutoAttack {norm}'}{part}{said}", own) for a, part, own in parts]
+            title = row.name or "AutoAttack {norm}"
+            parts = [(attack, f"{title}{part}{suffix}", options) for attack, part, options in parts]
         elif row.options.get("loss") == "dlr" and classes < 3:
             name = (row.name or "APGD-DLR {norm}").replace("DLR", "CE")
-            parts = [("apgd", name + said, shared | {"loss": "ce"})]
+            parts = [("apgd", name + suffix, shared | {"loss": "ce"})]
         parts = [part for part in parts if row.norm in ATTACKS[part[0]].norms]  # Square knows no l1
-        rows += [row._replace(attack=attack, name=name, options=own) for attack, name, own in parts]
+        rows += [row._replace(attack=attack, name=name, options=options) for attack, name, options in parts]
     return protocol._replace(rows=tuple(rows))
 
 
@@ -195,9 +196,9 @@ def radii(
         ValueError: for a radius that is not above 0, an l_inf radius above 1, an empty list or one that is
             not ascending.
     """
-    found = {} if np.ndim(eps) else usual_radii(images)
-    found |= {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
-    for name, value in found.items():
+    sizes = {} if np.ndim(eps) else usual_radii(images)
+    sizes |= {} if eps is None else dict(eps) if isinstance(eps, Mapping) else {norm: eps}
+    for name, value in sizes.items():
         check_settings(**{"each norm of eps": (name, one_of(*RADII))})
         value = value.tolist() if isinstance(value, np.ndarray | np.generic | torch.Tensor) else value
         value = convert(f"eps of {name}", value, float | list[float])
@@ -208,8 +209,8 @@ def radii(
                 f"eps of {name} must be above 0 and finite (linf: at most 1, images lie in [0, 1]; 8/255?), "
                 f"one number or an ascending list of at least one, got {value}"
             )
-        found[name] = values
-    return found
+        sizes[name] = values
+    return sizes
 
 
 def images_of(protocol: Protocol, dataset: str, max_test: int | None = None) -> int | list[int]:

@@ -47,14 +47,14 @@ def purification_quality(
         parts = purified.split(max_batch)
         answers = {name: torch.cat([f(x).argmax(dim=1) for x in parts]) for name, f in classifiers.items()}
     picture = purified.clamp(0, 1)  # what a person sees; classifiers get what the pipeline hands to its own
-    found = {
+    metrics = {
         "psnr": float(peak_signal_noise_ratio(picture, clean, data_range=1.0, dim=(1, 2, 3))),
         "ssim": float(structural_similarity_index_measure(picture, clean, data_range=1.0)),
     }
     for name, predicted in answers.items():
         numbers = percents(int((predicted == labels).sum()), len(labels))
-        found |= dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
-    return found
+        metrics |= dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
+    return metrics
 
 
 @torch.no_grad()

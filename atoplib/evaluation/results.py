@@ -53,17 +53,17 @@ def percents(right: float, images: int) -> tuple[float, float, float]:
     return 100 * right / images, 100 * low, 100 * high
 
 
-def worst_case(found: pd.DataFrame, attacks: pd.Series | np.ndarray, name: str = WORST) -> pd.DataFrame:
+def worst_case(by_image: pd.DataFrame, attacks: pd.Series | np.ndarray, name: str = WORST) -> pd.DataFrame:
     """Several attacks together, a row a defence and image: an image counts as correct if it is under each of
     them. The clean images belong to them: an attack may turn a wrong classification into a correct one, which
     is no robustness.
 
     Args:
-        found: as ``Evaluation.by_image``.
-        attacks: which rows of ``found`` are those of the attacks; defences without one are left out.
+        by_image: as ``Evaluation.by_image``.
+        attacks: which of its rows are those of the attacks; defences without one are left out.
     """
-    attacked = found[attacks]
-    clean = found[(found["attack"] == CLEAN) & found["defence"].isin(attacked["defence"])]
+    attacked = by_image[attacks]
+    clean = by_image[(by_image["attack"] == CLEAN) & by_image["defence"].isin(attacked["defence"])]
     together = pd.concat([clean, attacked]).groupby(["defence", "image"], sort=False, as_index=False)
     norm, eps = (attacked[column].unique() for column in ("norm", "eps"))
     return together.agg(
@@ -82,18 +82,18 @@ def by_defence(*parts: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([rows for _, rows in groups], ignore_index=True)
 
 
-def with_worst_cases(found: pd.DataFrame) -> pd.DataFrame:
+def with_worst_cases(by_image: pd.DataFrame) -> pd.DataFrame:
     """Each defence with its worst cases: of each norm and radius, and of all norms at their largest radii;
     attacks that know the sample are no part of them."""
-    attacked = (found["attack"] != CLEAN) & (found["threat_model"] != KNOWN)
-    several, parts = found.loc[attacked, "norm"].nunique() > 1, [found]
-    for (norm, _), together in found[attacked].groupby(["norm", "eps"], sort=False):
+    attacked = (by_image["attack"] != CLEAN) & (by_image["threat_model"] != KNOWN)
+    several, parts = by_image.loc[attacked, "norm"].nunique() > 1, [by_image]
+    for (norm, _), together in by_image[attacked].groupby(["norm", "eps"], sort=False):
         if together["attack"].nunique() > 1:
             name = f"{WORST} {norm}" if several else WORST
-            parts.append(worst_case(found, found.index.isin(together.index), name))
+            parts.append(worst_case(by_image, by_image.index.isin(together.index), name))
     if several:
-        largest = found["eps"] == found.groupby("norm")["eps"].transform("max")
-        parts.append(worst_case(found, attacked & largest))
+        largest = by_image["eps"] == by_image.groupby("norm")["eps"].transform("max")
+        parts.append(worst_case(by_image, attacked & largest))
     return by_defence(*parts)
 
 
@@ -217,8 +217,8 @@ class Evaluation:
         write_text(path / "table.md", "\n\n".join(markdown) + "\n")
         write_text(path / "table.tex", "\n".join(latex))
         frame = self.frame.astype(object).where(self.frame.notna(), None).to_dict("records")
-        own = {"caption": caption, "frame": frame, "indices": places}
-        write_json(path / "results.json", {**own, **self.facts, **facts})
+        summary = {"caption": caption, "frame": frame, "indices": places}
+        write_json(path / "results.json", {**summary, **self.facts, **facts})
 
 
 def leaders(accuracy: pd.Series) -> str:
@@ -283,8 +283,10 @@ def compare_attacks(
     rows = []
     for name in (name for name in correct if name != baseline):
         right = correct[name]
-        missed, found, p = mcnemar(right, correct[baseline], alternative="less")
-        rows.append([name, int(sum(map(bool, right))), len(right), found, missed, p, p < SIGNIFICANCE])
+        only_baseline, only_it, p = mcnemar(right, correct[baseline], alternative="less")
+        rows.append(
+            [name, int(sum(map(bool, right))), len(right), only_it, only_baseline, p, p < SIGNIFICANCE]
+        )
     columns = ["attack", "remaining", "images", "only_it", "only_baseline", "p", "significant"]
     frame = pd.DataFrame(rows, columns=columns)
     return frame if seconds is None else frame.assign(seconds=frame["attack"].map(seconds))
@@ -322,10 +324,11 @@ def masked_gradients(evaluation: Evaluation) -> list[str]:
     sentences = []
     for (defence, norm, eps, attack), part in met[weaker].groupby(["defence", "norm", "eps", "attack"]):
         if (defence, norm, eps) in strongest:
-            missed, found, p = mcnemar(part["majority"], strongest[defence, norm, eps], alternative="less")
+            pair = part["majority"], strongest[defence, norm, eps]
+            only_strongest, only_weaker, p = mcnemar(*pair, alternative="less")
             if p < SIGNIFICANCE:
                 sentences.append(
-                    f"{defence}: {attack} breaks {found} images that the white-box attacks miss, which break "
-                    f"{missed} that it misses (p {p:.2g}): gradients may be masked"
+                    f"{defence}: {attack} breaks {only_weaker} images that the white-box attacks miss, which "
+                    f"break {only_strongest} that it misses (p {p:.2g}): gradients may be masked"
                 )
     return sentences

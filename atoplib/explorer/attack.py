@@ -28,8 +28,8 @@ Report = Callable[..., None]
 Values = Mapping[str, Any]
 
 NO_ATTACK, EACH = "none", "each"
-OWN = ("steps", "queries", "eot_samples")  # options of attacks that have a control of their own
-DECIDES_ATTACK = (*OWN, "image", "attack", "norm", "eps", "seed", "grey", "target", "options")
+EFFORT = ("steps", "queries", "eot_samples")  # options of attacks that have a control of their own
+DECIDES_ATTACK = (*EFFORT, "image", "attack", "norm", "eps", "seed", "grey", "target", "options")
 TRANSFORM = ("transform", "missing_rate", "noise_std", "num_masks")
 MAX_PATH = 64  # steps of an attack that are kept; of a longer one every second, third, ... is
 KEPT_PATHS = 64  # attacks that need not run again
@@ -47,7 +47,7 @@ class Scene:
             first wanted.
         images, labels: in [0, 1]; images of one's own are appended.
         paths: attacks that were run, see ``attack_path``.
-        given: how many of the images were there from the start.
+        num_initial: how many of the images were there from the start.
         usual: the usual eps of each norm for images such as these.
     """
 
@@ -60,7 +60,7 @@ class Scene:
     paths: dict[tuple, dict[int, Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.given, self.usual = len(self.images), usual_radii(self.images)
+        self.num_initial, self.usual = len(self.images), usual_radii(self.images)
 
     def defence(self, name: str, values: Values | None = None) -> nn.Module:
         """The module of a defence, with the transform of the values where it is a pipeline; the original
@@ -131,7 +131,7 @@ def run_attack(
     if isinstance(model, AToPPipeline) and values["threat_model"] != "white-box":
         random = random and values["threat_model"] != "transfer"
         model = model.classifier if values["threat_model"] == "transfer" else bpda(model)
-    options = values["options"] | {key: values[key] for key in OWN if key in attack.options}
+    options = values["options"] | {key: values[key] for key in EFFORT if key in attack.options}
     if not random:
         options |= {"eot_samples": 1} if "eot_samples" in attack.options else {}  # others are the same
     if attack.targeted and values["target"] >= 0:
@@ -194,7 +194,7 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
     (eps, correct in a single sample, ends of the 95 % interval), in percent.
     """
     defence, source, points = scene.defence(name, values), attacked_defence(values, name), []
-    order = (torch.arange(scene.given) + values["image"]) % scene.given
+    order = (torch.arange(scene.num_initial) + values["image"]) % scene.num_initial
     order = order[scene.labels[order] != values["target"]][:CURVE_IMAGES]  # none has its own class as target
     count, top = len(order), 1.0 if values["norm"] == "linf" else inf
     images, labels = (part[order].to(device_of(defence)) for part in (scene.images, scene.labels))

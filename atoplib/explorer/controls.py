@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from atoplib import files, parameters
 from atoplib.attacks import ATTACKS
-from atoplib.explorer.attack import EACH, NO_ATTACK, OWN, TRANSFORM, Scene, Values, is_attacking
+from atoplib.explorer.attack import EACH, EFFORT, NO_ATTACK, TRANSFORM, Scene, Values, is_attacking
 from atoplib.pipeline import AToPPipeline
 
 THREAT_MODELS = {
@@ -185,7 +185,7 @@ def unused(values: Values, scene: Scene) -> dict[str, str]:
     purified = [isinstance(module, AToPPipeline) for module in modules]
     attack = ATTACKS.get(values["attack"])
     deterministic = not any(scene.is_random(name, values) for name in values["rows"])
-    of_attacks = ("threat_model", "attacked", *OWN, "target", "grey", "norm", "shown_step")
+    of_attacks = ("threat_model", "attacked", *EFFORT, "target", "grey", "norm", "shown_step")
     reasons = [  # the first that holds is said
         (not is_attacking(values), "no attack", of_attacks),
         (attack is None, "no attack", ("eps",)),
@@ -199,7 +199,7 @@ def unused(values: Values, scene: Scene) -> dict[str, str]:
     ]
     if attack is not None:
         reasons += [
-            (True, f"{attack.title} has none", set(OWN).difference(attack.options)),
+            (True, f"{attack.title} has none", set(EFFORT).difference(attack.options)),
             (len(attack.norms) == 1, f"{attack.title} has this norm alone", ("norm",)),
             (not attack.targeted, f"{attack.title} has no targets", ("target",)),
             (
@@ -229,7 +229,7 @@ def described(values: Values, scene: Scene) -> dict[str, dict[str, Any]]:
     shown["options"]["entries"] = [
         [name, values["options"].get(name, default)]
         for name, default in options.items()
-        if name not in OWN and (default is None or isinstance(default, bool | int | float | str))
+        if name not in EFFORT and (default is None or isinstance(default, bool | int | float | str))
     ]
     return shown
 
@@ -240,9 +240,9 @@ def to_yaml(values: Values, notebook: Mapping[str, Any]) -> str:
     All values, also those that notebook 4 has no parameter for, are in a comment, from which ``from_yaml``
     sets them again.
     """
-    own = {c.parameter or name: values[name] for name, c in CONTROLS.items() if c.parameter != ""}
+    mapped = {c.parameter or name: values[name] for name, c in CONTROLS.items() if c.parameter != ""}
     line, lines = (
-        [f"{k}: {json.dumps(v)}" for k, v in each.items()] for each in (values, {**notebook, **own})
+        [f"{k}: {json.dumps(v)}" for k, v in each.items()] for each in (values, {**notebook, **mapped})
     )
     return "\n".join(
         [
@@ -263,12 +263,12 @@ def from_yaml(text: str) -> dict[str, Any]:
     """
     marked = [line.removeprefix(MARK) for line in text.splitlines() if line.startswith(MARK)]
     names = {c.parameter: name for name, c in CONTROLS.items() if c.parameter} | {n: n for n in CONTROLS}
-    found = {}
+    changes = {}
     for part in (*marked, text):
         content = files.read_yaml(part) or {}
         if not isinstance(content, dict):
             raise ValueError("the YAML must be a mapping such as 'eps: 0.3'")
-        found |= {names[key]: value for key, value in content.items() if key in names}
-    if not found:
+        changes |= {names[key]: value for key, value in content.items() if key in names}
+    if not changes:
         raise ValueError(f"no name of a control in this YAML; they are: {', '.join(CONTROLS)}")
-    return {name: converted(name, value) for name, value in found.items()}
+    return {name: converted(name, value) for name, value in changes.items()}

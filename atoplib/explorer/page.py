@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from atoplib import decisions
 from atoplib.attacks import ATTACKS
-from atoplib.explorer.attack import CURVE_IMAGES, EACH, OWN, Values, is_attacking
+from atoplib.explorer.attack import CURVE_IMAGES, EACH, EFFORT, Values, is_attacking
 from atoplib.explorer.compute import Row, View
 from atoplib.explorer.controls import CONTROLS, TRANSFORMS
 from atoplib.figures import style
@@ -48,15 +48,15 @@ def pictures(view: View, row: Row) -> dict[str, tuple[UInt8[np.ndarray, "height 
     scale = view.values["eps"] if linf else float(change.mean(dim=0).abs().max())
     sizes = f"max {float(change.abs().max()):.2g}, \N{SCRIPT SMALL L}2 {float(change.norm()):.2g}"
     step = f"step {row.steps[place]} of {row.last}" if row.last else ""
-    found = {
+    columns = {
         "adversarial": (to_pixels(row.images[place]), step),
         "perturbation": (to_map(change.mean(dim=0), scale), sizes),
     }
     if row.purified is None:
-        return found
+        return columns
     distance = float((row.purified[place] - view.clean).abs().mean())
     mask = f"mask 1 of {view.values['num_masks']}" if view.values["transform"] == "rt3" else ""
-    return found | {
+    return columns | {
         "transformed": (to_pixels(row.transformed[place]), mask),
         "purified": (to_pixels(row.purified[place]), f"mean off {distance:.3g}"),
     }
@@ -103,7 +103,7 @@ def caption(view: View) -> str:
     values, attack = view.values, ATTACKS.get(view.values["attack"])
     made = ["no attack"] if attack is None else [attack.title, style.eps_text(values["eps"], values["norm"])]
     if attack is not None and is_attacking(values):
-        made += [f"{CONTROLS[name].label} {values[name]}" for name in OWN if name in attack.options]
+        made += [f"{CONTROLS[name].label} {values[name]}" for name in EFFORT if name in attack.options]
         if attack.targeted and values["target"] >= 0:
             made.append(f"target {view.classes[values['target']]}")
         made.append(values["threat_model"])

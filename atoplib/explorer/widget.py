@@ -291,7 +291,7 @@ class Explorer(anywidget.AnyWidget):
             "heard": self._heard,
             "stale": self.view is not None and self.view.values != self.values,
             "controls": controls.described(self.values, self.scene),
-            "own": self.values["image"] >= self.scene.given,
+            "own": self.values["image"] >= self.scene.num_initial,
             "label": int(self.scene.labels[self.values["image"]]),
             "classes": self.scene.classes,
             "name": self.model_id,

@@ -30,8 +30,8 @@ def smooth_margin(
 ) -> Float[Tensor, " batch"]:
     """log-sum-exp of the other logits minus the label's: as smooth as cross-entropy, but it never
     saturates."""
-    logits, own = logits.float(), labels.unsqueeze(1)
-    return logits.scatter(1, own, -inf).logsumexp(dim=1) - logits.gather(1, own).squeeze(1)
+    logits, index = logits.float(), labels.unsqueeze(1)
+    return logits.scatter(1, index, -inf).logsumexp(dim=1) - logits.gather(1, index).squeeze(1)
 
 
 class Attackable(nn.Module):
@@ -73,10 +73,10 @@ class Probe:
     ) -> None:
         self.model, self.images, self.labels, self.attack = model, images, labels, attack
         self.num_samples, self.random, self.seed, self.max_batch = num_samples, random, seed, max_batch
-        self.eps, self.norm, own = attack["eps"], attack["norm"], attack["eot_samples"]
+        self.eps, self.norm, samples = attack["eps"], attack["norm"], attack["eot_samples"]
         # the norm of a change of every value by 1
         self.widest = 1.0 if self.norm == "linf" else sqrt(images[0].numel())
-        self.eot_efforts = () if not random else sorted({1, own, 2 * own} if own > 1 else {1, 8})
+        self.eot_efforts = () if not random else sorted({1, samples, 2 * samples} if samples > 1 else {1, 8})
         first, again = (self.answers(model, images) for _ in range(2))
         self.spread, self.can_be_fixed = spread_of(first), torch.equal(first, again)
 
@@ -112,8 +112,10 @@ class Probe:
         if target is not None:
             attackable = Attackable(target, spread_of(self.answers(target, self.images)))
         self.start_random_numbers(seed)
-        own = self.attack if function is pgd else {k: self.attack[k] for k in ("eps", "norm", "eot_samples")}
-        options = {**own, "seed": seed, "max_batch": self.max_batch, **changes}
+        shared = (
+            self.attack if function is pgd else {k: self.attack[k] for k in ("eps", "norm", "eot_samples")}
+        )
+        options = {**shared, "seed": seed, "max_batch": self.max_batch, **changes}
         ball = norms.Ball(self.images, options["eps"], self.norm)
         return ball.check(function(attackable, self.images, self.labels, **options))
 
@@ -201,8 +203,8 @@ def masking_checklist(
     classifier = getattr(defence, "classifier", None) if classifier is None else classifier
     settings = (eps, norm, steps, alpha, eot_samples, num_samples, queries, seed, max_batch)
     kept = run_dir and run_dir / f"masking/{_identity((defence, classifier), images, labels, settings)}.json"
-    if found := kept and files.read_json(kept):
-        return [checks.Check(**each) for each in found["checks"]]
+    if cached := kept and files.read_json(kept):
+        return [checks.Check(**each) for each in cached["checks"]]
     with forked_rng(images.device):
         model, images, labels = contract.prepare(defence, images, labels)
         if classifier is not None:
@@ -331,10 +333,10 @@ def _noise(probe: Probe) -> Iterator[Tensor]:
 def _measure_gradients(probe: Probe) -> checks.Check:
     model, samples = Attackable(probe.model, probe.spread, repaired=False), probe.attack["eot_samples"]
     probe.start_random_numbers(probe.seed)
-    found = eot.eot_gradient(
+    gradient, *_ = eot.eot_gradient(
         model, probe.images, probe.labels, eot_samples=samples, max_batch=probe.max_batch
     )
-    return checks.check_gradients(found.gradient)
+    return checks.check_gradients(gradient)
 
 
 def _measure_modes(probe: Probe, attacked: Tensor) -> checks.Check:
@@ -362,11 +364,13 @@ def _measure_agreement(probe: Probe, images: Tensor, name: str) -> checks.Check:
     origin = (images + 4 * step * jitter).clamp(step, 1 - step)  # both sides of it are images
     model = Attackable(probe.model, probe.spread)
     with probe.same_sample():
-        found = eot.eot_gradient(model, origin, probe.labels, loss=smooth_margin, max_batch=probe.max_batch)
+        gradient, *_ = eot.eot_gradient(
+            model, origin, probe.labels, loss=smooth_margin, max_batch=probe.max_batch
+        )
     predicted, measured, labels = [], [], probe.labels
     for _ in range(8):
         direction = torch.randint(2, origin.shape, generator=generator, device=origin.device) * 2.0 - 1
-        predicted.append((found.gradient * direction).flatten(1).sum(dim=1))
+        predicted.append((gradient * direction).flatten(1).sum(dim=1))
         above, below = (probe.answers(model, origin + side * step * direction) for side in (1, -1))
         measured.append((smooth_margin(above, labels) - smooth_margin(below, labels)) / (2 * step))
     return checks.check_agreement(torch.stack(predicted), torch.stack(measured), name)

@@ -233,5 +233,5 @@ def check_effort(
         state = f"{state}, but {missing}, so a robust accuracy is too high"
     elif others:
         state = f"converged, beside {', '.join(others)}, too"
-    found = ", ".join(f"{effort}: {_errors(counts, num_samples)}" for effort, counts in wrong.items())
-    return Check(name, outcome_of(weaker), f"errors by {unit}: {found}; {state}")
+    errors = ", ".join(f"{effort}: {_errors(counts, num_samples)}" for effort, counts in wrong.items())
+    return Check(name, outcome_of(weaker), f"errors by {unit}: {errors}; {state}")

@@ -219,9 +219,9 @@ class _Training:
         self.started = time.monotonic() - state.get("seconds", 0.0)
         self.optimizers: list[torch.optim.Optimizer] = []
         if self.step < self.total:  # a finished one is loaded without the seconds that torch takes for these
-            how = {name: settings[name] for name in ("learning_rate", "weight_decay", "betas")}
+            options = {name: settings[name] for name in ("learning_rate", "weight_decay", "betas")}
             self.optimizers = [
-                parts.make_optimizer(each, settings["optimizer"], **how) for each in networks.values()
+                parts.make_optimizer(each, settings["optimizer"], **options) for each in networks.values()
             ]
             for optimizer, saved in zip(self.optimizers, state.get("optimizers", ()), strict=False):
                 optimizer.load_state_dict(saved)
@@ -239,7 +239,7 @@ class _Training:
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Augmented images in [0, 1] and labels of every batch that is left; each must be a step."""
         seed, batch_size = self.settings["seed"], self.settings["batch_size"]
-        how = {"padding": self.settings["padding"], "flip": self.settings["flip"]}
+        augmentation = {"padding": self.settings["padding"], "flip": self.settings["flip"]}
         for epoch in range(self.step // self.steps_per_epoch, ceil(self.total / self.steps_per_epoch)):
             for x, y in epoch_batches(
                 self.data, batch_size, seed=seed, epoch=epoch, start=self.step % self.steps_per_epoch
@@ -249,7 +249,10 @@ class _Training:
                 generator = torch.Generator(self.device).manual_seed(
                     mixed_seed(seed, self.step, "augmentation")
                 )
-                yield to_float(augment(x.to(self.device), generator=generator, **how)), y.to(self.device)
+                yield (
+                    to_float(augment(x.to(self.device), generator=generator, **augmentation)),
+                    y.to(self.device),
+                )
 
     def advance(self, x: Tensor, y: Tensor) -> None:
         """Make one step."""

@@ -176,13 +176,13 @@ def begin_run(
 
     A cell that is executed again means the networks as they were given, not what the training made of them
     meanwhile: so each of them keeps, by run, the weights with which it was given, and its hash as it was left
-    (``hashing.GIVEN``).
+    (``hashing.INITIAL``).
     """
     for network in networks.values():
-        by_run = vars(network).setdefault(hashing.GIVEN, {})
-        given, left = by_run.get(run.path, ({}, ""))
+        by_run = vars(network).setdefault(hashing.INITIAL, {})
+        initial, left = by_run.get(run.path, ({}, ""))
         if left and hashing.model_hash(network) == left:
-            network.load_state_dict(given)
+            network.load_state_dict(initial)
         else:
             by_run[run.path] = deepcopy(network.state_dict()), ""
         network.train()  # as it will be, so that the modes of whatever else a step refers to can count
@@ -224,8 +224,8 @@ def begin_run(
 def leave_run(run: Run, networks: Mapping[str, nn.Module]) -> None:
     """Remember how the networks are left."""
     for network in networks.values():
-        given, _ = vars(network)[hashing.GIVEN][run.path]
-        vars(network)[hashing.GIVEN][run.path] = given, hashing.model_hash(network)
+        initial, _ = vars(network)[hashing.INITIAL][run.path]
+        vars(network)[hashing.INITIAL][run.path] = initial, hashing.model_hash(network)
 
 
 class Interruption:
