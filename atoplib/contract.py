@@ -218,8 +218,10 @@ def check_eval_mode(model: nn.Module) -> None:
 
 def check_images(images: Tensor, *, values: bool = True) -> None:
     """Raise ContractError unless these are images (B, C, H, W), B > 0, with ``values`` also in [0, 1]."""
-    shape = tuple(images.shape)
-    _require(images.ndim == 4, f"images must have the shape (batch, channels, height, width), got {shape}")
+    _require(
+        images.ndim == 4,
+        f"images must have the shape (batch, channels, height, width), got {tuple(images.shape)}",
+    )
     _require(len(images) > 0, "there are no images to attack")
     _require(
         images.dtype in (torch.float32, torch.float64),

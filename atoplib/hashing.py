@@ -121,8 +121,7 @@ def notebook_hash(notebook: Path) -> str:
     cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     sources = ["".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", [])]
     lines = [line for source in sources for line in source.splitlines()]
-    plain = "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
-    names = _imports(plain)
+    names = _imports("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))
     imported = {name: path for name in names if (path := _source(name))}
     user_modules = {name: [path_hash(path) for path in _beside(name, notebook)] for name in names}
     # What a notebook imports itself counts even where it only shows.

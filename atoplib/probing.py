@@ -30,7 +30,10 @@ def probe_images(*shape: int) -> Float[Tensor, "*shape"]:
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Leave modes, seeds, buffers and every source of random numbers as they were, the network's own, too."""
     parts = list(model.modules())
-    plain = [(vars(part), {n: v for n, v in vars(part).items() if _is_plain(v)}) for part in parts]
+    plain = [
+        (vars(part), {n: v for n, v in vars(part).items() if v is None or isinstance(v, Number)})
+        for part in parts
+    ]
     dense = (each for each in model.buffers() if each.layout is torch.strided and 0 not in each.stride())
     buffers = [(buffer, buffer.clone()) for buffer in dense]  # into others nothing can be written in place
     held = [getattr(part, name, None) for part in parts for name in ("_generators", "_buffers")]
@@ -51,10 +54,6 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             values.update(before)
         for buffer, before in buffers:
             buffer.data.copy_(before)
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, Number)
 
 
 def _states(values: Any) -> Iterator[tuple[Callable[[Any], None], Any]]:

@@ -101,8 +101,9 @@ def _run_process(
     """Run papermill; returns its exit status, and whether it needed no longer than it was given."""
     until = time.monotonic() + (timeout or float("inf"))
     # In /tmp, as the system allows the name of a kernel's socket 107 letters.
-    with tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as scratch:
-        with subprocess.Popen(
+    with (
+        tempfile.TemporaryDirectory(prefix="atop-", dir="/tmp", ignore_cleanup_errors=True) as scratch,
+        subprocess.Popen(
             papermill_command(job),
             env={
                 **os.environ,
@@ -116,14 +117,15 @@ def _run_process(
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
-        ) as process:
-            while process.poll() is None and time.monotonic() < until and not stop.wait(POLL_SECONDS):
-                pass
-            in_time = time.monotonic() < until
-            process.terminate()  # does nothing, as kill, to one that has ended
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(STOP_SECONDS)
-            process.kill()
+        ) as process,
+    ):
+        while process.poll() is None and time.monotonic() < until and not stop.wait(POLL_SECONDS):
+            pass
+        in_time = time.monotonic() < until
+        process.terminate()  # does nothing, as kill, to one that has ended
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        process.kill()
     return process.returncode, in_time
 
 

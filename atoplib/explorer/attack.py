@@ -203,6 +203,5 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
         adversarial = run_attack(scene, {**values, "eps": eps}, source, images, labels, watch)
         decisions.reseed(defence, values["seed"] + 1)
         logits = decisions.sample_logits(defence, adversarial, max_batch=max_batch(images))[0]
-        right = int((logits.argmax(dim=1) == labels).sum())
-        points.append((eps, *percents(right, count)))
+        points.append((eps, *percents(int((logits.argmax(dim=1) == labels).sum()), count)))
     return points
