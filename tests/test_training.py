@@ -248,7 +248,7 @@ def test_a_cell_that_is_executed_again_means_the_network_as_it_was_given(split, 
     assert without_times(again) == without_times(expected) and same(network.state_dict(), fresh.state_dict())
 
 
-def test_a_state_of_which_nobody_knows_the_origin_is_set_aside(split, tmp_path):
+def test_a_state_of_which_nobody_knows_the_origin_is_archived(split, tmp_path):
     network, step = weighted(1.0)
     path = trained(tmp_path, network, step, split)[2]
     (path / "training.json").write_text("{")

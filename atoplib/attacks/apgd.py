@@ -239,7 +239,7 @@ def _run(
             if len(state.rows) == 0:
                 break
         if step in windows:
-            _look(state, ball, windows[step])
+            _adapt_step_sizes(state, ball, windows[step])
     return result
 
 
@@ -254,7 +254,7 @@ def _step(state: SimpleNamespace, ball: Ball, share: float) -> Tensor:
     return ball.project(state.points + share * (ahead - state.points) + (1 - share) * momentum)
 
 
-def _look(state: SimpleNamespace, ball: Ball, window: int) -> None:
+def _adapt_step_sizes(state: SimpleNamespace, ball: Ball, window: int) -> None:
     """Adapt the step sizes, and go back to the best points where that restarts the search.
 
     The step is halved where the loss rose in too few of the last ``window`` steps, or where its best stood

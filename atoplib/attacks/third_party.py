@@ -263,13 +263,11 @@ def fmn(
 
     Source: Pintor et al. 2021, algorithm 1.
     """
-    check_settings(norm=(norm, one_of(*FMN)))
     alpha = (10.0 if norm == "linf" else 1.0) if alpha is None else alpha
-    check_settings(alpha=(alpha, above(0)))
+    check_settings(norm=(norm, one_of(*FMN)), alpha=(alpha, above(0)))
     return _nearest(
         FMN[norm], model, images, labels, eps=eps, norm=norm, targets=targets, seed=seed,
-        max_batch=max_batch, callback=callback, steps=steps, gamma=gamma,
-        max_stepsize=alpha,
+        max_batch=max_batch, callback=callback, steps=steps, gamma=gamma, max_stepsize=alpha,
     )  # fmt: skip
 
 

@@ -146,10 +146,9 @@ def _failing_cell(notebook: Path) -> str:
     """The error of the first cell that failed: its number as Jupyter shows it, type and message; "" if none
     did. Of a killed kernel all cells read "completed".
     """
-    cells = (files.read_json(notebook) or {}).get("cells", [])
     errors = (
         f"In [{cell.get('execution_count')}]: {output.get('ename')}: {output.get('evalue')}"
-        for cell in cells
+        for cell in (files.read_json(notebook) or {}).get("cells", [])
         for output in cell.get("outputs", [])
         if output.get("output_type") == "error"
     )
