@@ -41,10 +41,10 @@ const drawRow = (row, columns, shown) => {
   const image = (kind, src, alt = "") =>
     make("img", { className: `atop-${kind}${shown.crisp ? " atop-crisp" : ""}`, src, alt, draggable: false });
   const cells = columns.map((column) => {
-    const found = row.cells.find(([name]) => name === column);
-    if (!found) return make("div", { className: "atop-void" }, "no purifier");
+    const cell = row.cells.find(([name]) => name === column);
+    if (!cell) return make("div", { className: "atop-void" }, "no purifier");
     const over = column === "adversarial" ? [image("clean", shown.clean), image("ten", row.tenfold)] : [];
-    return make("figure", {}, image(column, found[1], `${row.name}: ${column} image`), ...over, make("figcaption", {}, found[2]));
+    return make("figure", {}, image(column, cell[1], `${row.name}: ${column} image`), ...over, make("figcaption", {}, cell[2]));
   });
   return make("div", { className: "atop-row" }, name, ...cells, drawDecision(row));
 };
@@ -75,11 +75,11 @@ const drawChart = ({ title, points, colours, sets, label, here }, choose) => {
   const scale = [0, 50, 100].map((y) => text(25, up(y) + 4, "end", `${y}`));
   const lines = names.map((name, number) => {
     const stroke = colours[name], lift = 1.5 * (number - (names.length - 1) / 2);  // equal lines are beside each other
-    const own = points.filter(([line]) => line === name);
-    const places = own.map(([, x, y]) => `${across(x)} ${up(y) + lift}`);
-    const bands = own.filter((point) => point.length > 3).map(([, x, , low, high]) =>
+    const series = points.filter(([line]) => line === name);
+    const places = series.map(([, x, y]) => `${across(x)} ${up(y) + lift}`);
+    const bands = series.filter((point) => point.length > 3).map(([, x, , low, high]) =>
       draw("path", { stroke, opacity: 0.5, d: `M${across(x)} ${up(low)}V${up(high)}` }));
-    const dots = own.map(([, x, y, ...band]) => {
+    const dots = series.map(([, x, y, ...band]) => {
       const interval = band.length ? ` [${band.map(Math.round).join(", ")}]` : "";
       return draw("circle", { fill: stroke, cx: across(x), cy: up(y) + lift, r: 3.5, onclick: () => choose({ [sets]: x }) },
         draw("title", {}, `${name}, ${label} ${digits(x)}: ${Math.round(y)} %${interval}`));
@@ -87,7 +87,7 @@ const drawChart = ({ title, points, colours, sets, label, here }, choose) => {
     const legend = draw("text", { x: 250, y: 18 + 15 * number, class: "atop-legend" }, draw("tspan", { fill: stroke }, "\u25cf"), ` ${name}`);
     return draw("g", { class: `atop-line-${sets}` }, draw("path", { stroke, fill: "none", d: `M${places.join("L")}` }), ...bands, ...dots, legend);
   });
-  const ends = names.map((name) => points.filter(([line]) => line === name)).map((own) => `${own[0][0]} from ${Math.round(own[0][2])} to ${Math.round(own.at(-1)[2])} %`);
+  const ends = names.map((name) => points.filter(([line]) => line === name)).map((series) => `${series[0][0]} from ${Math.round(series[0][2])} to ${Math.round(series.at(-1)[2])} %`);
   return make("div", {}, make("p", { className: "atop-title" }, title),
     draw("svg", { viewBox: "0 0 330 118", role: "img", "aria-label": ends.join("; ") },
       draw("path", { class: "atop-axis", d: "M30 6V90H244" }), ...scale, ...ticks, text(134, 114, "middle", label),
@@ -202,9 +202,9 @@ function render({ model, el }) {
   // ---- image bar
   const classes = make("select", { ariaLabel: "class", title: "go through images of one class only" });
   const wanted = () => classes.selectedIndex - 1;
-  const own = make("select", { ariaLabel: "class of your image", title: "what your image really shows",
-    onchange: () => send({ do: "label", label: own.selectedIndex }) });
-  const ownLabel = make("label", { className: "atop-own" }, "it is a ", own);
+  const classMenu = make("select", { ariaLabel: "class of your image", title: "what your image really shows",
+    onchange: () => send({ do: "label", label: classMenu.selectedIndex }) });
+  const ownLabel = make("label", { className: "atop-own" }, "it is a ", classMenu);
   const file = make("input", { type: "file", accept: "image/*", ariaLabel: "image file", hidden: true, onchange: async () => {
     const bitmap = await createImageBitmap(file.files[0]).catch(() => ({ width: 0, height: 0 }));
     const scale = Math.min(1, 512 / Math.max(bitmap.width, bitmap.height));  // a photograph is too large for one message
@@ -344,7 +344,7 @@ function render({ model, el }) {
     const text = model.get("shown").yaml;
     if (text && !stale && document.activeElement !== yaml) yaml.value = text;
     entitle(classes, ["all", ...names]);
-    entitle(own, names, label);
+    entitle(classMenu, names, label);
     ownLabel.hidden = !isOwn;
     play.disabled = steps().length < 2;
     if (heard < asked || pending) return;  // newer wishes are on their way
