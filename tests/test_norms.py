@@ -107,7 +107,11 @@ def test_a_run_begins_outside_and_ends_in_the_ball(norm):
     balls = [Ball(images_of(), torch.ones(6), norm).searched(share) for share in (0.01, 0.5, 1.0)]
     assert [ball.eps[0].item() for ball in balls] == ([5, 2, 1] if norm == "l1" else [2, 1.5, 1])
     large = Ball(torch.rand(4, 3, 32, 32, generator=seeded()), 12.0, "l1")
-    assert (large.start(seeded()) != large.images).float().mean() < 0.02, "l1 starts are sparse"
+    start, noise = large.start(seeded()), torch.randn(large.images.shape, generator=seeded())
+    assert (start != large.images).float().mean() < 0.02, "l1 starts are sparse"
+    begun = [large.project(large.images.roll(shift, 0) + noise) for shift in range(4)]
+    same = torch.stack([(points == start).flatten(1).all(dim=1) for points in begun])
+    assert same.any(dim=0).all() and not same[0].all(), "each at noise around one of the images"
 
 
 @pytest.mark.parametrize(

@@ -69,12 +69,14 @@ def check_against_brute_force(model, labels, found, candidates):
     assert same.any(dim=0).all(), "the result is none of the candidates"
 
 
-@pytest.mark.parametrize("eps, grid", [(1, 4), (1, 3), (2, 5)])
-def test_occlusion_is_the_worst_of_all_positions(eps, grid):
+@pytest.mark.parametrize("eps, grid, patch", [(1, 4, "grey"), (1, 3, "random"), (2, 5, "grey")])
+def test_occlusion_is_the_worst_of_all_positions(eps, grid, patch):
     model, images, labels = toy_set(400)
     sure = gaps(model, images, labels).argsort()[: 300 if eps == 1 else 100].view(20, -1)[:, 0]
     images, labels = images[sure], labels[sure]
-    found = occlusion(model, images, labels, eps=eps, grid_size=grid)
+    found = occlusion(model, images, labels, eps=eps, grid_size=grid, patch=patch, seed=1)
+    noise = torch.empty_like(images).uniform_(generator=torch.Generator().manual_seed(1))
+    cover = noise if patch == "random" else torch.full_like(images, 0.5)
     edges = [-(-8 * i // grid) for i in range(grid + 1)]
     candidates = [images]
     for number in range(1, eps + 1):
@@ -82,7 +84,7 @@ def test_occlusion_is_the_worst_of_all_positions(eps, grid):
             covered = images.clone()
             for row, column in place:
                 window = (..., slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1]))
-                covered[window] = 0.5
+                covered[window] = cover[window]
             candidates.append(covered)
     check_against_brute_force(model, labels, found, candidates)
     assert (found != images).any(dim=1).flatten(1).sum(dim=1).max() <= eps * (8 // grid + 1) ** 2
@@ -249,6 +251,7 @@ def test_under_autocast_candidates_stay_in_float32(defences, digits, attack, opt
         (occlusion, {"eps": 3}, "eps must be one of 1, 2"),
         (occlusion, {"grid_size": 9}, r"grid_size must lie in 1..8, got 9"),
         (occlusion, {"norm": "linf"}, "norm must be one of occlusion"),
+        (occlusion, {"patch": "black"}, "patch must be one of grey, random"),
         (rotation_translation, {"eps": 200}, "eps must be above 0, at most 180"),
         (rotation_translation, {"translation": 1.5}, r"translation must lie in 0..1"),
         (rotation_translation, {"shifts": 0}, "shifts must be at least 1"),

@@ -160,7 +160,10 @@ def _run_l1(
 
     for multiple, share in L1_STAGES:
         stage, length = ball.rows(slice(None), multiple), min(ceil(share * steps), steps - done)
-        points = stage.start(generator) if points is None else stage.project(points)
+        if points is None:  # the published start; that of ``Ball`` is another
+            like = {"device": ball.images.device, "dtype": ball.images.dtype}
+            points = ball.images + torch.randn(ball.images.shape, generator=generator, **like)
+        points = stage.project(points)
         if length > 0:
             points = _run(
                 model, stage, labels, steps=length, start=points, leave=multiple == 1,

@@ -60,15 +60,17 @@ class Ball:
         return type(self)(self.images[index], times * eps, self.norm)
 
     def start(self, generator: torch.Generator | None = None) -> Float[Tensor, "batch channels height width"]:
-        """A point for each image: uniform in the ball, clipped to [0, 1]; for l1 the projection of noise of
-        standard deviation 1, which differs from the image in few values, as what l1 attacks find."""
+        """A point for each image: uniform in the ball, clipped to [0, 1]; for l1 the projection of one of the
+        images, drawn at random, with noise of standard deviation 1: it differs in few values, as what l1
+        attacks find."""
         shape, kind = self.images.shape, {"device": self.images.device, "dtype": self.images.dtype}
         if self.norm == "linf":
             noise = torch.rand(shape, generator=generator, **kind) * 2 - 1
             return (self.images + self.eps * noise).clamp(0, 1)
         noise = torch.randn(shape, generator=generator, **kind)
         if self.norm == "l1":
-            return self.project(self.images + noise)
+            others = torch.randint(len(noise), (len(noise),), generator=generator, device=noise.device)
+            return self.project(self.images[others] + noise)
         radius = torch.rand((len(noise), 1, 1, 1), generator=generator, **kind)
         return self.project(self.images + self.eps * radius ** (1 / self.images[0].numel()) * _unit(noise))
 

@@ -34,6 +34,7 @@ def occlusion(
     eps: float = 1,
     norm: str = "occlusion",
     grid_size: int = 8,
+    patch: str = "grey",
     eot_samples: int = 1,
     rule: str = "any",
     votes: int = 10,
@@ -42,23 +43,27 @@ def occlusion(
     max_batch: int = 256,
     callback: StepCallback | None = None,
 ) -> Float[Tensor, "batch channels height width"]:
-    """The worst of all images in which at most ``eps`` patches of a grid are grey; every position is tried.
+    """The worst of all images in which at most ``eps`` patches of a grid are covered; every position is
+    tried.
 
     Args:
         eps: number of patches, 1 or 2.
         grid_size: the image is cut into grid_size x grid_size patches, which differ by a pixel where the grid
             does not divide it.
+        patch: what covers: ``grey``, or ``random``, uniform noise of each image's own, the same at every
+            position.
         eot_samples: samples of a random model that each value is averaged over; the same ones at every
             position.
         rule, votes: when an image counts as broken and is searched no further, see ``decisions.correct``.
         targets: the class that each image is driven to; None: any other.
+        seed: of the random patches, and of the model's samples.
 
     Returns:
         images in [0, 1]: the first position that breaks an image, else that of the largest margin.
 
     Raises:
-        ValueError: as ``contract.prepare``; for other numbers of patches, or a grid that is finer than the
-            pixels.
+        ValueError: as ``contract.prepare``; for other numbers or kinds of patches, or a grid that is finer
+            than the pixels.
 
     Source: perceptual-advex and Fawzi & Frossard 2016 for the threat; the search is exhaustive.
     """
@@ -69,16 +74,19 @@ def occlusion(
     height, width = search.images.shape[2:]
     check_counts(grid_size=grid_size)
     check_settings(
-        norm=(norm, one_of("occlusion")), eps=(eps, one_of(1, 2)),
+        norm=(norm, one_of("occlusion")), eps=(eps, one_of(1, 2)), patch=(patch, one_of("grey", "random")),
         grid_size=(grid_size, between(1, min(height, width))),
     )  # fmt: skip
+    cover = torch.full_like(search.images, 0.5)
+    if patch == "random":
+        cover.uniform_(generator=make_generator(seed, cover.device))
     rows, columns = (torch.arange(side) * grid_size // side for side in (height, width))
     patches = (rows[:, None] * grid_size + columns).to(search.images.device)  # of each pixel its number
     places = [()] + [place for k in range(1, int(eps) + 1) for place in combinations(range(grid_size**2), k)]
 
     def candidate(number: int, rows: Tensor) -> Tensor:
         hidden = torch.isin(patches, torch.tensor(places[number], dtype=torch.int64, device=patches.device))
-        return search.images[rows].masked_fill(hidden, 0.5)
+        return torch.where(hidden, cover[rows], search.images[rows])
 
     return search.try_all(candidate, len(places), callback)
 

@@ -381,6 +381,7 @@ PROTOCOLS: dict[str, Protocol] = {
                 *_randomness(200),
                 _strongest(200, 20, name="transfer from a sister", threat_model="sister"),
                 *_UNSEEN,
+                Row("occlusion", "noise patch", "occlusion", options={"eot_samples": 5, "patch": "random"}),
             ),
             selection="lee-kim",
         ),
