@@ -2,6 +2,8 @@
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import wraps
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +26,7 @@ from small_evaluation import (
 )
 from torch import nn
 
-from atoplib.attacks import Ball, pgd
+from atoplib.attacks import ATTACKS, Ball, pgd
 from atoplib.decisions import RULES, correct, reseed, sample_logits
 from atoplib.evaluation import Row, evaluate
 
@@ -133,6 +135,20 @@ def test_a_sister_s_images_are_shown_to_its_defence_alone():
     assert set(found.frame[found.frame.attack == "sister"].defence) == {"a"}
     alone = run({"its": linear(3)}, protocol=plan).adversarial("its", "white-box")
     assert torch.equal(found.adversarial("a", "sister"), alone)
+
+
+def test_an_attack_counts_by_as_many_votes_as_its_row_has_at_the_end(monkeypatch):
+    asked, attack = [], ATTACKS["pgd"]
+
+    @wraps(attack.function)
+    def spy(*given, **options):
+        asked.append(options["votes"])
+        return attack.function(*given, **options)
+
+    monkeypatch.setitem(ATTACKS, "pgd", replace(attack, function=spy))
+    rows = (Row("pgd", "few", options=PGD), Row("pgd", "many", votes=7, options=PGD))
+    found = run({"noisy": Noisy(0.5).eval()}, protocol=PROTOCOL._replace(rows=rows, votes=3))
+    assert asked[-2:] == [3, 7] and {3, 7} <= set(found.frame.votes)
 
 
 def test_a_second_evaluation_gives_the_same_whatever_was_drawn_before():

@@ -11,7 +11,7 @@ from test_attacks import seeded
 from test_autoattack import Linear
 from torch import nn
 
-from atoplib.attacks import Ball, pgd
+from atoplib.attacks import ATTACKS, Ball, pgd
 from atoplib.attacks.norms import norm_of
 from atoplib.attacks.third_party import ddn, fmn
 from atoplib.attacks.unseen import (
@@ -67,6 +67,17 @@ def check_against_brute_force(model, labels, found, candidates):
     torch.testing.assert_close(gaps(model, found, labels)[~breakable], known.amax(dim=0)[~breakable])
     same = torch.stack([(each - found).abs().flatten(1).amax(dim=1) < 1e-6 for each in candidates])
     assert same.any(dim=0).all(), "the result is none of the candidates"
+
+
+@pytest.mark.parametrize("name", ["occlusion", "rotation_translation", "corruption"])
+def test_a_search_has_as_many_candidates_as_the_time_left_is_told_by(name):
+    model, images, labels = toy_set(2)
+    totals = []
+    ATTACKS[name].function(
+        model, images, labels, eps=1, norm=ATTACKS[name].norms[0],
+        callback=lambda step, total, *_: totals.append(total),
+    )  # fmt: skip
+    assert set(totals) == {ATTACKS[name].tries}
 
 
 @pytest.mark.parametrize("eps, grid, patch", [(1, 4, "grey"), (1, 3, "random"), (2, 5, "grey")])
