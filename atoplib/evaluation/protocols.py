@@ -275,7 +275,7 @@ def _randomness(steps: int) -> tuple[Row, ...]:
 
 
 _UNSEEN = (
-    _strongest(80, 5, "l1", restarts=5),  # few images are left after the first
+    _strongest(80, 5, "l1", restarts=10),  # few images are left after the first
     Row("occlusion", "occlusion", "occlusion", options={"eot_samples": 5}),
     Row("rotation_translation", "rotation, translation", "rotation"),
     Row("corruption", "corruptions", "corruption"),
