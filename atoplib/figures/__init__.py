@@ -12,7 +12,13 @@ from atoplib.figures.charts import (
     parameter_lines,
     training_curves,
 )
-from atoplib.figures.images import image_grid, perturbation_maps, purification_grid, purification_stages
+from atoplib.figures.images import (
+    image_grid,
+    perturbation_maps,
+    purification_grid,
+    purification_stages,
+    telling_images,
+)
 from atoplib.figures.style import eps_text, save_figure
 
 __all__ = [
@@ -26,5 +32,6 @@ __all__ = [
     "purification_grid",
     "purification_stages",
     "save_figure",
+    "telling_images",
     "training_curves",
 ]

@@ -7,7 +7,8 @@ from jaxtyping import Float, Int
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from atoplib.decisions import fixed_sample
+from atoplib.attacks import pgd
+from atoplib.decisions import fixed_sample, sample_logits
 from atoplib.figures.style import DIVERGING, MINUS, RIGHT, WRONG, new_figure, plain
 from atoplib.transforms import corrupt
 
@@ -19,6 +20,33 @@ COLUMNS = {
     "purified": "purified",
     "residual": f"residual\n(purified {MINUS} clean)",
 }
+
+
+def telling_images(
+    defences: Mapping[str, nn.Module],
+    images: Float[Tensor, "batch 3 height width"],
+    labels: Int[Tensor, " batch"],
+    count: int = 1,
+    *,
+    eps: float | None = None,
+    norm: str = "linf",
+    seed: int = 0,
+) -> list[int]:
+    """Numbers of ``count`` images worth a picture, the best of each class first: all defences classify them
+    correctly, and, where ``eps`` is given, ``AToP`` holds them and ``AP`` loses them under white-box PGD-10.
+    """
+
+    def share(model: nn.Module, shown: Tensor) -> Tensor:
+        return (sample_logits(model, shown, num_samples=10).argmax(dim=2) == labels).float().mean(dim=0)
+
+    worth = torch.stack([10 * share(model, images) for model in defences.values()]).amin(dim=0)
+    for name, sign in {"AP": -1, "AToP": 1}.items() if eps else ():
+        if name in defences:
+            attacked = pgd(defences[name], images, labels, eps=eps, norm=norm, steps=10, seed=seed)
+            worth += sign * share(defences[name], attacked)
+    order = worth.argsort(descending=True, stable=True)
+    earlier = [(labels[order[:place]] == labels[number]).sum() for place, number in enumerate(order)]
+    return order[torch.stack(earlier).argsort(stable=True)][:count].tolist()
 
 
 @torch.no_grad()
