@@ -169,10 +169,21 @@ def test_every_attack_of_the_registry_can_be_described_to_the_page(name: str) ->
     scene = make_scene()
     values = changed(VALUES, {"attack": name}, scene, VALUES)
     shown = json.loads(json.dumps(controls.described(values, scene)))
-    assert name in [value for _, entries in shown["attack"]["entries"] for value, _, _ in entries]
+    assert name in [value for _, entries in shown["attack"]["entries"] for value, *_ in entries]
     known = ATTACKS[name].options if name in ATTACKS else {}
     plain = {name for name, default in known.items() if not isinstance(default, tuple)}
     assert {option for option, _ in shown["options"]["entries"]} == plain.difference(attack.EFFORT)
+
+
+def test_attacks_that_refuse_random_models_are_disabled_in_front_of_one() -> None:
+    scene, allowed = make_scene(), []
+    for case in CASES:
+        views({**VALUES, **CASES[case]}, scene)
+        shown = controls.described({**VALUES, **CASES[case]}, scene)["attack"]
+        allowed += [] if shown["random"] else [case]
+    assert allowed == ["on the classifier", "no attack", "a bare classifier"]
+    entries = [entry for _, group in shown["entries"] for entry in group]
+    assert [name for name, _, _, *why in entries if any(why)] == ["ddn", "fmn"]
 
 
 # what is computed

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 from atoplib import files, parameters
 from atoplib.attacks import ATTACKS
-from atoplib.explorer.attack import EACH, EFFORT, NO_ATTACK, TRANSFORM, Scene, Values, is_attacking
+from atoplib.explorer.attack import (
+    EACH,
+    EFFORT,
+    NO_ATTACK,
+    TRANSFORM,
+    Scene,
+    Values,
+    attacked_defence,
+    is_attacking,
+)
 from atoplib.pipeline import AToPPipeline
 
 THREAT_MODELS = {
@@ -111,13 +120,14 @@ TYPES = {name: type(control.default) for name, control in CONTROLS.items()} | {"
 
 
 def menus(values: Values, scene: Scene) -> dict[str, list]:
-    """The entries of every menu, in groups: [group, [[value, label, description], ...]]."""
+    """The entries of every menu, in groups: [group, [[value, label, description], ...]]; of an attack also
+    why it is disabled where a random model is attacked, or ""."""
     norms = ATTACKS[values["attack"]].norms if values["attack"] in ATTACKS else (values["norm"],)
     attacks: dict[str, list] = {"": [[NO_ATTACK, "none", "the clean image"]]}
     for name, attack in ATTACKS.items():
         family = "by gradients" if attack.gradient else "without gradients"
         attacks.setdefault("torchattacks" if ":" in name else family, []).append(
-            [name, attack.title, attack.description]
+            [name, attack.title, attack.description, "" if attack.stochastic else "deterministic models only"]
         )
     return {
         "attack": list(map(list, attacks.items())),
@@ -142,7 +152,7 @@ def check(values: Values, scene: Scene) -> dict[str, Any]:
         c.name: parameters.between(c.low, c.most) for c in CONTROLS.values() if c.kind in ("range", "number")
     }
     for name, groups in menus(values, scene).items():
-        rules[name] = parameters.one_of(*(value for _, entries in groups for value, _, _ in entries))
+        rules[name] = parameters.one_of(*(value for _, entries in groups for value, *_ in entries))
     rules["rows"] = parameters.each(parameters.one_of(*scene.defences))
     rules["image"] = parameters.between(0, len(scene.labels) - 1)
     rules["eps"] = parameters.between(0, 1.0 if values["norm"] == "linf" else math.inf)
@@ -219,6 +229,9 @@ def described(values: Values, scene: Scene) -> dict[str, dict[str, Any]]:
         | {"value": values[name], "why": reasons.get(name), "entries": entries.get(name)}
         for name, control in CONTROLS.items()
     }
+    shown["attack"]["random"] = values["threat_model"] != "transfer" and any(
+        scene.is_random(attacked_defence(values, name), values) for name in values["rows"]
+    )
     unit, high, step = UNITS.get(values["norm"], (values["norm"], 1.0, 0.01))
     if values["norm"] == "linf" and values["eps"] < SMALL:
         shown["eps"] |= {"unit": 255}

@@ -161,11 +161,12 @@ function render({ model, el }) {
     let entries = [], known = "";
     const field = make("select", { ariaLabel: label, title: help, onchange: () => set({ [name]: entries[field.selectedIndex][0] }) });
     const show = (now) => {
-      if (JSON.stringify(now.entries) !== known) {
-        known = JSON.stringify(now.entries);
+      if (JSON.stringify([now.entries, now.random]) !== known) {
+        known = JSON.stringify([now.entries, now.random]);
         entries = now.entries.flatMap(([, list]) => list);
         field.replaceChildren(...now.entries.flatMap(([group, list]) => {
-          const options = list.map(([, title, about]) => make("option", { title: about }, title));
+          const options = list.map(([, title, about, why]) => (now.random && why
+            ? make("option", { title: why, disabled: true }, `${title}: ${why}`) : make("option", { title: about }, title)));
           return group ? [make("optgroup", { label: group }, ...options)] : options;
         }));
       }
