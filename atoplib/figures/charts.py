@@ -29,6 +29,7 @@ from atoplib.figures.style import (
     style_axes,
 )
 
+MARKERS = "osD^vP"  # of a series: points on one another are told apart
 QUANTITIES = {  # label of a panel's axis; other names stand as they are
     "loss": "loss",
     "eps": "ε, images in [0, 1]",
@@ -174,7 +175,8 @@ def parameter_lines(
     rule: str | None = None,
     log: bool = False,
 ) -> Figure:
-    """Lines over a parameter with their 95 % intervals: a panel an attack, a colour a defence.
+    """Lines over a parameter with their 95 % intervals: a panel an attack, a colour and a marker a
+    defence.
 
     Args:
         frame: of an ``Evaluation`` or an ablation, with a column ``parameter``: numbers, or names (in their
@@ -196,18 +198,23 @@ def parameter_lines(
     figure, axes = panels(len(shown), 3.6, 3.1, title)
     for one, (heading, part, value) in zip(axes, shown, strict=True):
         for name, points in part.groupby(series, sort=False):
+            above = 1 - names.index(name) / len(names)  # the first is the largest
             one.errorbar(
                 points[parameter],
                 points[value],
                 error_bars(points, value),
-                fmt="o",
+                fmt=MARKERS[names.index(name) % len(MARKERS)],
                 color=colours[name],
-                markersize=4,
-                capsize=2,
+                label=plain(name),
+                markersize=4 + 6 * above,
+                markerfacecolor="none",
+                markeredgewidth=1.5,
+                elinewidth=1 + above,
+                capsize=1 + 4 * above,
             )
             sort = pd.api.types.is_numeric_dtype(points[parameter])
             means = points.groupby(parameter, sort=sort)[value].mean()
-            one.plot(means.index, means, color=colours[name], label=plain(name))
+            one.plot(means.index, means, color=colours[name])
         style_axes(
             one,
             xlabel=plain(label or parameter.replace("_", " ")),
