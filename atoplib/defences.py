@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from atoplib import checkpoints, classifiers, decisions, freezing, hashing, pretrained, runs
-from atoplib.parameters import WEIGHTS, Parameters, check_settings, each, one_of
+from atoplib.parameters import WEIGHTS, MissingFileError, Parameters, check_settings, each, one_of
 from atoplib.pipeline import load_pipeline
 
 # Which notebook makes each defence, and the parameters of its run that ``latest`` means.
@@ -78,7 +78,7 @@ def find_weights(p: Parameters, which: str, defence: str = "undefended") -> Path
     if which.endswith(WEIGHTS):
         path = Path(which).expanduser()
         if not path.is_file():
-            raise FileNotFoundError(f"there is no file {which}; give 'latest', the name of a run, or a path")
+            raise MissingFileError(f"there is no file {which}; give 'latest', the name of a run, or a path")
         return path
     stage, wanted = STAGES[defence]
     file = "classifier.safetensors" if stage == "01_train_classifier" else "purifier.safetensors"
@@ -228,7 +228,7 @@ def _classifier_path(p: Parameters, path: Path, defence: str) -> Path:
     try:
         return find_weights(p, trained_for)
     except FileNotFoundError as error:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{defence} was fine-tuned for the classifier of {trained_for}, which {runs.experiment_dir(p)} "
             "does not hold any more; name another by atop_classifier_run"
         ) from error

@@ -32,6 +32,16 @@ Rule = Callable[[Any], Any]
 class ParameterError(ValueError):
     """A parameter that cannot be; the message names it and says what is allowed."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class MissingFileError(FileNotFoundError):
+    """A file or run that is not there; the message says what to do, and IPython shows it alone."""
+
+    _render_traceback_ = ParameterError._render_traceback_
+
 
 class Parameters:
     """The checked parameters of a notebook, as attributes; they do not change.
@@ -187,8 +197,13 @@ def check(
     injected = [node.id for node in nodes if isinstance(node.ctx, ast.Store)]
     check_known((*injected, *rules, *(smoke or {})), kinds)
     values = {name: convert(name, namespace[name], kind) for name, kind in kinds.items()}
-    ruled = {name: rule for name, rule in (COMMON | rules).items() if callable(rule)}
-    check_settings(**{n: (values[n], rule) for n, rule in ruled.items() if values.get(n) is not None})
+    check_settings(
+        **{
+            name: (values[name], rule)
+            for name, rule in (COMMON | rules).items()
+            if callable(rule) and values.get(name) is not None
+        }
+    )
     _check_weights(values)
     if smoke and values.get("smoke"):
         values |= smoke

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from atoplib import hashing, progress
 from atoplib.files import read_json, supersede, workspace_dir, write_json, write_text
-from atoplib.parameters import Parameters
+from atoplib.parameters import MissingFileError, Parameters
 
 # The environment variable by which a batch tells a notebook the name of its run.
 NAME_FROM_BATCH = "ATOPLIB_RUN"
@@ -81,7 +81,7 @@ def find_run(p: Parameters, which: str, stage: str, **wanted: Any) -> Path:
         for path in (folder / which, Path(which).expanduser()):
             if (path / "manifest.json").is_file():
                 return path
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"there is no run {which!r} in {folder}, nor at that path; give 'latest' or a name"
         )
     wanted = {"dataset": p.dataset, "image_size": p.image_size} | wanted
@@ -97,7 +97,7 @@ def find_run(p: Parameters, which: str, stage: str, **wanted: Any) -> Path:
             return path
         nearest = nearest or f" ({path.name} has {'; '.join(others)})"
     conditions = "".join(f", {name} = {value!r}" for name, value in wanted.items() if value not in ("", None))
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{folder} holds no complete run of {stage}{conditions}{nearest}: run the notebook {stage}.ipynb "
         f"first, with the same experiment, dataset, image_size and smoke; or name a run in place of 'latest'"
     )

@@ -96,6 +96,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed_by_the_batch_and_in_the_not
     with pytest.raises(ParameterError) as in_notebook:
         checked(**values)
     assert all(word in str(in_notebook.value) for word in words)
+    # IPython shows the sentence alone
+    assert in_notebook.value._render_traceback_() == [f"ParameterError: {in_notebook.value}"]
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from atoplib.contract import first_line
 from atoplib.data.splits import subset
 from atoplib.files import data_files, is_data, write_atomically
+from atoplib.parameters import MissingFileError
 from atoplib.progress import Report
 
 CACHE_VERSION = 2  # raise it when the pixels that one and the same file gives change
@@ -47,7 +48,7 @@ def folder_listings(name: str) -> list[Listing]:
     root = Path(name.removeprefix("folder:")).expanduser()
     split = next((split for split in ("test", "val") if (root / split).is_dir()), None)
     if not name.removeprefix("folder:").strip() or split is None or not (root / "train").is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{name!r} lacks train/, or test/ and val/: write folder:PATH, where a folder holds "
             "train/CLASS/IMAGE and test/CLASS/IMAGE (or val/ in place of test/)"
         )

@@ -19,7 +19,7 @@ from torch import Tensor
 from atoplib import contract, files
 from atoplib.data import images
 from atoplib.data.splits import Dataset, Split, subset, to_float
-from atoplib.parameters import at_least, check_settings, one_of
+from atoplib.parameters import MissingFileError, at_least, check_settings, one_of
 from atoplib.progress import Report
 
 SMALL_SET_BYTES = 2**30
@@ -242,7 +242,7 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
                 f"{existing[0]} is damaged ({contract.first_line(error)}): delete it and run again"
             ) from error
         if not download:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{name} is not in {data_dir}: data.load({name!r}) downloads it (mnist5k needs none)"
             ) from error
     if progress:
@@ -253,7 +253,7 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return make(download=True)
     except Exception as error:  # no network, timeouts, bad archives, a full disk: these come as many kinds
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{name} is not complete in {data_dir} and could not be downloaded "
             f"({contract.first_line(error)}): put {by_hand.format(data_dir)} by hand, or use mnist5k, which "
             "is embedded, or folder:PATH with your own images"
