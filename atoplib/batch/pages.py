@@ -109,8 +109,10 @@ def write_results(folder: Path, jobs: Sequence[Job], summary: str) -> None:
             for private, public in _private_folders(job).items():
                 text = text.replace(private, public).replace(json.dumps(private)[1:-1], public)
             files.write_text(target / name, text)
-        link = f"[{job.label}]({job.run_dir.name}/notebook.ipynb)"
-        lines.append(f"| {link} | {manifest.get('seconds', 0):.0f} s on {manifest.get('hardware', '?')} |")
+        lines.append(
+            f"| [{job.label}]({job.run_dir.name}/notebook.ipynb) "
+            f"| {manifest.get('seconds', 0):.0f} s on {manifest.get('hardware', '?')} |"
+        )
     files.write_text(folder / "README.md", "\n".join(lines) + "\n")
 
 

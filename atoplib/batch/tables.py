@@ -135,7 +135,7 @@ def headline(run_dir: Path) -> str:
     if scores.empty:
         return ""
     counting = scores[scores["threat_model"] != "known sample"]  # which tells what randomness hides
-    worst = counting.groupby("defence", sort=False)["accuracy"].min()
     return "under the strongest attack: " + ", ".join(
-        f"{name} {value:.1f} %" for name, value in worst.items()
+        f"{name} {value:.1f} %"
+        for name, value in counting.groupby("defence", sort=False)["accuracy"].min().items()
     )

@@ -78,8 +78,7 @@ def worst_case(by_image: pd.DataFrame, attacks: pd.Series | np.ndarray, name: st
 
 def by_defence(*parts: pd.DataFrame) -> pd.DataFrame:
     """Rows of several frames, those of a defence together."""
-    groups = pd.concat(parts).groupby("defence", sort=False)
-    return pd.concat([rows for _, rows in groups], ignore_index=True)
+    return pd.concat([rows for _, rows in pd.concat(parts).groupby("defence", sort=False)], ignore_index=True)
 
 
 def with_worst_cases(by_image: pd.DataFrame) -> pd.DataFrame:

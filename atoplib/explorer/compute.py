@@ -1,7 +1,6 @@
 """From the values of the controls to everything that is on screen: every defence on the iterates of its
 attack."""
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -70,8 +69,7 @@ class View(NamedTuple):
 
 def shown_step(steps: Iterable[int], values: Values) -> int:
     """The step that is shown: the last one up to the value ``shown_step``, the result where that is None."""
-    end = math.inf if values["shown_step"] is None else values["shown_step"]
-    return max(step for step in steps if step <= end)
+    return max(step for step in steps if values["shown_step"] is None or step <= values["shown_step"])
 
 
 def make_row(scene: Scene, values: Values, name: str, report: Report, *, complete: bool = False) -> Row:

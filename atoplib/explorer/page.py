@@ -128,11 +128,10 @@ def content(view: View, curves: list[list]) -> dict[str, Any]:
 
 
 def _row(view: View, row: Row) -> dict[str, Any]:
-    change = row.images[row.place(view.values)] - view.clean
     return {
         "name": row.name,
         "cells": [[column, source(pixels), text] for column, (pixels, text) in pictures(view, row).items()],
-        "tenfold": source(to_pixels(view.clean + 10 * change)),
+        "tenfold": source(to_pixels(view.clean + 10 * (row.images[row.place(view.values)] - view.clean))),
         **decision(view, row),
     }
 

@@ -286,8 +286,11 @@ def _parts(
     frame: pd.DataFrame, panel: str | None, values: Mapping[str, str]
 ) -> list[tuple[str, pd.DataFrame, str]]:
     """What each axes shows: the value of ``panel``, its rows, and the column whose numbers are drawn."""
-    groups = frame.groupby(panel, sort=False) if panel else [("", frame)]
-    return [(heading, part, value) for heading, part in groups for value in values]
+    return [
+        (heading, part, value)
+        for heading, part in (frame.groupby(panel, sort=False) if panel else [("", frame)])
+        for value in values
+    ]
 
 
 def _in_lines(names: Sequence) -> list[str]:

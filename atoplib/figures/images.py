@@ -42,11 +42,12 @@ def telling_images(
     worth = torch.stack([10 * share(model, images) for model in defences.values()]).amin(dim=0)
     for name, sign in {"AP": -1, "AToP": 1}.items() if eps else ():
         if name in defences:
-            attacked = pgd(defences[name], images, labels, eps=eps, norm=norm, steps=10, seed=seed)
-            worth += sign * share(defences[name], attacked)
+            worth += sign * share(
+                defences[name], pgd(defences[name], images, labels, eps=eps, norm=norm, steps=10, seed=seed)
+            )
     order = worth.argsort(descending=True, stable=True)
-    earlier = [(labels[order[:place]] == labels[number]).sum() for place, number in enumerate(order)]
-    return order[torch.stack(earlier).argsort(stable=True)][:count].tolist()
+    turns = (labels[order, None] == labels[order]).tril().sum(dim=1)  # the first, second, ... of its class
+    return order[turns.argsort(stable=True)][:count].tolist()
 
 
 @torch.no_grad()
@@ -196,12 +197,11 @@ def _draw(
                 axes.set_xlabel(plain(text), color=colour, fontsize=9)
         grid[0, column].set_title(plain(heading), fontsize=9)
         if signed:
-            beyond = "both" if largest > 1.001 * scale else "neither"  # some pixels lie beyond the scale
             bar = figure.colorbar(
                 drawn,
                 cax=grid[-1, column].inset_axes((0, -0.14, 1, 0.06)),
                 orientation="horizontal",
-                extend=beyond,
+                extend="both" if largest > 1.001 * scale else "neither",  # some pixels lie beyond the scale
             )
             ticks = {-scale: f"{MINUS}{scale:.3g}", 0: "0", scale: f"{scale:.3g}"}
             bar.set_ticks(list(ticks), labels=ticks.values(), fontsize=8)

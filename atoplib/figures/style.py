@@ -71,8 +71,11 @@ def style_axes(axes: Axes, grid: str = "both", **settings: Any) -> None:
 
 def legend_below(figure: Figure) -> None:
     """One legend for all axes of a figure, below them."""
-    every = [axes.get_legend_handles_labels() for axes in figure.axes]
-    entries = {label: handle for one in every for handle, label in zip(*one, strict=True)}
+    entries = {
+        label: handle
+        for axes in figure.axes
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
     fitting = max(1, int(13 * figure.get_figwidth() / (6 + max(map(len, entries), default=0))))
     figure.legend(
         entries.values(),
