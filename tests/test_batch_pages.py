@@ -66,6 +66,15 @@ def test_the_index_lists_complete_runs_with_what_tells_them_apart_a_number_and_l
     assert f"<a href='{jobs[0].run_dir.name}/figures/plot.png'>plot.png</a>" in index
 
 
+def test_a_page_draws_its_formulas_and_leaves_what_cannot_be_drawn(tmp_path):
+    cell = v4.new_markdown_cell("# Title\n\n$x^2$ and $$\\sum_i x_i$$ and $\\underbrace{x}$")
+    nbformat.write(v4.new_notebook(cells=[cell]), tmp_path / "notebook.ipynb")
+    pages.write_page(tmp_path / "notebook.ipynb")
+    text = (tmp_path / "notebook.html").read_text()
+    assert "<title>Title</title>" in text and "$\\underbrace{x}$" in text
+    assert text.count('style="vertical-align: -') == 2
+
+
 def test_results_hold_numbers_plots_and_notebooks_and_no_weights_pictures_or_folders_of_ones_own(
     tmp_path, complete
 ):

@@ -182,8 +182,7 @@ def test_attacks_that_refuse_random_models_are_disabled_in_front_of_one() -> Non
         shown = controls.described({**VALUES, **CASES[case]}, scene)["attack"]
         allowed += [] if shown["random"] else [case]
     assert allowed == ["on the classifier", "no attack", "a bare classifier"]
-    entries = [entry for _, group in shown["entries"] for entry in group]
-    assert [name for name, _, _, *why in entries if any(why)] == ["ddn", "fmn"]
+    assert [name for _, group in shown["entries"] for name, _, _, *why in group if any(why)] == ["ddn", "fmn"]
 
 
 # what is computed

@@ -47,22 +47,20 @@ def legend(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-class Threshold(nn.Module):
+def threshold(level):
     """Class 1 where an image is brighter in the mean than ``level``."""
 
-    def __init__(self, level):
-        super().__init__()
-        self.level = level
-
-    def forward(self, images):
-        bright = images.mean(dim=(1, 2, 3)) - self.level
+    def model(images):
+        bright = images.mean(dim=(1, 2, 3)) - level
         return torch.stack([-bright, bright], dim=1)
+
+    return model
 
 
 def test_telling_images_are_correct_by_all_of_all_classes_and_held_by_atop_alone():
     brightness, labels = torch.tensor([0.1, 0.2, 0.3, 0.95, 0.8]), torch.tensor([0, 0, 0, 1, 1])
     images = brightness[:, None, None, None].expand(-1, 3, 4, 4).contiguous()
-    defences = {"AP": Threshold(0.25).eval(), "AToP": Threshold(0.5).eval()}
+    defences = {"AP": threshold(0.25), "AToP": threshold(0.5)}
     assert figures.telling_images(defences, images, labels, 5) == [0, 3, 1, 4, 2]
     assert figures.telling_images(defences, images, labels, 2, eps=0.1) == [1, 3]
 

@@ -5,8 +5,11 @@ a small folder of results for a paper's repository or a colleague.
 import html
 import json
 import sys
+from base64 import b64encode
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 from atoplib import files, progress, runs
 from atoplib.batch.recipe import Job
@@ -21,18 +24,35 @@ STYLE = (
 
 
 def write_page(executed: Path) -> None:
-    """The executed notebook as a page beside it, unless there is one, with its first heading as the title."""
+    """The executed notebook as a page beside it, unless there is one, with its first heading as the title and
+    its formulas as pictures, for which nothing has to be loaded."""
     if (page := executed.with_suffix(".html")).exists():
         return
     # Here, so that a recipe that cannot be run says so at once; without the check of URIs, as papermill.
     sys.modules.setdefault("rfc3987_syntax", None)
     import nbconvert
     import nbformat
+    from nbconvert.filters.markdown_mistune import IPythonRenderer
 
+    IPythonRenderer.inline_math = IPythonRenderer.block_math = _formula
     notebook = nbformat.read(executed, as_version=4)
-    title, _, _ = notebook.cells[0].source.removeprefix("# ").partition("\n")
-    files.write_text(
-        page, nbconvert.HTMLExporter().from_notebook_node(notebook, {"metadata": {"name": title}})[0]
+    about = {"metadata": {"name": notebook.cells[0].source.removeprefix("# ").partition("\n")[0]}}
+    files.write_text(page, nbconvert.HTMLExporter().from_notebook_node(notebook, about)[0])
+
+
+def _formula(_renderer: Any, text: str) -> str:
+    """A formula as a picture on the line; as it is, for a reader with MathJax, where matplotlib cannot draw
+    it."""
+    from matplotlib.mathtext import math_to_image
+
+    picture = BytesIO()
+    try:
+        depth = math_to_image(f"${text.strip()}$", picture, format="svg")
+    except ValueError:
+        return html.escape(f"${text}$")
+    return (
+        f'<img alt="{html.escape(text)}" style="vertical-align: {-depth}pt" '
+        f'src="data:image/svg+xml;base64,{b64encode(picture.getvalue()).decode()}">'
     )
 
 
@@ -74,8 +94,13 @@ def _links(run_dir: Path, folder: Path) -> str:
         for file in _files(run_dir, "notebook.html", "pictures/*.png", "figures/*.png", *TABLES)
     ]
     images = [f"<img alt='' src='{href}'><br>" for href in hrefs if href.endswith(".png")]
-    links = " · ".join(f"<a href='{href}'>{href.rpartition('/')[2]}</a>" for href in hrefs)
-    return f"{''.join(images[:1])}{links}<br><small>{run_dir.name}</small>"
+    return "".join(
+        [
+            *images[:1],
+            " · ".join(f"<a href='{href}'>{href.rpartition('/')[2]}</a>" for href in hrefs),
+            f"<br><small>{run_dir.name}</small>",
+        ]
+    )
 
 
 def _files(folder: Path, *patterns: str) -> list[Path]:

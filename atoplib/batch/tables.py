@@ -92,8 +92,11 @@ def trained_with(scores: pandas.DataFrame, name: str) -> pandas.Series:
 
 def identity_parameters(run_dir: Path) -> dict[str, Any]:
     """A run's parameters, but for those that say where it is made."""
-    values = (files.read_json(run_dir / "parameters.json") or {}).items()
-    return {name: value for name, value in values if name not in hashing.NO_IDENTITY}
+    return {
+        name: value
+        for name, value in (files.read_json(run_dir / "parameters.json") or {}).items()
+        if name not in hashing.NO_IDENTITY
+    }
 
 
 def parameters(run_dir: Path) -> dict[str, Any]:

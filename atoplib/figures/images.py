@@ -122,8 +122,7 @@ def purification_grid(
         for number, truth in enumerate(truths):
             for name, column in (("clean", 0), ("adversarial", 4 if "purified" in stages else 1)):
                 notes[len(rows), column] = _answer(stages[f"p({name})"][number], truth, classes)
-            true = "" if truth is None else str(classes[truth] if classes else truth)
-            rows.append(f"{defence}\n{true}".strip())
+            rows.append(f"{defence}\n{'' if truth is None else classes[truth] if classes else truth}".strip())
     shown = {COLUMNS[name]: each for name, each in columns.items() if any(p is not None for p in each)}
     return _draw(shown, title, rows, notes, scales={} if eps is None else {2: 255 * eps})
 
