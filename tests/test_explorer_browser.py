@@ -315,6 +315,7 @@ def test_every_control_has_a_name_and_those_that_do_not_apply_are_disabled(page)
         .filter(field => !(field.ariaLabel || field.innerText || field.labels.length))
         .map(field => field.outerHTML)"""
     assert page.locator("input, select, button").count() > 30 and page.evaluate(nameless) == []
+    assert page.locator("option", has_text="DDN: deterministic models only").is_disabled()
     for name in ("undefended", "AP", "AToP"):
         page.get_by_label(f"show {name}", exact=True).uncheck()
     current(page, 'rows: ["AT')
