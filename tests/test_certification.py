@@ -78,8 +78,7 @@ def test_the_bound_is_that_of_an_independent_implementation(trials, alpha):
 @pytest.mark.parametrize("trials", [20, 500])
 def test_the_bound_exceeds_the_true_share_with_probability_alpha_at_most(trials, share):
     counts = np.arange(trials + 1)
-    above = lower_bound(counts, trials, 0.05) > share
-    assert binom.pmf(counts, trials, share)[above].sum() <= 0.05 + 1e-12
+    assert binom.pmf(counts, trials, share)[lower_bound(counts, trials, 0.05) > share].sum() <= 0.05 + 1e-12
 
 
 # the closed form
@@ -107,8 +106,7 @@ def test_the_radius_of_a_linear_classifier_is_approached_from_below():
 def test_the_radius_exceeds_the_true_one_in_a_share_alpha_of_repetitions_at_most():
     alpha = 0.1
     images = images_at([0.15], Linear()).expand(2000, 3, 4, 4)
-    found = certify(noisy(), images, n0=20, n=60, alpha=alpha, max_batch=4000)
-    beyond = int((found.radii > 0.15).sum())
+    beyond = int((certify(noisy(), images, n0=20, n=60, alpha=alpha, max_batch=4000).radii > 0.15).sum())
     assert binomtest(beyond, 2000, alpha, alternative="greater").pvalue > 1e-3
     assert beyond > 0.2 * alpha * 2000, "the bound is far from tight: alpha is not used"
 

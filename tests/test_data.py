@@ -116,8 +116,7 @@ class TestSplits:
         # A training that was interrupted before an update of the kit resumes after it.
         assert order(random_split(12), 4, seed=0, epoch=0) == [6, 1, 8, 0, 4, 3, 7, 11, 9, 2, 5, 10]
         split, before = random_split(50), torch.get_rng_state()
-        first = order(split, 8, seed=4, epoch=1)
-        assert order(split, 8, seed=4, epoch=1, start=2) == first[16:]
+        assert order(split, 8, seed=4, epoch=1, start=2) == order(split, 8, seed=4, epoch=1)[16:]
         assert order(split, 8, seed=4, epoch=1, start=6) == []
         others = {tuple(order(split, 10, seed=seed, epoch=epoch)) for seed in range(3) for epoch in range(3)}
         assert len(others) == 9 and torch.equal(torch.get_rng_state(), before)

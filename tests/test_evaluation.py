@@ -139,13 +139,8 @@ def test_a_sister_s_images_are_shown_to_its_defence_alone():
 
 def test_an_attack_counts_by_as_many_votes_as_its_row_has_at_the_end(monkeypatch):
     asked, attack = [], ATTACKS["pgd"]
-
-    @wraps(attack.function)
-    def spy(*given, **options):
-        asked.append(options["votes"])
-        return attack.function(*given, **options)
-
-    monkeypatch.setitem(ATTACKS, "pgd", replace(attack, function=spy))
+    seen = wraps(attack.function)(lambda *a, **k: asked.append(k["votes"]) or attack.function(*a, **k))
+    monkeypatch.setitem(ATTACKS, "pgd", replace(attack, function=seen))
     rows = (Row("pgd", "few", options=PGD), Row("pgd", "many", votes=7, options=PGD))
     found = run({"noisy": Noisy(0.5).eval()}, protocol=PROTOCOL._replace(rows=rows, votes=3))
     assert asked[-2:] == [3, 7] and {3, 7} <= set(found.frame.votes)
@@ -237,8 +232,7 @@ def test_accuracy_over_eps_falls_and_what_is_broken_stays_broken():
         assert torch.equal(*shown)
         passes = rows[rows.eps == larger].passes.mean()
         assert passes == pytest.approx(1 + 5 * right[smaller].mean(), abs=0.05), "the rest alone is attacked"
-    largest = found.adversarial("f", "white-box", sizes[-1])
-    assert torch.equal(found.adversarial("f", "white-box"), largest)
+    assert torch.equal(found.adversarial("f", "white-box"), found.adversarial("f", "white-box", sizes[-1]))
     assert list(found.table().index) == ["clean", *(f"white-box, ε = {eps:.3g}" for eps in sizes)]
 
 

@@ -259,8 +259,7 @@ def test_honest_models_pass(plain, hardened):
 
 @pytest.mark.parametrize("name", ["rt2", *(pytest.param(n, marks=pytest.mark.long) for n in ("none", "rt1"))])
 def test_an_honest_pipeline_passes(name, plain):
-    model = pipeline_of(plain, name=name)
-    checks = masking_checklist(model, IMAGES, LABELS, **SETTINGS)
+    checks = masking_checklist(pipeline_of(plain, name=name), IMAGES, LABELS, **SETTINGS)
     assert not warning(checks), format_checks(checks)
     assert {"transfer", "straight-through"} <= {check.name for check in checks}
     assert ({"samples", "EOT"} <= {check.name for check in checks}) == (name != "none")

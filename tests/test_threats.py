@@ -191,8 +191,7 @@ def test_a_corruption_grows_with_its_severity_and_is_the_same_each_time(kind, sm
     assert torch.equal(corrupt(smooth, kind, 5), made[4]) and torch.equal(torch.get_rng_state(), before)
     noisy = kind.endswith("noise") or kind == "motion_blur"
     assert torch.equal(corrupt(smooth, kind, 5, seed=1), made[4]) != noisy
-    gray = corrupt(smooth[:, :1], kind, 3)
-    assert gray.shape == (8, 1, 32, 32)
+    assert corrupt(smooth[:, :1], kind, 3).shape == (8, 1, 32, 32)
 
 
 def test_noises_have_the_moments_of_their_strengths(smooth):
@@ -311,8 +310,7 @@ def test_a_minimum_norm_attack_ends_at_the_nearest_boundary(attack, norm, dual):
     assert (model(found).argmax(dim=1) != labels).all() and (sizes >= known - 1e-5).all()
     assert (sizes / known).median() < {"l1": 1.3, "l2": 1.1, "linf": 1.03}[norm]
     eps = known.median().item()
-    kept = attack(model, images, labels, norm=norm, eps=eps, **options)
-    Ball(images, eps, norm).check(kept)
+    Ball(images, eps, norm).check(attack(model, images, labels, norm=norm, eps=eps, **options))
     targets = (labels + 1) % 5
     hit = attack(model, images, labels, norm=norm, targets=targets, **options)
     assert (model(hit).argmax(dim=1) == targets).float().mean() > 0.9
