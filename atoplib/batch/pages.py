@@ -32,12 +32,15 @@ def write_page(executed: Path) -> None:
     sys.modules.setdefault("rfc3987_syntax", None)
     import nbconvert
     import nbformat
-    from nbconvert.filters.markdown_mistune import IPythonRenderer
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
 
-    IPythonRenderer.inline_math = IPythonRenderer.block_math = _formula
+    drawing = type("Drawing", (IPythonRenderer,), {"inline_math": _formula, "block_math": _formula})
+    exporter = nbconvert.HTMLExporter(
+        filters={"markdown2html": lambda text: MarkdownWithMath(renderer=drawing(escape=False)).render(text)}
+    )
     notebook = nbformat.read(executed, as_version=4)
     about = {"metadata": {"name": notebook.cells[0].source.removeprefix("# ").partition("\n")[0]}}
-    files.write_text(page, nbconvert.HTMLExporter().from_notebook_node(notebook, about)[0])
+    files.write_text(page, exporter.from_notebook_node(notebook, about)[0])
 
 
 def _formula(_renderer: Any, text: str) -> str:
