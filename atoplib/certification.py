@@ -160,8 +160,7 @@ def certify(
         if progress is not None:
             progress(done if len(active) else n, n, "samples", {"certifiable": len(active) / len(images)})
     bounds = torch.from_numpy(lower_bound(right.cpu().numpy(), n, alpha)).to(images.device)
-    radii = torch.where(bounds <= 0.5, 0.0, noise_std * torch.special.ndtri(bounds))
-    return Certificates(classes, radii)
+    return Certificates(classes, torch.where(bounds <= 0.5, 0.0, noise_std * torch.special.ndtri(bounds)))
 
 
 def certified_accuracy(

@@ -163,8 +163,7 @@ def test_a_misclassified_image_leaves_the_batch_and_a_wrong_one_never_enters():
     def callback(step, _steps, adversarial, _losses):
         seen.append(int(broken(model, adversarial, labels).sum()))
 
-    found = apgd(recorder, images, labels, eps=0.03, steps=12, callback=callback)
-    assert torch.equal(found[:5], images[:5])
+    assert torch.equal(apgd(recorder, images, labels, eps=0.03, steps=12, callback=callback)[:5], images[:5])
     sizes = iter(recorder.sizes)
     for remaining in (19, *(24 - count for count in seen[:-1])):  # each is shown the model at its step
         assert remaining in sizes, recorder.sizes

@@ -210,7 +210,7 @@ def test_the_ensemble_has_a_schedule_of_its_own_where_the_ball_shrinks(norm, sch
     model, images = smooth_model(), images_of()
     own = {"eps": 0.1, "norm": norm, "steps": 9, "restarts": 1, "loss": "margin"}
     found = pgd_ensemble(model, images, MANY, **own)
-    usual = {"eot_samples": 5, "momentum": 0.75, "cycles": 3, "early_stop": 3}
+    usual = {"eot_samples": 5, "momentum": 0.75, "cycles": 3, "early_stop": 3, "smoothing": 0.5}
     assert torch.equal(found, pgd(model, images, MANY, **own, **usual | schedule))
     assert not torch.equal(found, pgd(model, images, MANY, **own, **usual))
 
@@ -357,3 +357,20 @@ def test_every_row_of_the_registry_has_options_with_defaults_and_a_usual_radius(
         and ATTACKS["pgd"].targeted
         and set(ATTACKS["torchattacks:Square"].options) == {"queries", "eot_samples"}
     )
+
+
+def test_smoothing_crosses_the_flat_parts_of_a_loss():
+    def model(images):  # flat unless the first pixel is bright
+        return torch.stack(
+            [torch.zeros(len(images)), 10 * (images[:, 0, 0, 0] - 0.6).clamp_min(0) - 1], dim=1
+        )
+
+    images, labels = torch.full((20, 3, 4, 4), 0.2), torch.zeros(20, dtype=torch.int64)
+    settings = {"eps": 0.7, "norm": "l2", "cycles": 1, "momentum": 0.75}
+    left = [
+        int((model(pgd(model, images, labels, smoothing=std, **settings)).argmax(dim=1) == labels).sum())
+        for std in (0, 0.5)
+    ]
+    assert left[0] >= 15 and left[1] <= 1
+    with pytest.raises(ValueError, match="smoothing must lie in 0"):
+        pgd(model, images, labels, smoothing=[], **settings)

@@ -83,8 +83,7 @@ def test_an_oracle_of_the_noise_purifies_to_the_clean_image_whatever_the_noise(p
         return (noisy - level.sqrt() * target) / (1 - level).sqrt()
 
     monkeypatch.setattr(purifier, "predict", predict)
-    noise = torch.randn(2, purifier.noise_planes, 16, 16)
-    result = purifier(torch.zeros(2, 5, 16, 16), noise)
+    result = purifier(torch.zeros(2, 5, 16, 16), torch.randn(2, purifier.noise_planes, 16, 16))
     torch.testing.assert_close(result, target.expand(-1, 3, -1, -1), rtol=1e-4, atol=1e-4)
 
 

@@ -254,8 +254,7 @@ def test_a_slow_attack_shows_its_progress_and_can_be_cancelled(page) -> None:
 def test_a_drawn_and_an_uploaded_image_are_attacked_and_purified(page, tmp_path: Path) -> None:
     current(page, "image: 0")
     page.get_by_role("button", name="Draw", exact=True).click()
-    canvas = page.get_by_label("drawing pad")
-    box = canvas.bounding_box()
+    box = page.get_by_label("drawing pad").bounding_box()
     page.page.mouse.move(box["x"] + 112, box["y"] + 30)
     page.page.mouse.down()
     page.page.mouse.move(box["x"] + 112, box["y"] + 190, steps=8)

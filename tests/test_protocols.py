@@ -95,7 +95,9 @@ def test_a_deterministic_model_gets_the_passes_of_a_long_run_as_more_starts():
         random, calm = (row.keywords(0.5, random=value, rule="any", votes=5) for value in (True, False))
         passes = [given["steps"] * given["eot_samples"] * given["restarts"] for given in (random, calm)]
         assert passes[0] == passes[1] and calm["eot_samples"] == 1, row
-        assert calm["steps"] < 80 and calm.get("alpha") == (row.step and 0.05)
+        assert calm["steps"] < (160 if row.norm in ("l1", "l2") else 80) and calm.get("alpha") == (
+            row.step and 0.05
+        )
         if row.attack == "pgd_ensemble":
             assert (random["votes"], calm["votes"]) == (5, 1) and "loss" not in random
             assert calm["loss"] == ("mean_softmax", "likely_targets")

@@ -126,8 +126,7 @@ def test_radius_norm_classes_steps_and_options_reach_the_attack(monkeypatch, nam
 def test_an_attack_without_a_radius_is_projected_into_ours():
     model, images = small_model(), images_of(4)
     labels = model(images).argmax(dim=1)
-    free = torchattacks.DeepFool(model)(images, labels)
-    assert ((free - images).flatten(1).norm(dim=1) > 0.01).any()
+    assert ((torchattacks.DeepFool(model)(images, labels) - images).flatten(1).norm(dim=1) > 0.01).any()
     Ball(images, 0.01, "l2").check(third_party(model, images, labels, name="DeepFool", eps=0.01))
 
 

@@ -207,8 +207,7 @@ def test_noises_have_the_moments_of_their_strengths(smooth):
 def test_deterministic_corruptions_are_their_definitions(smooth):
     from scipy.ndimage import gaussian_filter
 
-    pixels = smooth.double().numpy()
-    blurred = gaussian_filter(pixels, (0, 0, 1.0, 1.0), mode="nearest", truncate=4)
+    blurred = gaussian_filter(smooth.double().numpy(), (0, 0, 1.0, 1.0), mode="nearest", truncate=4)
     np.testing.assert_allclose(corrupt(smooth, "gaussian_blur", 5).numpy(), blurred, atol=1e-5)
     means = smooth.mean(dim=(2, 3), keepdim=True)
     torch.testing.assert_close(corrupt(smooth, "contrast", 5), (smooth - means) * 0.15 + means)

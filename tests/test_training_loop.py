@@ -108,8 +108,7 @@ def test_the_history_has_an_entry_an_epoch_and_progress_tells_images(split):
         0
     ]["seconds"]
     assert [call[:3] for call in calls] == [(8 * step, 80, "images") for step in range(STEPS + 1)]
-    losses = [call[3]["loss"] for call in calls[1:]]
-    assert history[0]["loss"] == pytest.approx(sum(losses[:5]) / 5)
+    assert history[0]["loss"] == pytest.approx(sum([call[3]["loss"] for call in calls[1:]][:5]) / 5)
 
 
 def test_a_term_that_only_some_steps_report_is_averaged_over_these(split):

@@ -149,8 +149,7 @@ def test_rows_of_a_sample_are_those_of_its_images(name):
     sample = sample_transform(Transform(name), SHAPE, generator=seeded(), noise_planes=2)
     assert sample.purifier_noise.shape == (len(sample.masks), 3, 2, 32, 32)
     images, part = images_of(), sample.rows(slice(1, 2))
-    whole = corrupt(images, sample).unflatten(0, (-1, 3))
-    assert torch.equal(corrupt(images[1:2], part), whole[:, 1])
+    assert torch.equal(corrupt(images[1:2], part), corrupt(images, sample).unflatten(0, (-1, 3))[:, 1])
     assert torch.equal(part.purifier_noise, sample.purifier_noise[:, 1:2])
 
 
@@ -185,8 +184,9 @@ def flat_image(value):
 def test_reconstruction_is_the_mean_absolute_difference_summed_over_outputs():
     target = flat_image(0.25)
     assert reconstruction_loss((flat_image(1.0),), target).item() == pytest.approx(0.75)
-    outputs = flat_image(1.0), flat_image(-0.25)
-    assert reconstruction_loss(outputs, target).item() == pytest.approx(0.75 + 0.5)
+    assert reconstruction_loss((flat_image(1.0), flat_image(-0.25)), target).item() == pytest.approx(
+        0.75 + 0.5
+    )
 
 
 @pytest.mark.parametrize("difference, missing", [(0.2, 2.5), (0.1, 0.0), (0.0, 0.0)])

@@ -161,8 +161,7 @@ def _run_l1(
     for multiple, share in L1_STAGES:
         stage, length = ball.rows(slice(None), multiple), min(ceil(share * steps), steps - done)
         if points is None:  # the published start; that of ``Ball`` is another
-            like = {"device": ball.images.device, "dtype": ball.images.dtype}
-            points = ball.images + torch.randn(ball.images.shape, generator=generator, **like)
+            points = ball.images + torch.empty_like(ball.images).normal_(generator=generator)
         points = stage.project(points)
         if length > 0:
             points = _run(

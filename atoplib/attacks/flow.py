@@ -162,8 +162,7 @@ def warp(
 
     down, right = down[:, None], right[:, None]
     above = torch.lerp(at(row, column), at(row, column + 1), right)
-    below = torch.lerp(at(row + 1, column), at(row + 1, column + 1), right)
-    return torch.lerp(above, below, down)
+    return torch.lerp(above, torch.lerp(at(row + 1, column), at(row + 1, column + 1), right), down)
 
 
 def spread(

@@ -24,10 +24,9 @@ ENSEMBLE = {
     "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
     "momentum": 0.75, "cycles": 3, "early_stop": 3,
 }  # fmt: skip
-# Where the ball shrinks meanwhile: one cycle, for l1 less momentum.
-ENSEMBLES = {
-    "linf": ENSEMBLE, "l2": ENSEMBLE | {"cycles": 1}, "l1": ENSEMBLE | {"cycles": 1, "momentum": 0.25},
-}  # fmt: skip
+# Where the ball shrinks meanwhile: one cycle, every other run smoothed; for l1 less momentum.
+SMOOTHED = ENSEMBLE | {"cycles": 1, "smoothing": (0.5, 0.0)}
+ENSEMBLES = {"linf": ENSEMBLE, "l2": SMOOTHED, "l1": SMOOTHED | {"momentum": 0.25}}
 # Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
 # get lost in the noise; the projection makes up for steps that are too large.
 SMALLEST_STEP = 1 / 3
@@ -52,6 +51,7 @@ def pgd(
     cycles: int = 0,
     early_stop: int = 0,
     shrink: bool = True,
+    smoothing: float | Sequence[float] = 0.0,
     rule: str = "any",
     votes: int = 10,
     targets: Int[Tensor, " batch"] | None = None,
@@ -88,6 +88,10 @@ def pgd(
         early_stop: an image leaves once every sample was misclassified in so many steps in a row; 0: never.
         shrink: l1 and l2 runs begin in a larger ball, which shrinks to eps (``norms.STAGES``), and find far
             more; False: all in the ball, as published.
+        smoothing: standard deviation of Gaussian noise, in units of the image, that is added where gradients
+            are taken, a new one for each of the EOT samples; it falls to 0 along the run. Across the flat
+            parts of a loss (l_inf-trained networks have them in l2 and l1) it finds the way that a gradient
+            at the point itself does not. Of several each restart takes the next, in turn.
         rule, votes: by which an image counts as misclassified between restarts (``strongest_attempt``).
         targets: class that each image is driven to, by the margin between it and the true one, in place of
             ``loss``.
@@ -121,6 +125,8 @@ def pgd(
     max_batch = max_batch if checked else max(max_batch, len(images))
     whole, generator = ball(images, eps, norm), make_generator(seed, images.device)
     sizes = step_sizes(eps, steps, alpha, cycles)
+    noises = [smoothing] if isinstance(smoothing, float | int) else list(smoothing)
+    check_settings(smoothing=(min(noises, default=-1), between(0, FINITE)))
     goals = [(losses[min(number, len(losses) - 1)], None) for number in range(restarts)]
     if targets is not None:
         goals = [(target_margin, targets)] * restarts
@@ -137,7 +143,8 @@ def pgd(
         return _pgd(
             model, begin, labels[rows], near, goal, at_rows(classes, rows), sizes=sizes,
             eot_samples=eot_samples, momentum=momentum, early_stop=early_stop, shrink=shrink,
-            reach=targets is not None, max_batch=max_batch, callback=report,
+            smoothing=noises[number % len(noises)], generator=generator, reach=targets is not None,
+            max_batch=max_batch, callback=report,
         )  # fmt: skip
 
     if restarts == 1:
@@ -244,6 +251,8 @@ def _pgd(
     momentum: float,
     early_stop: int,
     shrink: bool,
+    smoothing: float,
+    generator: torch.Generator | None,
     reach: bool,
     max_batch: int,
     callback: StepCallback | None,
@@ -254,9 +263,14 @@ def _pgd(
     rows = torch.arange(len(x), device=x.device)
     in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x)
     for step, size in enumerate(sizes):
+        std = smoothing * (1 - step / len(sizes))
+
+        def smoothed(images: Tensor, std: float = std) -> Tensor:
+            return model(images + std * torch.empty_like(images).normal_(generator=generator))
+
         gradient, loss, logits = eot_gradient(
-            model, ball.images_at(x), labels, loss=goal, eot_samples=eot_samples, targets=classes,
-            max_batch=max_batch,
+            smoothed if smoothing else model, ball.images_at(x), labels, loss=goal, eot_samples=eot_samples,
+            targets=classes, max_batch=max_batch,
         )  # fmt: skip
         past = momentum * past + of_l1_norm_1(ball.gradient_at(x, gradient))
         near = ball.searched((step + 1) / len(sizes)) if shrink else ball
@@ -265,7 +279,7 @@ def _pgd(
             result[rows], losses[rows] = ball.images_at(x if near is ball else ball.project(x)), loss
             callback(step + 1, len(sizes), result.clone(), losses.clone())
         # only where the point that was judged lay in the ball
-        if early_stop and (not shrink or ball.searched(step / len(sizes)) is ball):
+        if early_stop and not smoothing and (not shrink or ball.searched(step / len(sizes)) is ball):
             done = broken_samples(logits, labels, classes if reach else None).all(dim=0)
             in_a_row = torch.where(done, in_a_row + 1, 0)
             stays = in_a_row < early_stop

@@ -77,9 +77,8 @@ def occlusion(
         norm=(norm, one_of("occlusion")), eps=(eps, one_of(1, 2)), patch=(patch, one_of("grey", "random")),
         grid_size=(grid_size, between(1, min(height, width))),
     )  # fmt: skip
-    cover = torch.full_like(search.images, 0.5)
-    if patch == "random":
-        cover.uniform_(generator=make_generator(seed, cover.device))
+    cover, generator = torch.full_like(search.images, 0.5), make_generator(seed, images.device)
+    cover = cover if patch == "grey" else cover.uniform_(generator=generator)
     rows, columns = (torch.arange(side) * grid_size // side for side in (height, width))
     patches = (rows[:, None] * grid_size + columns).to(search.images.device)  # of each pixel its number
     places = [()] + [place for k in range(1, int(eps) + 1) for place in combinations(range(grid_size**2), k)]
@@ -206,8 +205,9 @@ def corruption(
         model, images, labels, targets=targets, eot_samples=eot_samples, rule=rule, votes=votes, seed=seed,
         max_batch=max_batch,
     )  # fmt: skip
-    kinds = CORRUPTIONS if kind == "all" else [kind]
-    made = [corrupt(search.images, name, eps, seed=seed) for name in kinds]
+    made = [
+        corrupt(search.images, name, eps, seed=seed) for name in (CORRUPTIONS if kind == "all" else [kind])
+    ]
     return search.try_all(lambda number, rows: made[number][rows], len(made), callback)
 
 
@@ -241,8 +241,7 @@ def _filtered(images: Tensor, kernel: Tensor, mode: str) -> Tensor:
     """Each channel convolved with one kernel."""
     channels, (height, width) = images.shape[1], kernel.shape
     padded = F.pad(images, (width // 2, width // 2, height // 2, height // 2), mode=mode)
-    weight = kernel.to(images).expand(channels, 1, -1, -1)
-    return F.conv2d(padded, weight, groups=channels)
+    return F.conv2d(padded, kernel.to(images).expand(channels, 1, -1, -1), groups=channels)
 
 
 def _bell(std: float, first: int, last: int) -> Tensor:

@@ -108,7 +108,7 @@ def file_of(piece: Piece, facts: Mapping[str, Any], images: Tensor, labels: Tens
 
 def effort(piece: Piece, votes: int) -> int:
     """About how many passes a piece takes: of its images in every step, sample and run, at every radius."""
-    options = ATTACKS[piece.row.attack].options | dict(piece.row.options) if piece.row else {}
+    options = piece.row.keywords(1.0, random=True, rule="any", votes=votes) if piece.row else {}
     steps, samples, runs, queries = (options.get(n) or 1 for n in COUNTS[:4])
     tries = ATTACKS[piece.row.attack].tries if piece.row else 1
     return (
@@ -124,8 +124,7 @@ class _AlwaysWrong(nn.Module):
     def __init__(self, label: Tensor, classes: int, random: bool) -> None:
         super().__init__()
         self.random = random
-        wrong = torch.arange(classes, device=label.device)[None] != label[:, None]
-        self.logits = nn.Parameter(wrong.float())
+        self.logits = nn.Parameter((torch.arange(classes, device=label.device) != label[:, None]).float())
 
     def forward(self, images: Tensor) -> Tensor:
         noise = torch.rand_like(images[:, 0, 0, 0]) if self.random else 0

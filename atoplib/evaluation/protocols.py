@@ -60,12 +60,15 @@ class Row(NamedTuple):
         known = ATTACKS[self.attack].options
         options = {name: known[name] for name in ("steps", "eot_samples", "restarts") if name in known}
         options |= {"rule": rule, "votes": votes if random else 1, **self.options}
+        if smoothed := self.attack == "pgd_ensemble" and self.norm in ("l1", "l2"):  # runs with and without
+            options["restarts"] = max(2, options["restarts"])
         if self.step is not None:
             options["alpha"] = self.step * eps
         if not random and "eot_samples" in known:
             samples, options["eot_samples"] = options["eot_samples"], 1
             if self.equal_passes:
-                parts = max(1, options["steps"] // 40)  # further starts bring more than further steps
+                # further starts bring more than further steps; smoothed runs need more of these
+                parts = max(1, options["steps"] // (80 if smoothed else 40))
                 options["steps"] //= parts
                 options["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
@@ -230,8 +233,7 @@ _PGD = "PGD-{steps} + EOT-{eot_samples} {norm}"
 def _strongest(
     steps: int, samples: int, norm: str | None = None, *, name: str = _PGD, restarts: int = 1, **row: Any
 ) -> Row:
-    """The strongest attack of the kit for its passes: runs over EOT samples, or as many times the
-    restarts."""
+    """The strongest attack of the kit for its passes."""
     options = {"steps": steps, "eot_samples": samples, "restarts": restarts}
     return Row("pgd_ensemble", name, norm, options=options, equal_passes=True, **row)
 
@@ -259,15 +261,14 @@ def _flow(samples: int, restarts: int = 10) -> Row:
 
 
 def _randomness(steps: int) -> tuple[Row, ...]:
-    """How much randomness hides: an attacker who knows the sample of t; and ever more EOT samples, up to
-    20."""
+    """How much randomness hides: an attacker who knows the sample of t; ever more EOT samples."""
     return (
         Row(
             "pgd_ensemble",
             "known sample of t, PGD-{steps} {norm}",
-            options={"steps": steps, "eot_samples": 1, "restarts": 1, "early_stop": 0},
             random_only=True,
             known_sample=True,
+            options={"steps": steps, "eot_samples": 1, "restarts": 1, "early_stop": 0},
         ),
         _strongest(steps, 1, name=f"{_PGD}, saturation", random_only=True),
         _strongest(steps, 5, name=f"{_PGD}, saturation", random_only=True),

@@ -178,8 +178,9 @@ def _draw(
     """Images (3, H, W) in [0, 1] and signed maps (H, W) in 1/255 by heading; each column of maps has one
     scale, symmetric about 0, with a colour bar below it. ``notes`` are texts and their colours below pictures
     (row, column)."""
-    height = 1.75 if notes else 1.5
-    figure = new_figure(max(3.0, 1.5 * len(columns) + 0.3), len(names) * height + 0.9, title)
+    figure = new_figure(
+        max(3.0, 1.5 * len(columns) + 0.3), len(names) * (1.75 if notes else 1.5) + 0.9, title
+    )
     grid = figure.subplots(len(names), len(columns), squeeze=False)
     for column, (heading, pictures) in enumerate(columns.items()):
         signed = [picture for picture in pictures if picture is not None and picture.ndim == 2]
