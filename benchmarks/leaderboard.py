@@ -24,9 +24,10 @@ under all attacks, transfer included; *worst unseen*: under those that are not t
 
 Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`;
 CIFAR-10 was read from a folder of its image files here, so its 128 images are others than a download's.
-Its l2 and l1 rows are those of one run of `evaluate` on the same images by revision 11ba340, rotation is of
-3c7b85f, the other rows of 37550d8, whose attacks are the same; the images of each defence that are left by
-l2, l1 and rotation were attacked by flow again, and none was left.
+Its l2 row and the l1 of AP and undefended are those of `evaluate` on the same images by revision 11ba340, the
+l1 of AT and AToP by d0c00ac (ten runs, from other images), rotation by 3c7b85f, the others by 37550d8. In l2
+and l1 these are runs without smoothing, which finds no more on CIFAR-10
+([experiments](experiments.md#gradients-in-noise-30-november-2026)).
 MNIST's times are of one thread of an AMD EPYC (AVX-512), CIFAR-10's of an Intel Xeon; both did much else.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 

@@ -53,12 +53,17 @@ FIT = dict(
 
 
 def step_of_notebook(**names: object) -> Callable:
-    """The function ``step`` that the notebook's cells define, with all that they import and define."""
+    """The function ``step`` that the notebook's cells define, with all that they import and define and its
+    ``weights``."""
     cells = json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     tree = ast.parse("\n".join(line for line in "\n".join(code).splitlines() if not line.startswith("%")))
     kinds = (ast.Import, ast.ImportFrom, ast.FunctionDef)
-    tree.body = [statement for statement in tree.body if isinstance(statement, kinds)]
+    tree.body = [
+        statement
+        for statement in tree.body
+        if isinstance(statement, kinds) or ast.unparse(statement).startswith("weights = ")
+    ]
     exec(compile(tree, NOTEBOOK, "exec"), names)
     return names["step"]
 
