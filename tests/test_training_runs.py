@@ -39,7 +39,7 @@ def test_notebooks_find_each_others_runs_and_load_them_however_they_are_named(tm
     [
         (STAGES[0], "logits = model(x).float()", "logits = 2 * model(x).float()"),
         (STAGES[1], "network = network.to(", "network.front = None; network = network.to("),
-        (STAGES[2], "loss = reconstruction_loss", "loss = 0 * reconstruction_loss"),
+        (STAGES[2], '{"reconstruction": reconstruction', '{"reconstruction": 0 * reconstruction'),
         (STAGES[2], 'white_box = p.threat_model == "white-box"', "white_box = False"),
     ],
 )

@@ -21,6 +21,7 @@ from atoplib.contract import Adapted, adapt
 from atoplib.decisions import Model
 from atoplib.parameters import check_counts, check_settings, one_of
 
+SHIFT = 97  # values
 # (step, steps, adversarial images, loss of each image), called after every step of an attack.
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 
@@ -41,6 +42,7 @@ def eot_gradient(
     loss: Loss | str = "ce",
     eot_samples: int = 1,
     targets: Int[Tensor, " batch"] | None = None,
+    noise: Float[Tensor, "batch channels height width"] | None = None,
     max_batch: int = 256,
 ) -> EOTGradient:
     """Gradient of each image's loss over ``eot_samples`` samples of the model; samples and images share
@@ -53,6 +55,8 @@ def eot_gradient(
             sample's logits scaled as in ``scaled_cross_entropy``. A mean of cross-entropies pulls most where
             a sample is wrong already, this one where a sample is still correct.
         targets: third argument of a targeted loss.
+        noise: added to the images where gradients are taken; from sample to sample it is shifted by
+            ``SHIFT`` of an image's values, so that each sees another.
         max_batch: copies of images that are in memory at once.
 
     Raises:
@@ -66,9 +70,13 @@ def eot_gradient(
     classes = (labels,) if targets is None else (labels, targets)
     results = []
     for rows in torch.arange(len(images), device=images.device).split(max(1, max_batch // eot_samples)):
-        passes = []
-        for part in rows.repeat(eot_samples).split(max_batch):
-            copies = images.detach()[part].requires_grad_()
+        passes, shown = [], images.detach()[rows].repeat(eot_samples, 1, 1, 1)
+        if noise is not None:
+            shown += torch.cat(
+                [noise[rows].flatten(1).roll(SHIFT * k, dims=1) for k in range(eot_samples)]
+            ).view_as(shown)
+        for part, copy in zip(rows.repeat(eot_samples).split(max_batch), shown.split(max_batch), strict=True):
+            copies = copy.detach().requires_grad_()
             with torch.enable_grad():
                 logits = model(copies)
                 values = value_of(logits, *(each[part] for each in classes))

@@ -263,14 +263,10 @@ def _pgd(
     rows = torch.arange(len(x), device=x.device)
     in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x)
     for step, size in enumerate(sizes):
-        std = smoothing * (1 - step / len(sizes))
-
-        def smoothed(images: Tensor, std: float = std) -> Tensor:
-            return model(images + std * torch.empty_like(images).normal_(generator=generator))
-
+        images, std = ball.images_at(x), smoothing * (1 - step / len(sizes))
         gradient, loss, logits = eot_gradient(
-            smoothed if smoothing else model, ball.images_at(x), labels, loss=goal, eot_samples=eot_samples,
-            targets=classes, max_batch=max_batch,
+            model, images, labels, loss=goal, eot_samples=eot_samples, targets=classes, max_batch=max_batch,
+            noise=std * torch.empty_like(images).normal_(generator=generator) if smoothing else None,
         )  # fmt: skip
         past = momentum * past + of_l1_norm_1(ball.gradient_at(x, gradient))
         near = ball.searched((step + 1) / len(sizes)) if shrink else ball
