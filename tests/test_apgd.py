@@ -270,7 +270,7 @@ def original_apgd(model, images, labels, *, eps, norm, steps, loss, seed=0):
         ("l2", 2.0, 12, 15, 1),
         pytest.param("linf", 0.3, 64, 40, 3, marks=pytest.mark.long),
         pytest.param("l2", 2.0, 64, 40, 3, marks=pytest.mark.long),
-        pytest.param("l1", 10.0, 64, 40, 3, marks=pytest.mark.long),
+        pytest.param("l1", 10.0, 64, 40, 8, marks=pytest.mark.long),
     ],
 )
 def test_apgd_is_at_most_one_image_weaker_than_the_original(digits, defences, norm, eps, count, steps, seeds):

@@ -356,7 +356,7 @@ def test_a_restarted_kernel_gives_a_fresh_explorer_even_while_an_attack_runs(pag
     values = current(fresh, "steps: 3", "eps: 0.3")
     assert sources(fresh) == expected(values, scene)
     fresh.get_by_label("noise", exact=True).press("ArrowRight")
-    values = current(fresh, "noise_std: 0.1")
+    values = current(fresh, "noise_std: 0.15")
     assert sources(fresh) == expected(values, scene)
     assert lab.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.stderr']").count() == 0
 
