@@ -21,7 +21,10 @@ from atoplib.contract import Adapted, adapt
 from atoplib.decisions import Model
 from atoplib.parameters import check_counts, check_settings, one_of
 
-SHIFT = 97  # values
+# Values by which one field of noise moves from sample to sample: noise drawn for every copy would depend on
+# how max_batch cuts them.
+SHIFT = 97
+
 # (step, steps, adversarial images, loss of each image), called after every step of an attack.
 StepCallback = Callable[[int, int, Tensor, Tensor], None]
 

@@ -85,11 +85,12 @@ def pgd(
             a step along g (MI-FGSM; Dong et al. 2018, eq. 6 and 7).
         cycles: how often the step size falls along half a cosine, from alpha to 0.06 alpha; 0: it never does,
             and then a deterministic model is not attacked to the end.
-        early_stop: an image leaves once every sample was misclassified in so many steps in a row; 0: never.
+        early_stop: an image leaves once every sample was misclassified in so many steps in a row; 0, or in a
+            smoothed run, whose samples are of other points: never.
         shrink: l1 and l2 runs begin in a larger ball, which shrinks to eps (``norms.STAGES``), and find far
             more; False: all in the ball, as published.
         smoothing: standard deviation of Gaussian noise, in units of the image, that is added where gradients
-            are taken, a new one for each of the EOT samples; it falls to 0 along the run. Across the flat
+            are taken, another for each of the EOT samples; it falls to 0 along the run. Across the flat
             parts of a loss (l_inf-trained networks have them in l2 and l1) it finds the way that a gradient
             at the point itself does not. Of several each restart takes the next, in turn.
         rule, votes: by which an image counts as misclassified between restarts (``strongest_attempt``).

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from atoplib.attacks import ATTACKS, RADII, usual_radii
+from atoplib.attacks.pgd import ENSEMBLES
 from atoplib.decisions import ANY
 from atoplib.parameters import check_counts, check_known, check_settings, convert, one_of
 
@@ -60,15 +61,14 @@ class Row(NamedTuple):
         known = ATTACKS[self.attack].options
         options = {name: known[name] for name in ("steps", "eot_samples", "restarts") if name in known}
         options |= {"rule": rule, "votes": votes if random else 1, **self.options}
-        if smoothed := self.attack == "pgd_ensemble" and self.norm in ("l1", "l2"):  # runs with and without
-            options["restarts"] = max(2, options["restarts"])
+        smoothing = ENSEMBLES.get(self.norm, {}).get("smoothing", ()) if self.attack == "pgd_ensemble" else ()
+        options["restarts"] = max(len(smoothing), options.get("restarts", 1))  # a run by each of them
         if self.step is not None:
             options["alpha"] = self.step * eps
         if not random and "eot_samples" in known:
             samples, options["eot_samples"] = options["eot_samples"], 1
             if self.equal_passes:
-                # further starts bring more than further steps; smoothed runs need more of these
-                parts = max(1, options["steps"] // (80 if smoothed else 40))
+                parts = max(1, options["steps"] // (80 if smoothing else 40))  # starts bring more than steps
                 options["steps"] //= parts
                 options["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin

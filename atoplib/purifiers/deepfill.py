@@ -195,8 +195,7 @@ def _swap_raster_order(
     scores: Float[Tensor, "batch n n"], rows: int, columns: int
 ) -> Float[Tensor, "batch n n"]:
     """Renumbers patches and positions of a rows x columns grid from row-major to column-major order."""
-    grids = scores.reshape(-1, rows, columns, rows, columns)
-    return grids.permute(0, 2, 1, 4, 3).reshape(scores.shape)
+    return scores.reshape(-1, rows, columns, rows, columns).permute(0, 2, 1, 4, 3).reshape(scores.shape)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
