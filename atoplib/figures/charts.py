@@ -198,7 +198,8 @@ def parameter_lines(
     figure, axes = panels(len(shown), 3.6, 3.1, title)
     for one, (heading, part, value) in zip(axes, shown, strict=True):
         for name, points in part.groupby(series, sort=False):
-            above = 1 - names.index(name) / len(names)  # the first is the largest
+            # the first is the largest, unless its points are so many that they would cover each other
+            above = (1 - names.index(name) / len(names)) * min(1, 4 / len(points))
             one.errorbar(
                 points[parameter],
                 points[value],
