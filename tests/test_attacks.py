@@ -175,8 +175,7 @@ def test_an_image_stops_once_it_was_wrong_in_so_many_steps_in_a_row_and_no_other
     labels = model(images).argmax(dim=1)
     labels[3] = (labels[3] + 1) % 5  # wrong from the start
     path = [images]
-    keep = lambda _s, _n, adversarial, _l: path.append(adversarial)  # noqa: E731
-    pgd(model, images, labels, **STEPWISE, momentum=momentum, callback=keep)
+    pgd(model, images, labels, **STEPWISE, momentum=momentum, callback=lambda *at: path.append(at[2]))
     wrong = torch.stack([model(x).argmax(dim=1) != labels for x in path])
     ends = []
     for image in range(12):
@@ -197,10 +196,10 @@ def test_an_image_stops_once_it_was_wrong_in_so_many_steps_in_a_row_and_no_other
 def test_an_image_that_is_misclassified_outside_its_ball_alone_does_not_leave():
     model, images, steps = TwoClasses().eval(), images_of((1, *SHAPE[1:]), low=0.4, high=0.6), []
     label = model(images).argmax(dim=1)
-    away = margin(model(images), label).abs() / (0.2 * model.weight.norm())  # from the boundary
-    eps = 0.75 * away.item()
-    keep = lambda step, *_: steps.append(step)  # noqa: E731
-    pgd(model, images, label, eps=eps, norm="l2", steps=10, early_stop=1, callback=keep)
+    # 0.75 of the way to the boundary
+    eps = 0.75 * (margin(model(images), label).abs() / (0.2 * model.weight.norm())).item()
+    options = {"norm": "l2", "steps": 10, "early_stop": 1, "callback": lambda step, *_: steps.append(step)}
+    pgd(model, images, label, eps=eps, **options)
     assert steps == list(range(1, 11))
     assert model(best_attack(model, images, label, 2 * eps, "l2")).argmax(dim=1) != label
 
@@ -240,14 +239,21 @@ class Scripted(TwoClasses):
 
 
 @pytest.mark.parametrize(
-    "correct_samples, steps",
-    [([0] * 6, 2), ([1] * 6, 6), ([4] * 6, 6), ([0, 3, 0, 4, 0, 0], 6), ([4, 0, 1, 0, 0, 0], 5)],
+    "correct_samples, steps, smoothing",
+    [
+        ([0] * 6, 2, 0),
+        ([1] * 6, 6, 0),
+        ([4] * 6, 6, 0),
+        ([0, 3, 0, 4, 0, 0], 6, 0),
+        ([4, 0, 1, 0, 0, 0], 5, 0),
+        ([0] * 6, 6, 0.1),  # a smoothed run judges other points: never
+    ],
     ids=str,
 )
-def test_every_sample_must_be_wrong_twice_in_a_row_where_early_stop_is_2(correct_samples, steps):
+def test_every_sample_must_be_wrong_twice_in_a_row_where_early_stop_is_2(correct_samples, steps, smoothing):
     seen, model, image = [], adapt(Scripted(correct_samples).eval()), images_of((1, 3, 4, 4))
-    keep = lambda step, *_: seen.append(step)  # noqa: E731
-    pgd(model, image, torch.tensor([0]), eps=0.1, steps=6, eot_samples=4, early_stop=2, callback=keep)
+    options = {"steps": 6, "eot_samples": 4, "early_stop": 2, "callback": lambda *at: seen.append(at[0])}
+    pgd(model, image, torch.tensor([0]), eps=0.1, smoothing=smoothing, **options)
     assert seen == list(range(1, steps + 1))
 
 
@@ -361,16 +367,19 @@ def test_every_row_of_the_registry_has_options_with_defaults_and_a_usual_radius(
 
 def test_smoothing_crosses_the_flat_parts_of_a_loss():
     def model(images):  # flat unless the first pixel is bright
+        copies.append(images.unique(dim=0))
         return torch.stack(
             [torch.zeros(len(images)), 10 * (images[:, 0, 0, 0] - 0.6).clamp_min(0) - 1], dim=1
         )
 
-    images, labels = torch.full((20, 3, 4, 4), 0.2), torch.zeros(20, dtype=torch.int64)
+    images, labels, copies = torch.full((20, 3, 4, 4), 0.2), torch.zeros(20, dtype=torch.int64), []
     settings = {"eps": 0.7, "norm": "l2", "cycles": 1, "momentum": 0.75}
     left = [
         int((model(pgd(model, images, labels, smoothing=std, **settings)).argmax(dim=1) == labels).sum())
         for std in (0, 0.5)
     ]
     assert left[0] >= 15 and left[1] <= 1
+    pgd(model, images[:1], labels[:1], smoothing=0.5, eot_samples=4, **settings)
+    assert len(copies[-1]) == 4  # each sample has noise of its own
     with pytest.raises(ValueError, match="smoothing must lie in 0"):
         pgd(model, images, labels, smoothing=[], **settings)
