@@ -58,7 +58,7 @@ class Progress:
             unit=f" {unit}",
             prefix=self.title,
             postfix=numbers or None,
-        )
+        ).replace("/ ", "/")  # 9 s/images
         self.listener(line)
         ipython = sys.modules.get("IPython")
         if ipython is not None and hasattr(ipython.get_ipython(), "kernel"):

@@ -71,7 +71,7 @@ class TestMnist5k:
         with pytest.raises(ValueError, match="n must be at least 1"):
             load_images("mnist", -5)
         with pytest.raises(
-            FileNotFoundError, match=r"cifar10 is not in .*: data\.load\('cifar10'\) downloads it"
+            FileNotFoundError, match=r"cifar10 is not in .*; data\.load\('cifar10'\)` downloads it"
         ):
             load_images("cifar10", 4, data_dir=tmp_path)
 

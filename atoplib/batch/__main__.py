@@ -97,7 +97,7 @@ def run_recipe(options: argparse.Namespace) -> int:
         missing |= runner.run_jobs([report], runner.local(), reuse=options.reuse)
         good += [] if missing[report.run_dir] else [report]
     if good:
-        conclude(good, options.results)
+        conclude(good, options.results, options.smoke)
     if reasons := [reason for reason in missing.values() if reason]:
         print("", *reasons, "the same command tries these again", sep="\n", file=sys.stderr)
     return bool(reasons)
@@ -115,7 +115,7 @@ def tell_plan(jobs: Sequence[recipe.Job], source: Path, *, reuse: bool) -> None:
         print(f"[{number}/{len(jobs)}] {job.label}: {words.get(state, f'to run again: {change}')}")
 
 
-def conclude(good: Sequence[recipe.Job], results: Path | None) -> None:
+def conclude(good: Sequence[recipe.Job], results: Path | None, smoke: bool) -> None:
     """Print the tables of attacks, one sample an image, and where everything is."""
     tables = (
         path.read_text(encoding="utf-8")
@@ -124,7 +124,7 @@ def conclude(good: Sequence[recipe.Job], results: Path | None) -> None:
         for path in job.run_dir.glob("table.md")
     )
     summary = "\n".join(table.partition("\n\n**majority**")[0] for table in tables)
-    print(f"\n{summary}")
+    print("\nSMOKE: a few images and steps; these numbers mean nothing." * smoke + f"\n{summary}")
     for job in good:
         if warning := (files.read_json(job.run_dir / "metrics.json") or {}).get("warning"):
             print(f"{job.label}: {warning}")

@@ -243,7 +243,8 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
             ) from error
         if not download:
             raise MissingFileError(
-                f"{name} is not in {data_dir}: data.load({name!r}) downloads it (mnist5k needs none)"
+                f"{name} is not in {data_dir}: `from atoplib import data; data.load({name!r})` "
+                "downloads it (mnist5k needs no download)"
             ) from error
     if progress:
         progress(0, 1, f"{kind} download")

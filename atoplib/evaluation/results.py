@@ -20,7 +20,7 @@ KNOWN = "known sample"  # threat model of who knows the sample of t: it tells wh
 FILES = ("results.json", "frame.csv", "images.csv", "table.md", "table.tex")
 RULE_NAMES = dict(zip(RULES, ("single sample", "majority", "mean softmax", "worst of N"), strict=True))
 NORMS = {"linf": "ℓ∞", "l2": "ℓ2", "l1": "ℓ1"}
-UNITS = {"occlusion": " patch(es)", "rotation": "°", "corruption": " of 5"}  # of what is no norm
+UNITS = {"occlusion": " patch", "rotation": "°", "corruption": " of 5"}  # of what is no norm
 LATEX = str.maketrans(
     {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     | {character: f"\\{character}" for character in "&%$#_{}"}
@@ -242,7 +242,9 @@ def eps_text(eps: float, norm: str = "linf") -> str:
     """``ℓ∞ ε = 8/255``; ``ℓ∞ ε = 0.3`` where the radius is a round decimal number."""
     of_100, of_255 = (abs(whole * eps - round(whole * eps)) < 1e-6 for whole in (100, 255))
     size = f"{round(255 * eps)}/255" if norm == "linf" and of_255 and not of_100 else f"{eps:.4g}"
-    return f"{NORMS.get(norm, norm)} ε = {size}{UNITS.get(norm, '')}"
+    return f"{NORMS.get(norm, norm)} ε = {size}{UNITS.get(norm, '')}" + "es" * (
+        norm == "occlusion" and eps != 1
+    )
 
 
 def mcnemar(first: Any, second: Any, *, alternative: str = "two-sided") -> tuple[int, int, float]:

@@ -58,7 +58,7 @@ def pictures(view: View, row: Row) -> dict[str, tuple[UInt8[np.ndarray, "height 
     mask = f"mask 1 of {view.values['num_masks']}" if view.values["transform"] == "rt3" else ""
     return columns | {
         "transformed": (to_pixels(row.transformed[place]), mask),
-        "purified": (to_pixels(row.purified[place]), f"mean off {distance:.3g}"),
+        "purified": (to_pixels(row.purified[place]), f"mean |purified {style.MINUS} clean| {distance:.3g}"),
     }
 
 
@@ -77,7 +77,7 @@ def decision(view: View, row: Row) -> dict[str, Any]:
     kinds, lines = {decided: "wrong", view.label: "right"}, []
     if is_attacking(view.values) and not view.preview:
         source = view.values["attacked"]
-        whose = "attacked itself" if source in (EACH, row.name) else f"attack made on {source}"
+        whose = "attack made on this defence" if source in (EACH, row.name) else f"attack made on {source}"
         lines.append(f"{whose}, on f alone" if view.values["threat_model"] == "transfer" else whose)
     tied = [name for name, count in zip(names, counts, strict=True) if count == counts.max()]
     if len(tied) > 1:

@@ -132,6 +132,10 @@ class Explorer(anywidget.AnyWidget):
 
     # wishes
 
+    def __repr__(self) -> str:
+        """What a page without a kernel shows in its place."""
+        return "The interactive explorer: it opens in JupyterLab (make lab)"
+
     def handle(self, wish: Mapping[str, Any]) -> None:
         """Do what the page asks for: ``{"do": NAME, "number": N, ...arguments}``; a sentence is shown for
         what cannot be done."""

@@ -12,13 +12,7 @@ from atoplib.figures.charts import (
     parameter_lines,
     training_curves,
 )
-from atoplib.figures.images import (
-    image_grid,
-    perturbation_maps,
-    purification_grid,
-    purification_stages,
-    telling_images,
-)
+from atoplib.figures.images import image_grid, purification_grid, purification_stages, telling_images
 from atoplib.figures.style import eps_text, save_figure
 
 __all__ = [
@@ -28,7 +22,6 @@ __all__ = [
     "eps_text",
     "image_grid",
     "parameter_lines",
-    "perturbation_maps",
     "purification_grid",
     "purification_stages",
     "save_figure",

@@ -1,6 +1,7 @@
 """Charts: accuracies of defences as bars, heat maps and lines over a parameter, the course of a training, and
 certificates beside attacks."""
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import cycle
 from math import ceil
@@ -18,6 +19,7 @@ from atoplib.figures.style import (
     MINUS,
     SEQUENTIAL,
     SERIES,
+    WIDEST,
     colours_of,
     error_bars,
     interval_of,
@@ -61,10 +63,9 @@ def accuracy_bars(
     if frame.duplicated(["defence", "threat"]).any():
         raise ValueError("a defence and an attack are there twice: draw one evaluation, or choose a rule")
     defences, threats = (list(dict.fromkeys(frame[name])) for name in ("defence", "threat"))
-    fitting = max(1, int(26 / (len(defences) + 1)))
-    a_row = ceil(len(threats) / ceil(len(threats) / fitting))  # rows alike
+    a_row = ceil(len(threats) / ceil(len(threats) * (len(defences) + 1) / 20))  # rows alike
     rows = [threats[start : start + a_row] for start in range(0, len(threats), a_row)]
-    figure = new_figure(max(5.0, 1.2 + 0.42 * a_row * (len(defences) + 1)), 3.2 * len(rows) + 0.4, title)
+    figure = new_figure(max(5.0, 1.2 + 0.34 * a_row * (len(defences) + 1)), 3.2 * len(rows) + 0.4, title)
     width, outline = 0.8 / len(defences), [withStroke(linewidth=4, foreground="white")]
     for axes, shown in zip(figure.subplots(len(rows), 1, squeeze=False).flat, rows, strict=True):
         for number, (defence, colour) in enumerate(colours_of(defences).items()):
@@ -92,7 +93,7 @@ def accuracy_bars(
         style_axes(
             axes, "y", ylabel=ACCURACY, ylim=(0, 112), yticks=range(0, 101, 20), xlim=(-0.5, a_row - 0.5)
         )
-        axes.set_xticks(range(len(shown)), _in_lines(shown), fontsize=9)
+        axes.set_xticks(range(len(shown)), _in_lines(shown, 0.34 * (len(defences) + 1)), fontsize=9)
     legend_below(figure)
     return figure
 
@@ -126,19 +127,15 @@ def attack_heatmap(
     values = {"accuracy": "accuracy (%)"} if values is None else dict(values)
     frame = read_frame(frame, rows, columns, panel, rule=rule)
     down, across, shown = _ordered(frame[rows]), _ordered(frame[columns]), _parts(frame, panel, values)
+    several = len(values) > 1  # their headings name them, and the cells have the numbers
+    width = min(WIDEST, 1.1 + 0.6 * len(across) if several else 2.0 + 0.85 * len(across))
     figure, axes = panels(
-        len(shown),
-        2.0 + 0.85 * len(across),
-        1.2 + 0.5 * len(down),
-        title,
-        columns=len(values) if len(values) > 1 else 3,
+        len(shown), width, 1.2 + 0.5 * len(down), title, columns=len(values) if several else 3
     )
     for one, (heading, part, value) in zip(axes, shown, strict=True):
         part = part.assign(text=part.apply(_cell_text, axis=1, value=value)).set_index([rows, columns])
         table, text = (part[name].unstack().reindex(index=down, columns=across) for name in (value, "text"))
         largest = 100.0 if values[value].endswith("(%)") else float(frame[value].max()) or 1.0
-        # where there are several quantities the headings name them
-        beside, above = ("", values[value]) if len(values) > 1 else (values[value], "")
         sns.heatmap(
             table.astype(float),
             annot=text.fillna("–"),
@@ -149,17 +146,18 @@ def attack_heatmap(
             annot_kws={"fontsize": 8},
             vmin=0,
             vmax=largest,
-            cbar_kws={"label": beside},
+            cbar=not several,
+            cbar_kws={"label": values[value]},
         )
         one.tick_params(length=0, labelsize=8)
-        one.set_title(plain(": ".join(filter(None, [str(heading), above]))), fontsize=10)
+        one.set_title(plain(": ".join(filter(None, [str(heading), values[value] * several]))), fontsize=9)
         one.set(
             xlabel="" if columns == "threat" else plain(columns.replace("_", " ")),
             ylabel="",
             facecolor="#ececec",  # of cells without a value
         )
         one.set_yticklabels(map(plain, down), rotation=0)
-        one.set_xticklabels(_in_lines(across), rotation=0)
+        one.set_xticklabels(_in_lines(across, (width - 2) / len(across)), rotation=0)
     return figure
 
 
@@ -195,7 +193,7 @@ def parameter_lines(
     names = list(dict.fromkeys(frame[series]))
     colours = colours_of(names) if series == "defence" else dict(zip(names, cycle(SERIES), strict=False))
     shown = _parts(frame, panel, values)
-    figure, axes = panels(len(shown), 3.6, 3.1, title)
+    figure, axes = panels(len(shown), 2.9, 2.8, title)
     for one, (heading, part, value) in zip(axes, shown, strict=True):
         for name, points in part.groupby(series, sort=False):
             # the first is the largest, unless its points are so many that they would cover each other
@@ -268,7 +266,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
         .dropna(axis=1, how="all")
     )
     epochs = frame.get("epoch", frame.index + 1)
-    figure, axes = panels(curves.shape[1], 3.4, 2.6, title)
+    figure, axes = panels(curves.shape[1], 2.9, 2.3, title)
     for one, name in zip(axes, curves, strict=True):
         percent, words = "accuracy" in name, name.replace("_", " ")
         values = 100 * curves[name] if percent else curves[name]
@@ -278,8 +276,9 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
         style_axes(one, xlabel="epoch", ylabel=plain(unit), xlim=(epochs.min() - 0.5, epochs.max() + 0.5))
         one.set_title(plain(words), loc="left", fontsize=10)
         last = values.dropna().iloc[-1]
-        number = f"{last:.1f} %" if percent else f"{last:.4g}"
-        one.set_title(number.replace("-", MINUS), loc="right", fontsize=9)
+        one.set_title(
+            f"{last:.1f} %" if percent else f"{last:.4g}".replace("-", MINUS), loc="right", fontsize=9
+        )
     return figure
 
 
@@ -294,8 +293,9 @@ def _parts(
     ]
 
 
-def _in_lines(names: Sequence) -> list[str]:
-    return [plain(name).replace(", ", ",\n") for name in names]
+def _in_lines(names: Sequence, inches: float) -> list[str]:
+    """Labels broken between words, so that they fit beside each other."""
+    return [textwrap.fill(plain(name), max(8, int(15 * inches)), break_long_words=False) for name in names]
 
 
 def _ordered(values: pd.Series) -> list:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from atoplib.attacks import pgd
 from atoplib.decisions import fixed_sample, sample_logits
-from atoplib.figures.style import DIVERGING, MINUS, RIGHT, WRONG, new_figure, plain
+from atoplib.figures.style import DIVERGING, MINUS, RIGHT, WIDEST, WRONG, new_figure, plain
 from atoplib.transforms import corrupt
 
 COLUMNS = {
@@ -69,7 +69,8 @@ def purification_stages(
         1/255, the mean over the channels; of a pipeline ``transformed``, what its purifier is given of the
         adversarial images (of several copies the first; a missing pixel is grey), ``purified`` and
         ``residual`` (purified - clean); ``p(clean)`` and ``p(adversarial)``, the softmax of what the whole
-        defence answers.
+        defence answers, of a pipeline also ``p(alone)``, of what its classifier says of the adversarial
+        images.
     """
     stages = {"clean": images, "adversarial": adversarial, "perturbation": _change(adversarial, images)}
     with fixed_sample(model, seed):
@@ -81,6 +82,7 @@ def purification_stages(
             stages["transformed"] = (corrupt(copies, sample)[: len(images), :3] + 1) / 2
             stages["purified"] = model.purify(adversarial, sample).float().clamp(0, 1)
             stages["residual"] = _change(stages["purified"], images)
+            stages["p(alone)"] = model.classifier(adversarial).softmax(dim=1)
     return stages
 
 
@@ -95,61 +97,41 @@ def purification_grid(
     eps: float | None = None,
     seed: int = 0,
 ) -> Figure:
-    """One row a defence and image: clean, adversarial, perturbation, transformed, purified, residual.
+    """One row an image and defence: clean, adversarial, perturbation, transformed, purified, residual.
 
     Perturbation (adversarial - clean) and residual (purified - clean) show, at each pixel, the signed mean
     over the channels: brighter is red, darker blue, white is 0, with one scale for all rows (opposite changes
     of channels cancel).
-    Below clean and purified images is what the defence classifies them as, with its probability.
+    Below clean and purified images is what the defence classifies them as, with its probability; below an
+    adversarial image that is purified, what its classifier alone says.
 
     Args:
         defences: a pipeline, or several by name; one without a purifier gets the first three pictures only.
         images, adversarial: in [0, 1]; adversarial images by defence where an attack was made on each.
         labels: true classes: named at the left, and every answer gets a mark.
         classes: name of each class; its number if None.
-        eps: of a linf attack: the scale of the perturbation. None: the largest value of the map, as for the
-            residual.
+        eps: of a linf attack: the scale of perturbation and residual. None: the largest value of each map.
         seed: of the sample that all pictures share.
     """
     defences = {"": defences} if isinstance(defences, nn.Module) else defences
     adversarial = adversarial if isinstance(adversarial, Mapping) else dict.fromkeys(defences, adversarial)
     truths = [None] * len(images) if labels is None else labels.tolist()
+    stages = {
+        defence: purification_stages(model, images, adversarial[defence], seed=seed)
+        for defence, model in defences.items()
+    }
     columns, notes, rows = {name: [] for name in COLUMNS}, {}, []
-    for defence, model in defences.items():
-        stages = purification_stages(model, images, adversarial[defence], seed=seed)
-        for name, pictures in columns.items():
-            pictures.extend(stages.get(name, [None] * len(images)))
-        for number, truth in enumerate(truths):
-            for name, column in (("clean", 0), ("adversarial", 4 if "purified" in stages else 1)):
-                notes[len(rows), column] = _answer(stages[f"p({name})"][number], truth, classes)
+    for number, truth in enumerate(truths):
+        for defence, parts in stages.items():
+            for name, pictures in columns.items():
+                pictures.append(parts[name][number] if name in parts else None)
+            answers = ("adversarial", 4), ("alone", 1) if "purified" in parts else ("adversarial", 1)
+            for name, column in (("clean", 0), *answers):
+                answer = parts[f"p({name})"][number]
+                notes[len(rows), column] = _answer(answer, truth, classes, alone=name == "alone")
             rows.append(f"{defence}\n{'' if truth is None else classes[truth] if classes else truth}".strip())
     shown = {COLUMNS[name]: each for name, each in columns.items() if any(p is not None for p in each)}
-    return _draw(shown, title, rows, notes, scales={} if eps is None else {2: 255 * eps})
-
-
-def perturbation_maps(
-    images: Float[Tensor, "batch 3 height width"],
-    adversarial: Mapping[str, Float[Tensor, "batch 3 height width"]],
-    title: str = "",
-    *,
-    eps: float | None = None,
-) -> Figure:
-    """What attacks change: one row an image; the clean one, then each attack's image beside its signed
-    change.
-
-    Maps show the mean over the channels: brighter is red, darker blue, white is 0, with one symmetric scale
-    for all.
-
-    Args:
-        images: in [0, 1].
-        adversarial: by attack, in [0, 1].
-        eps: the scale; None: the largest value of the maps.
-    """
-    columns = {"clean": images}
-    for name, batch in adversarial.items():
-        columns |= {name: batch, f"{name} {MINUS} clean": _change(batch, images)}
-    scale = 255 * eps if eps else max(map(_scale, list(columns.values())[2::2]), default=1.0)
-    return _draw(columns, title, [""] * len(images), scales=dict.fromkeys(range(2, len(columns), 2), scale))
+    return _draw(shown, title, rows, notes, scales={} if eps is None else dict.fromkeys((2, 5), 255 * eps))
 
 
 def image_grid(
@@ -178,8 +160,9 @@ def _draw(
     """Images (3, H, W) in [0, 1] and signed maps (H, W) in 1/255 by heading; each column of maps has one
     scale, symmetric about 0, with a colour bar below it. ``notes`` are texts and their colours below pictures
     (row, column)."""
+    edge = min(1.5, (WIDEST - 0.3) / len(columns))  # inches of a picture
     figure = new_figure(
-        max(3.0, 1.5 * len(columns) + 0.3), len(names) * (1.75 if notes else 1.5) + 0.9, title
+        max(3.0, edge * len(columns) + 0.3), len(names) * (0.9 * edge + 0.25 * bool(notes)) + 0.9, title
     )
     grid = figure.subplots(len(names), len(columns), squeeze=False)
     for column, (heading, pictures) in enumerate(columns.items()):
@@ -203,22 +186,24 @@ def _draw(
                 orientation="horizontal",
                 extend="both" if largest > 1.001 * scale else "neither",  # some pixels lie beyond the scale
             )
-            ticks = {-scale: f"{MINUS}{scale:.3g}", 0: "0", scale: f"{scale:.3g}"}
+            number, unit = (scale / 255, "[0, 1]") if scale > 64 else (scale, "1/255")
+            ticks = {-scale: f"{MINUS}{number:.3g}", 0: "0", scale: f"{number:.3g}"}
             bar.set_ticks(list(ticks), labels=ticks.values(), fontsize=8)
-            bar.set_label("mean over channels, 1/255", fontsize=8)
+            bar.set_label(f"channel mean, {unit}", fontsize=8)
     for row, name in enumerate(names):
         grid[row, 0].set_ylabel(plain(name), fontsize=10)
     return figure
 
 
-def _answer(probabilities: Tensor, truth: int | None, classes: Sequence[str] | None) -> tuple[str, str]:
-    """Predicted class and its probability, and a mark and colour that tell whether it is the true one."""
+def _answer(
+    probabilities: Tensor, truth: int | None, classes: Sequence[str] | None, *, alone: bool = False
+) -> tuple[str, str]:
+    """Predicted class and its probability (or whose answer it is), and a mark and colour that tell whether it
+    is the true one."""
     predicted = int(probabilities.argmax())
-    text = f"{classes[predicted] if classes else predicted}, {100 * float(probabilities.max()):.0f} %"
-    if truth is None:
-        return text, "black"
-    mark, colour = RIGHT if predicted == truth else WRONG
-    return f"{mark} {text}", colour
+    mark, colour = ("", "black") if truth is None else RIGHT if predicted == truth else WRONG
+    text = f"{mark} {classes[predicted] if classes else predicted}".strip()
+    return f"f alone: {text}" if alone else f"{text}, {100 * float(probabilities.max()):.0f} %", colour
 
 
 def _change(images: Tensor, clean: Tensor) -> Float[Tensor, "batch height width"]:

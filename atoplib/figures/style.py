@@ -24,7 +24,8 @@ MINUS = "\N{MINUS SIGN}"
 DIVERGING = "RdBu_r"  # white at 0, blue below, red above: apart for colour-blind eyes, too
 SEQUENTIAL = "cividis"  # which eyes of every kind see as one ramp of lightness
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
-DEFENCE_COLOURS = {"undefended": "#666666", "AT": "#d55e00", "AP": "#56b4e9", "AToP": "#0072b2"}
+DEFENCE_COLOURS = {"undefended": "#666666", "AT": "#e69f00", "AP": "#56b4e9", "AToP": "#0072b2"}
+WIDEST = 8.8  # inches: a page of JupyterLab, where a figure is shown in its own size (96 pixels an inch)
 ACCURACY = "accuracy (%), 95 % interval"
 
 
@@ -32,7 +33,7 @@ def colours_of(defences: Sequence[str]) -> dict[str, str]:
     """A colour for each defence: the kit's have the same one in every figure, others take what is left in
     their order."""
     unused = (colour for name, colour in DEFENCE_COLOURS.items() if name not in defences)
-    left = cycle(["#e69f00", "#009e73", "#cc79a7", *unused])
+    left = cycle(["#009e73", "#cc79a7", "#882255", "#999933", "#332288", *unused])
     return {name: DEFENCE_COLOURS.get(name) or next(left) for name in defences}
 
 
@@ -44,7 +45,7 @@ def plain(text: object) -> str:
 def new_figure(width: float, height: float, title: str = "") -> Figure:
     """An empty white figure of ``width`` x ``height`` inches (a title adds to it) that lays itself out."""
     lines = textwrap.wrap(title, max(20, int(10 * width)))
-    figure = Figure((width, height + 0.25 * len(lines)), dpi=160, facecolor="white", layout="constrained")
+    figure = Figure((width, height + 0.25 * len(lines)), dpi=96, facecolor="white", layout="constrained")
     figure.suptitle(plain("\n".join(lines)), fontsize=12)
     return figure
 
@@ -53,7 +54,8 @@ def panels(
     count: int, width: float, height: float, title: str, columns: int = 3
 ) -> tuple[Figure, list[Axes]]:
     """A figure of ``count`` axes in rows of at most ``columns``, each ``width`` x ``height`` inches."""
-    columns, rows = min(columns, count), -(-count // min(columns, count))
+    columns = max(1, min(columns, count, int(WIDEST // width)))
+    rows = -(-count // columns)
     figure = new_figure(max(4.5, columns * width), rows * height, title)
     axes = figure.subplots(rows, columns, squeeze=False).flat
     for empty in axes[count:]:
@@ -124,11 +126,12 @@ def interval_of(value: str) -> tuple[str, str]:
     return ("low", "high") if value == "accuracy" else (f"{value}_low", f"{value}_high")
 
 
-def save_figure(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as PNG or PDF, by the path's suffix, atomically: an earlier file survives a failure.
+def save_figure(figure: Figure, path: str | Path) -> Figure:
+    """Write a figure as PNG (192 pixels an inch) or PDF, by the path's suffix, atomically: an earlier file
+    survives a failure.
 
-    The file holds no date and no version, so that equal figures give equal files. Returns the path; its
-    folder is made.
+    The file holds no date and no version, so that equal figures give equal files. Its folder is made.
+    Returns the figure, to be shown.
 
     Raises:
         ValueError: for another suffix.
@@ -138,6 +141,6 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     kind = path.suffix[1:].lower()
     parameters.check_settings(suffix=(kind, parameters.one_of(*left_out)))
     files.write_atomically(
-        path, lambda part: figure.savefig(part, format=kind, metadata=dict.fromkeys(left_out[kind]))
+        path, lambda part: figure.savefig(part, format=kind, dpi=192, metadata=dict.fromkeys(left_out[kind]))
     )
-    return path
+    return figure

@@ -393,7 +393,8 @@ def _check_eot(probe: Probe, wrong: dict[str, Tensor]) -> checks.Check:
     p_value = checks.paired_p_value(counts[max(counts)], counts[1])
     # an attack that averages nothing measures no random model
     alone = probe.attack["eot_samples"] == 1 and check.outcome == "passed"
-    outcome = checks.outcome_of(p_value) if alone else check.outcome
     return checks.Check(
-        "EOT", outcome, f"{check.detail}; more than one sample matters: {checks.p_text(p_value)}"
+        "EOT",
+        checks.outcome_of(p_value) if alone else check.outcome,
+        f"{check.detail}; gain over one sample: {checks.p_text(p_value)}",
     )

@@ -115,8 +115,8 @@ def check_modes(
     return Check(
         "same answers",
         _outcome_of_share(off),
-        f"where a gradient is asked for, the same sample gives {int(off.sum())} of {len(off)} images other "
-        f"logits",
+        f"with and without a gradient the same sample gives the same logits for {int((~off).sum())} of "
+        f"{len(off)} images",
     )
 
 
@@ -216,7 +216,7 @@ def check_effort(
             alone never shows that an attack has converged: that is said only where these break no more than
             one in a hundred of the images beside those that the last effort breaks.
     """
-    efforts, last = list(wrong), wrong[max(wrong)]
+    last = wrong[max(wrong)]
     gains = [paired_p_value(less, more) for less, more in pairwise(wrong.values())]
     weaker = min(1.0, len(gains) * min(gains))
     missed = 2 * last <= num_samples
@@ -225,13 +225,13 @@ def check_effort(
     state = "more do not help"
     if outcome_of(weaker) != "passed":
         state = f"more make the attack weaker ({p_text(weaker)})"
-    elif paired_p_value(last, wrong[efforts[-2]]) < SIGNIFICANCE:
-        state = "more still help, so a robust accuracy at this effort is too high"
+    elif paired_p_value(last, list(wrong.values())[-2]) < SIGNIFICANCE:
+        state = "more still help: take more"
     elif union > 0.01 * len(missed):
         counts = ", ".join(f"{other} {int(each.sum())}" for other, each in broken.items())
-        missing = f"others break images that it misses ({union} of {int(missed.sum())}: {counts})"
-        state = f"{state}, but {missing}, so a robust accuracy is too high"
+        missing = f"{union} of {int(missed.sum())}: {counts}"
+        state += f", but several attacks do: others break images that it misses ({missing})"
     elif others:
         state = f"converged, beside {', '.join(others)}, too"
-    errors = ", ".join(f"{effort}: {_errors(counts, num_samples)}" for effort, counts in wrong.items())
-    return Check(name, outcome_of(weaker), f"errors by {unit}: {errors}; {state}")
+    errors = (f"{effort}: {_errors(counts, num_samples)}" for effort, counts in wrong.items())
+    return Check(name, outcome_of(weaker), f"errors by {unit}: {', '.join(errors)}; {state}")
