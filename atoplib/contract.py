@@ -303,8 +303,11 @@ def _check_answer(model: nn.Module, image: Tensor, differentiable: bool) -> int:
 def _treats_images_apart(model: nn.Module) -> bool:
     """Whether the types of its parts tell that no image of a batch meets another."""
     meeting = (nn.modules.batchnorm._BatchNorm, nn.MultiheadAttention)  # but for running statistics
-    parts = (part for part in model.modules() if isinstance(part, meeting))
-    return of_known_layers(model) and all(getattr(part, "running_mean", None) is not None for part in parts)
+    return of_known_layers(model) and all(
+        getattr(part, "running_mean", None) is not None
+        for part in model.modules()
+        if isinstance(part, meeting)
+    )
 
 
 def _check_batch(model: nn.Module, image: Tensor) -> None:

@@ -119,7 +119,7 @@ def workspace_dir(workspace: str = "") -> Path:
         return Path(workspace).expanduser().resolve()
     here = Path.cwd()
     folders = (here, *here.parents, Path(__file__).resolve().parents[1])
-    projects = (
-        each for each in folders if (each / "notebooks").is_dir() and (each / "pyproject.toml").is_file()
+    return next(
+        (each for each in folders if (each / "notebooks").is_dir() and (each / "pyproject.toml").is_file()),
+        here,
     )
-    return next(projects, here)

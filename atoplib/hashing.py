@@ -329,9 +329,8 @@ def _is_user_code(module: str) -> bool:
     library.
     """
     file = getattr(sys.modules.get(module), "__file__", None)
-    known = module.split(".")[0] in ("atoplib", "builtins", "torch")
-    library = known or file is None or str(Path(file).resolve()).startswith(LIBRARIES)
-    return module in ("__main__", "") or not library
+    known = file is None or module.split(".")[0] in ("atoplib", "builtins", "torch")
+    return module in ("__main__", "") or not (known or str(Path(file).resolve()).startswith(LIBRARIES))
 
 
 def _module_code(module: str) -> str:

@@ -54,5 +54,6 @@ def load_pretrained(
     if header["kind"] == "classifier":
         return checkpoints.load(path, kind="classifier", device=device)[0]
     trained_for = header.get("classifier", "undefended")
-    classifier = load_pretrained(dataset, trained_for, device=device, folder=folder)
-    return load_pipeline(path, classifier, device=device)
+    return load_pipeline(
+        path, load_pretrained(dataset, trained_for, device=device, folder=folder), device=device
+    )

@@ -118,11 +118,10 @@ def apgd(
         )  # fmt: skip
 
     attempts = [(steps, partial(attempt, goals)) for goals in columns for _ in range(restarts)]
-    adversarial = strongest_attempt(
+    return ball.check(strongest_attempt(
         model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
         callback=callback,
-    )  # fmt: skip
-    return ball.check(adversarial)
+    ))  # fmt: skip
 
 
 def checkpoints(steps: int, norm: str = "linf") -> dict[int, int]:

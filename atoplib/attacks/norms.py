@@ -74,6 +74,10 @@ class Ball:
         radius = torch.rand((len(noise), 1, 1, 1), generator=generator, **kind)
         return self.project(self.images + self.eps * radius ** (1 / self.images[0].numel()) * _unit(noise))
 
+    def still(self) -> Tensor:
+        """The points that are the images themselves."""
+        return self.images
+
     def searched(self, share: float) -> Self:
         """What a run that begins outside moves in once so large a share of its steps is done: a ball that
         shrinks to this one (``STAGES``)."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from atoplib.attacks.eot import StepCallback, eot_gradient, make_generator
 from atoplib.attacks.losses import Loss, likely_targets, target_margin
@@ -24,9 +25,10 @@ ENSEMBLE = {
     "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
     "momentum": 0.75, "cycles": 3, "early_stop": 3,
 }  # fmt: skip
-# Where the ball shrinks meanwhile: one cycle, every other run smoothed; for l1 less momentum.
-SMOOTHED = ENSEMBLE | {"cycles": 1, "smoothing": (0.5, 0.0)}
-ENSEMBLES = {"linf": ENSEMBLE, "l2": SMOOTHED, "l1": SMOOTHED | {"momentum": 0.25}}
+# Where the ball shrinks meanwhile: one cycle, smoothed runs, for l1 less momentum. Runs that begin near the
+# best so far have one goal: of targets each finds another way.
+L2 = ENSEMBLE | {"cycles": 1, "smoothing": (0.5, 0.3, 0.1), "loss": "mean_softmax", "recombine": True}
+ENSEMBLES = {"linf": ENSEMBLE, "l2": L2, "l1": L2 | {"smoothing": (0.5, 0.0), "momentum": 0.25}}
 # Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
 # get lost in the noise; the projection makes up for steps that are too large.
 SMALLEST_STEP = 1 / 3
@@ -52,6 +54,7 @@ def pgd(
     early_stop: int = 0,
     shrink: bool = True,
     smoothing: float | Sequence[float] = 0.0,
+    recombine: bool = False,
     rule: str = "any",
     votes: int = 10,
     targets: Int[Tensor, " batch"] | None = None,
@@ -93,6 +96,9 @@ def pgd(
             are taken, another for each of the EOT samples; it falls to 0 along the run. Across the flat
             parts of a loss (l_inf-trained networks have them in l2 and l1) it finds the way that a gradient
             at the point itself does not. Of several each restart takes the next, in turn.
+        recombine: every restart begins at a mixture of the best point so far and a random one, in each of
+            8 x 8 parts of the image one of the two, so that what one run found is not lost to the next;
+            False: at the random one.
         rule, votes: by which an image counts as misclassified between restarts (``strongest_attempt``).
         targets: class that each image is driven to, by the margin between it and the true one, in place of
             ``loss``.
@@ -141,20 +147,26 @@ def pgd(
         near = whole.rows(rows) if restarts > 1 else whole
         wide = near.searched(1 / steps) if shrink else near
         begin = wide.start(generator) if number or start is None else near.project(start[rows])
-        return _pgd(
+        if number and recombine:
+            share = torch.rand((len(rows), 1, 8, 8), generator=generator, device=begin.device)
+            kept = interpolate(share, size=begin.shape[2:]) < 0.5  # one draw for all pixels of a part
+            begin = wide.project(torch.where(kept, best[rows], begin))
+        ends[rows] = _pgd(
             model, begin, labels[rows], near, goal, at_rows(classes, rows), sizes=sizes,
             eot_samples=eot_samples, momentum=momentum, early_stop=early_stop, shrink=shrink,
             smoothing=noises[number % len(noises)], generator=generator, reach=targets is not None,
             max_batch=max_batch, callback=report,
         )  # fmt: skip
+        return near.images_at(ends[rows])
 
+    best, ends = whole.still().clone(), whole.still().clone()
     if restarts == 1:
         adversarial = attempt(0, torch.arange(len(images), device=images.device), callback)
     else:
         attempts = [(steps, partial(attempt, number)) for number in range(restarts)]
         adversarial = strongest_attempt(
             model, images, labels, attempts, rule=rule, votes=votes, targets=targets, max_batch=max_batch,
-            callback=callback,
+            callback=callback, taken=lambda rows: best.index_copy_(0, rows, ends[rows]),
         )  # fmt: skip
     return whole.check(adversarial) if checked else adversarial
 
@@ -258,9 +270,9 @@ def _pgd(
     max_batch: int,
     callback: StepCallback | None,
 ) -> Tensor:
-    """One run from the point ``x`` of a ball; ``reach``: an image is done where it is classified as its class
-    of ``classes``."""
-    result, losses = ball.images.clone(), torch.zeros(len(x), device=x.device, dtype=torch.float32)
+    """Where one run from the points ``x`` of a ball ends; ``reach``: an image is done where it is classified
+    as its class of ``classes``."""
+    whole, result, losses = ball, x.clone(), torch.zeros(len(x), device=x.device, dtype=torch.float32)
     rows = torch.arange(len(x), device=x.device)
     in_a_row, past = torch.zeros_like(rows), torch.zeros_like(x)
     for step, size in enumerate(sizes):
@@ -273,18 +285,18 @@ def _pgd(
         near = ball.searched((step + 1) / len(sizes)) if shrink else ball
         x = near.project(x + size * near.direction(past, x))
         if callback is not None:
-            result[rows], losses[rows] = ball.images_at(x if near is ball else ball.project(x)), loss
-            callback(step + 1, len(sizes), result.clone(), losses.clone())
+            result[rows], losses[rows] = x if near is ball else ball.project(x), loss
+            callback(step + 1, len(sizes), whole.images_at(result).clone(), losses.clone())
         # only where the point that was judged lay in the ball
         if early_stop and not smoothing and (not shrink or ball.searched(step / len(sizes)) is ball):
             done = broken_samples(logits, labels, classes if reach else None).all(dim=0)
             in_a_row = torch.where(done, in_a_row + 1, 0)
             stays = in_a_row < early_stop
             if not stays.all():
-                result[rows], ball = ball.images_at(x), ball.rows(stays)
+                result[rows], ball = x, ball.rows(stays)
                 each = (rows, x, labels, in_a_row, past, classes)
                 rows, x, labels, in_a_row, past, classes = (at_rows(values, stays) for values in each)
                 if len(rows) == 0:
                     break
-    result[rows] = ball.images_at(x)
+    result[rows] = x
     return result.detach()

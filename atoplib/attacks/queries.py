@@ -118,8 +118,9 @@ def broken(
     max_batch: int = 256,
 ) -> Bool[Tensor, " batch"]:
     """``broken_by`` of ``votes`` new samples."""
-    logits = sample_logits(model, images, num_samples=votes, max_batch=max_batch)
-    return broken_by(logits, labels, targets, rule)
+    return broken_by(
+        sample_logits(model, images, num_samples=votes, max_batch=max_batch), labels, targets, rule
+    )
 
 
 def at_rows(values: Tensor | None, rows: Tensor) -> Tensor | None:
@@ -138,6 +139,7 @@ def strongest_attempt(
     targets: Int[Tensor, " batch"] | None = None,
     max_batch: int = 256,
     callback: StepCallback | None = None,
+    taken: Callable[[Tensor], None] = id,
 ) -> Float[Tensor, "batch channels height width"]:
     """Make the attempts one after the other, each on those images alone that are not yet misclassified.
 
@@ -146,6 +148,7 @@ def strongest_attempt(
             strongest choice), or by one of ``decisions.RULES``. A deterministic model gets one vote.
         targets: where given, an image counts as correct until it is classified as its target.
         callback: of all images and the steps of all attempts.
+        taken: called with the positions of the images whose last candidates are the best so far.
 
     Returns:
         for an image that was misclassified, what did it (the image itself where it is wrong); for any other
@@ -186,6 +189,7 @@ def strongest_attempt(
         better = ~remaining[rows] | (strength > scores[rows])
         adversarial[rows] = torch.where(better.view(-1, 1, 1, 1), candidates, adversarial[rows])
         scores[rows] = torch.where(better, strength, scores[rows])
+        taken(rows[better])
         done += length
     return adversarial
 

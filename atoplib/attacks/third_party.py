@@ -161,10 +161,11 @@ def _build(name: str, model: nn.Module, ball: Ball, seed: int, options: dict[str
         raise ValueError(
             f"{name} of torchattacks needs at least 4 classes, but the model has {classes}; use APGD"
         )
-    # AutoAttack's own default seed is the time of day
-    ours = {"eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm.capitalize(), "n_classes": classes}
-    arguments = {option: value for option, value in (ours | {"seed": seed}).items() if option in allowed}
-    attack = make(model, **arguments | options)
+    ours = {
+        "eps": ball.eps, "max_epsilon": ball.eps, "norm": ball.norm.capitalize(), "n_classes": classes,
+        "seed": seed,  # AutoAttack's own default is the time of day
+    }  # fmt: skip
+    attack = make(model, **{name: value for name, value in ours.items() if name in allowed} | options)
     attack.set_device(ball.images.device)
     return attack
 

@@ -71,7 +71,7 @@ class Row(NamedTuple):
                 parts = max(1, options["steps"] // (80 if smoothing else 40))  # starts bring more than steps
                 options["steps"] //= parts
                 options["restarts"] *= parts * samples
-                if self.attack == "pgd_ensemble":  # of many restarts, targets find more than the margin
+                if self.attack == "pgd_ensemble" and not smoothing:  # targets find more than the margin
                     options.setdefault("loss", ("mean_softmax", "likely_targets"))
         return {name: value for name, value in options.items() if name in known}
 
@@ -315,7 +315,7 @@ PROTOCOLS: dict[str, Protocol] = {
             (
                 _strongest(80, 5, name="transfer", threat_model="transfer"),
                 _strongest(80, 5),
-                _strongest(160, 5, "l2"),
+                _strongest(80, 5, "l2", restarts=4),
                 _flow(5),
                 Row("square", "Square {norm}", options={"queries": 500}),
                 *_UNSEEN,

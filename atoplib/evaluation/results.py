@@ -305,8 +305,9 @@ def compare_defences(evaluation: Evaluation, first: str, *, rule: str = "single"
     check_settings(first=(first, one_of(*dict.fromkeys(defence for defence, _ in correct))))
     for defence, attack in correct:
         if defence != first and (first, attack) in correct:
-            pair = correct[first, attack][rule], correct[defence, attack][rule]
-            rows.append((attack, defence, *mcnemar(*pair)))
+            rows.append(
+                (attack, defence, *mcnemar(correct[first, attack][rule], correct[defence, attack][rule]))
+            )
     return pd.DataFrame(rows, columns=["attack", "other", "only_first", "only_other", "p"])
 
 

@@ -199,8 +199,10 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
     count, top = len(order), 1.0 if values["norm"] == "linf" else inf
     images, labels = (part[order].to(device_of(defence)) for part in (scene.images, scene.labels))
     for eps in dict.fromkeys(min(factor * values["eps"], top) for factor in CURVE_FACTORS):
-        watch = partial(report, f"Accuracy of {name} at {eps:.3g}")
-        adversarial = run_attack(scene, {**values, "eps": eps}, source, images, labels, watch)
+        adversarial = run_attack(
+            scene, {**values, "eps": eps}, source, images, labels,
+            partial(report, f"Accuracy of {name} at {eps:.3g}"),
+        )  # fmt: skip
         decisions.reseed(defence, values["seed"] + 1)
         logits = decisions.sample_logits(defence, adversarial, max_batch=max_batch(images))[0]
         points.append((eps, *percents(int((logits.argmax(dim=1) == labels).sum()), count)))
