@@ -57,10 +57,10 @@ def test_an_independent_attack_on_the_random_defence_finds_no_more_than_its_nois
     assert accuracy(model, ours, labels, 40) <= accuracy(model, other, labels, 40) + 3 / 64
 
 
-@pytest.mark.parametrize("norm, eps, most", [("l1", 12.0, 10), ("l2", 2.0, 22)])
+@pytest.mark.parametrize("norm, eps, most", [("l1", 12.0, 10), ("l2", 2.0, 20)])
 def test_smoothed_restarts_from_outside_find_what_a_run_within_does_not(defences, digits, norm, eps, most):
     """One start in the ball and a step that never falls keep 34 (l1) and 33 (l2) of 40; restarts from outside
-    leave 16 to 17 and 30, every other one smoothed 6 to 7 and 16 to 17."""
+    leave 16 to 17 and 30, smoothed ones 4 to 6 and 15 to 16."""
     model, (images, labels) = defences["AT"], (part[:40] for part in digits)
     weak = pgd(model, images, labels, eps=eps, norm=norm, steps=40, shrink=False)
     strong = pgd_ensemble(model, images, labels, eps=eps, norm=norm, **STRONG | {"steps": 30})
@@ -68,9 +68,10 @@ def test_smoothed_restarts_from_outside_find_what_a_run_within_does_not(defences
 
 
 def test_moving_pixels_break_most_digits_of_at(defences, digits):
-    """A smoothness term weighed against logits printed 37 to 41 % where 9 % is reachable."""
-    model, (images, labels) = defences["AT"], (part[:32] for part in digits)
-    assert accuracy(model, flow(model, images, labels, eot_samples=1, restarts=30), labels) <= 0.15
+    """A smoothness term weighed against logits printed 37 to 41 % where 1 % is reachable. These runs leave 1 to
+    2 of the 64 digits, from random flows alone 1 to 4."""
+    left = flow(defences["AT"], *digits, eot_samples=1, restarts=20)
+    assert 64 * accuracy(defences["AT"], left, digits[1]) <= 3
 
 
 @pytest.fixture

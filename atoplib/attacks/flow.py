@@ -47,7 +47,7 @@ def flow(
             image is 2 wide and 2 high: 0.05 is 0.8 px at 32 px. Above 0, at most 2.
         steps, eot_samples: of each run; many short runs find more than few long ones.
         restarts: runs, on the images that are not yet misclassified, the first from a random flow, others
-            from a mixture of the best so far and a random one: random ones alone leave ten times as many.
+            from a mixture of the best so far and a random one: random ones alone leave three times as many.
         control: None moves each pixel by itself; a number moves a grid of so many control points along each
             edge, and the pixels between them follow bilinearly: another, smoother threat. At least 2.
 
