@@ -68,8 +68,8 @@ def test_smoothed_restarts_from_outside_find_what_a_run_within_does_not(defences
 
 
 def test_moving_pixels_break_most_digits_of_at(defences, digits):
-    """A smoothness term weighed against logits printed 37 to 41 % where 1 % is reachable. These runs leave 1 to
-    2 of the 64 digits, from random flows alone 1 to 4."""
+    """A smoothness term weighed against logits printed 37 to 41 % where 1 % is reachable. These runs leave 1
+    to 2 of the 64 digits, from random flows alone 1 to 4."""
     left = flow(defences["AT"], *digits, eot_samples=1, restarts=20)
     assert 64 * accuracy(defences["AT"], left, digits[1]) <= 3
 
