@@ -315,7 +315,7 @@ PROTOCOLS: dict[str, Protocol] = {
             (
                 _strongest(80, 5, name="transfer", threat_model="transfer"),
                 _strongest(80, 5),
-                _strongest(80, 5, "l2", restarts=4),
+                _strongest(160, 5, "l2"),
                 _flow(5),
                 Row("square", "Square {norm}", options={"queries": 500}),
                 *_UNSEEN,
