@@ -316,7 +316,7 @@ PROTOCOLS: dict[str, Protocol] = {
                 _strongest(80, 5, name="transfer", threat_model="transfer"),
                 _strongest(80, 5),
                 _strongest(160, 5, "l2"),
-                _flow(5),
+                _flow(3, 17),
                 Row("square", "Square {norm}", options={"queries": 500}),
                 *_UNSEEN,
             ),
