@@ -165,6 +165,15 @@ def test_an_attack_can_start_from_images_outside_its_ball():
     torch.testing.assert_close(found, Ball(images, 0.1, "linf").project(far), atol=1e-5, rtol=0)
 
 
+def test_a_restart_begins_with_parts_of_the_best_point_so_far():
+    model, images, path = TwoClasses().eval(), images_of((20, *SHAPE[1:])), []
+    labels = model(images).argmax(dim=1)
+    start = best_attack(model, images, labels, 1e-3, "linf")
+    options = {"steps": 1, "alpha": 1e-9, "restarts": 2, "callback": lambda *at: path.append(at[2])}
+    pgd(model, images, labels, eps=1e-3, start=start, recombine=True, **options)
+    assert 0.4 < torch.isclose(path[-1], start, rtol=0, atol=1e-6).float().mean() < 0.6
+
+
 STEPWISE = {"eps": 0.08, "steps": 8, "alpha": 0.02, "start": "clean"}
 
 
@@ -322,8 +331,7 @@ def test_a_falling_step_goes_from_its_size_to_a_small_part_of_it_once_a_cycle():
     sizes = step_sizes(0.1, 9, cycles=1)
     assert sizes == sorted(sizes, reverse=True)
     assert (sizes[0], sizes[-1]) == pytest.approx((0.1, 0.1 * LAST_STEP))
-    assert step_sizes(0.1, 18, cycles=2) == sizes * 2
-    assert step_sizes(0.1, 1, cycles=3) == [0.1]
+    assert step_sizes(0.1, 18, cycles=2) == sizes * 2 and step_sizes(0.1, 1, cycles=3) == [0.1]
 
 
 def test_a_function_as_in_a_training_step_gets_the_whole_batch_and_not_one_pass_more():
@@ -334,8 +342,7 @@ def test_a_function_as_in_a_training_step_gets_the_whole_batch_and_not_one_pass_
         return model(x)
 
     found = pgd(step_model, images, MANY, eps=0.1, steps=3, max_batch=2)
-    assert sizes == [6, 6, 6]
-    assert torch.equal(found, pgd(model.eval(), images, MANY, eps=0.1, steps=3))
+    assert sizes == [6, 6, 6] and torch.equal(found, pgd(model.eval(), images, MANY, eps=0.1, steps=3))
 
 
 def test_losses_have_their_closed_forms():
@@ -355,8 +362,7 @@ def test_losses_have_their_closed_forms():
 
 def test_every_row_of_the_registry_has_options_with_defaults_and_a_usual_radius():
     for name, row in ATTACKS.items():
-        assert row.name == name and row.title and row.description
-        assert set(row.norms) <= set(RADII)
+        assert row.name == name and row.title and row.description and set(row.norms) <= set(RADII)
         assert not {"model", "eps", "norm", "seed", "targets"} & set(row.options)
     assert (
         ATTACKS["pgd"].options["steps"] == 40

@@ -120,8 +120,7 @@ def test_gradients_that_are_zero_or_not_finite_are_counted(zero, broken, outcome
     gradients[zero : zero + broken, 0, 1, 1] = nan
     gradients[60:, :, 2:] = 0  # a part of an image may be masked
     check = check_gradients(gradients)
-    assert check.outcome == outcome
-    assert f"zero for {zero} and not finite for {broken} of 64" in check.detail
+    assert check.outcome == outcome and f"zero for {zero} and not finite for {broken} of 64" in check.detail
 
 
 @pytest.mark.parametrize(

@@ -62,8 +62,7 @@ def check_against_brute_force(model, labels, found, candidates):
     """What any candidate breaks is broken; elsewhere the result is the candidate nearest to an error."""
     known = torch.stack([gaps(model, each, labels) for each in candidates])
     breakable = (known > 0).any(dim=0)
-    assert 0 < breakable.sum() < len(labels)
-    assert torch.equal(gaps(model, found, labels) > 0, breakable)
+    assert 0 < breakable.sum() < len(labels) and torch.equal(gaps(model, found, labels) > 0, breakable)
     torch.testing.assert_close(gaps(model, found, labels)[~breakable], known.amax(dim=0)[~breakable])
     same = torch.stack([(each - found).abs().flatten(1).amax(dim=1) < 1e-6 for each in candidates])
     assert same.any(dim=0).all(), "the result is none of the candidates"
@@ -136,8 +135,7 @@ def test_a_move_turns_and_shifts_as_pillow_does():
 
 def test_the_grid_of_poses_holds_every_pose_once_and_none_first():
     poses = pose_grid(30, 0.1, 31, 5)
-    assert len(poses) == len(set(poses)) == 31 * 25 and poses[0] == (0, 0, 0)
-    assert abs(poses[1][0]) == 30
+    assert len(poses) == len(set(poses)) == 31 * 25 and poses[0] == (0, 0, 0) and abs(poses[1][0]) == 30
     assert pose_grid(30, 0.0, 3, 5) == [(0, 0, 0), (-30, 0, 0), (30, 0, 0)]
 
 
