@@ -17,7 +17,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from atoplib import classifiers, contract, files, purifiers
+from atoplib import classifiers, contract, files, freezing, purifiers
 
 FORMAT = "atoplib-checkpoint-1"
 CUSTOM = "custom: "  # begins the architecture of a network that none of our builders makes; its class follows
@@ -39,7 +39,8 @@ def save(
         kind: ``classifier`` or ``purifier``.
         architecture, options: what its builder was called with. Where that makes another network than this
             one, ``CUSTOM`` and the name of its class are written instead.
-        facts: anything else worth keeping beside the weights (transform, parameters, metrics), as JSON.
+        facts: anything else worth keeping beside the weights (transform, parameters, metrics), as JSON. With
+            ``encoder_file`` the encoder's weights are left to that file (``load``).
 
     Raises:
         CheckpointError: for what cannot be saved. OSError: where the file cannot be written.
@@ -48,6 +49,8 @@ def save(
         architecture, options = CUSTOM + type(module).__name__, {}
     header = {"format": FORMAT, "kind": kind, "architecture": architecture, "options": dict(options), **facts}
     tensors, header["extra_state"] = tensors_of(module)
+    if "encoder_file" in facts:
+        tensors = {name: value for name, value in tensors.items() if not name.startswith("encoder.")}
     header["sha256"] = _digest(header, tensors)
     metadata = {"atoplib": json.dumps(header, sort_keys=True)}
     files.write_atomically(
@@ -155,7 +158,9 @@ def load(
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The module that a checkpoint holds, in eval mode, with its header.
 
-    Nothing as large as the file asks for is allocated before the file was found to hold it.
+    Nothing as large as the file asks for is allocated before the file was found to hold it. A purifier whose
+    encoder is a classifier of the same folder may leave that to it: its header then has ``encoder_file``, the
+    classifier's file, and ``encoder_sha256``, that file's own.
 
     Args:
         build: makes the network, in place of the builder that the header names; called twice, first for
@@ -177,21 +182,35 @@ def load(
     make = build or (lambda: BUILDERS[kind](name, **header["options"]))
     try:
         tensors, extra = safetensors.torch.load_file(path), set(header.get("extra_state", ()))
+        borrowed = _encoder_of(header, path)
         with torch.device("meta"):
             expected = _shapes(make().state_dict())
     except Exception as error:  # whatever a damaged file or a builder raises
         raise CheckpointError(
             f"{path} holds no network that can be built: {contract.first_line(error)}"
         ) from error
-    _check_shapes(expected, _shapes(tensors, extra), path)
+    _check_shapes(expected, _shapes(borrowed | tensors, extra), path)
     if header.get("sha256", "") not in ("", _digest(header, tensors)):
         raise CheckpointError(
             f"{path} is damaged: its content is not what was saved. Delete it and run the notebook that "
             "writes it again"
         )
     module = make()
-    load_weights(module, tensors, path, extra)
+    load_weights(module, borrowed | tensors, path, extra)
     return module.to(device).eval(), header
+
+
+def _encoder_of(header: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """The weights of the encoder that a purifier's file leaves to a classifier's."""
+    if "encoder_file" not in header:
+        return {}
+    classifier, of_classifier = load(path.with_name(Path(header["encoder_file"]).name), kind="classifier")
+    if of_classifier["sha256"] != header["encoder_sha256"]:
+        raise CheckpointError(f"its encoder, {header['encoder_file']}, is another one than it was trained on")
+    return {
+        f"encoder.{name}": weight
+        for name, weight in purifiers.encoder_weights(freezing.freeze(classifier)).items()
+    }
 
 
 def load_weights(

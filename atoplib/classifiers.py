@@ -35,11 +35,14 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-def conv_norm(in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Sequential:
-    """A convolution without bias, followed by batch normalisation."""
+def conv_norm(
+    in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1, folded: bool = False
+) -> nn.Sequential:
+    """A convolution without bias, followed by batch normalisation; ``folded``: one with bias, in which that
+    is contained (``freezing.fold_batch_norms``)."""
     return nn.Sequential(
-        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=False),
-        nn.BatchNorm2d(out_channels),
+        nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=folded),
+        nn.Identity() if folded else nn.BatchNorm2d(out_channels),
     )
 
 
@@ -49,10 +52,9 @@ def _pooled_relu(x: Tensor) -> Tensor:
     return F.relu(F.max_pool2d(x, 2), inplace=True)
 
 
-def _residual_part(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        conv_norm(width, width), nn.ReLU(inplace=True), conv_norm(width, width), nn.ReLU(inplace=True)
-    )
+def _residual_part(width: int, folded: bool) -> nn.Sequential:
+    first, second = (conv_norm(width, width, folded=folded) for _ in range(2))
+    return nn.Sequential(first, nn.ReLU(inplace=True), second, nn.ReLU(inplace=True))
 
 
 class SmallResNet(nn.Module):
@@ -61,27 +63,31 @@ class SmallResNet(nn.Module):
 
     Each change of resolution is a max-pooling after a convolution: on CIFAR-10 that learns faster than
     strides do, for the same work. ``stem_stride=2`` leaves the full resolution at once, for digits.
-    ``width=24`` costs 0.107 GFLOP an image.
+    ``width=24`` costs 0.107 GFLOP an image. ``folded``: without batch normalisation, as ``freezing.freeze``
+    makes it of a trained one.
     """
 
-    def __init__(self, num_classes: int, width: int = 24, stem_stride: int = 1) -> None:
+    def __init__(self, num_classes: int, width: int = 24, stem_stride: int = 1, folded: bool = False) -> None:
         super().__init__()
-        self.stem = conv_norm(3, width, stride=stem_stride)
-        self.down1 = conv_norm(width, 2 * width)
-        self.block1 = _residual_part(2 * width)
-        self.down2 = conv_norm(2 * width, 4 * width)
-        self.down3 = conv_norm(4 * width, 8 * width)
-        self.block3 = _residual_part(8 * width)
+        self.stem = conv_norm(3, width, stride=stem_stride, folded=folded)
+        self.down1 = conv_norm(width, 2 * width, folded=folded)
+        self.block1 = _residual_part(2 * width, folded)
+        self.down2 = conv_norm(2 * width, 4 * width, folded=folded)
+        self.down3 = conv_norm(4 * width, 8 * width, folded=folded)
+        self.block3 = _residual_part(8 * width, folded)
         self.head = nn.Linear(8 * width, num_classes)
 
-    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+    def features(self, x: Float[Tensor, "batch 3 height width"]) -> tuple[Tensor, Tensor, Tensor]:
+        """At 1/2, 1/4 and 1/8 of the image: 2w, 4w and 8w channels."""
         x = F.relu(self.stem(x), inplace=True)
         x = _pooled_relu(self.down1(x))
-        x = x + self.block1(x)
-        x = _pooled_relu(self.down2(x))
-        x = _pooled_relu(self.down3(x))
-        x = x + self.block3(x)
-        return self.head(x.mean(dim=(2, 3)))
+        fine = x + self.block1(x)
+        middle = _pooled_relu(self.down2(fine))
+        x = _pooled_relu(self.down3(middle))
+        return fine, middle, x + self.block3(x)
+
+    def forward(self, x: Float[Tensor, "batch 3 height width"]) -> Float[Tensor, "batch classes"]:
+        return self.head(self.features(x)[-1].mean(dim=(2, 3)))
 
 
 class WideBlock(nn.Module):

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from atoplib import checkpoints
 from atoplib.contract import adapt, check_eval_mode
-from atoplib.freezing import fold_batch_norms, freeze, to_channels_last
+from atoplib.freezing import copy_of, fold_batch_norms, freeze, to_channels_last
 from atoplib.parameters import above, at_least, between, check_settings, one_of
-from atoplib.purifiers import freeze_purifier
 from atoplib.transforms import Transform, TransformSample, assemble, corrupt, sample_transform
 
 
@@ -158,17 +157,16 @@ class AToPPipeline(nn.Module):
     def freeze_for_attack(self) -> "AToPPipeline":
         """A copy to attack: the same function and gradients up to rounding, frozen, in less time.
 
-        The classifier takes up its batch normalisations, a ``GatedUNet`` becomes a ``FrozenGatedUNet``, known
-        layers are channels-last: each where it gives the same answers to probe images
-        (``freezing.same_answers``), else a plain copy. Its samples are those of a pipeline that was just
-        given the seed of this one.
+        The classifier takes up its batch normalisations, where it then gives the same answers to probe images
+        (``freezing.same_answers``), and known layers are channels-last. Its samples are those of a pipeline
+        that was just given the seed of this one.
 
         Raises:
             ValueError: in train mode.
         """
         check_eval_mode(self)
         frozen = copy(self)
-        frozen.purifier = to_channels_last(freeze_purifier(self.purifier))
+        frozen.purifier = to_channels_last(copy_of(self.purifier))
         frozen.classifier = to_channels_last(fold_batch_norms(self.classifier))
         return frozen.requires_grad_(False).eval()
 

@@ -2,21 +2,23 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
-from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from atoplib.checkpoints import load, save
+from atoplib import classifiers, freezing
+from atoplib.checkpoints import CheckpointError, load, read_header, save
+from atoplib.data import Split
 from atoplib.purifiers import (
     PURIFIERS,
     DeepFillV2,
     DenoisingAutoencoder,
-    FrozenGatedUNet,
     GatedUNet,
     ResidualPurifier,
+    RobustEncoderPurifier,
     build,
 )
-from atoplib.purifiers.gated import folded, unfolded
+from atoplib.training import fit
 from atoplib.transforms import Transform, corrupt, sample_transform
 
 OUT_OF_RANGE = [("width", 0), ("blocks", -1), ("fold", 0), ("pixel_width", -1)]
@@ -24,13 +26,12 @@ OUT_OF_RANGE = [("width", 0), ("blocks", -1), ("fold", 0), ("pixel_width", -1)]
 
 def given_for(shape=(2, 5, 32, 32)):
     given = torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    given[:, 3] = 1
-    given[:, 4] = 0
+    given[:, 3:] = torch.tensor([1.0, 0.0]).view(2, 1, 1)
     return given
 
 
 @pytest.mark.parametrize(
-    "make, expected", [(GatedUNet, 0.17), (lambda: ResidualPurifier(context=False), 0.25)]
+    "make, expected", [(GatedUNet, 0.17), (ResidualPurifier, 0.29), (RobustEncoderPurifier, 0.52)]
 )
 def test_an_image_of_32_px_costs_what_the_docstring_says(make, expected):
     with torch.device("meta"):
@@ -43,10 +44,14 @@ def test_an_image_of_32_px_costs_what_the_docstring_says(make, expected):
 @pytest.mark.parametrize(
     "name, options, message",
     [
-        ("unet", {}, "purifier must be one of gated_unet, residual, deepfill_v2"),
+        ("unet", {}, "purifier must be one of gated_unet, residual, robust_encoder"),
         ("gated_unet", {"depth": 3}, "does not take the options {'depth': 3}"),
         *(("gated_unet", {k: v}, f"{k} must .*, got {v}") for k, v in OUT_OF_RANGE),
         *(("residual", {k: v}, f"{k} must .*, got {v}") for k, v in OUT_OF_RANGE[:3]),
+        *(
+            ("robust_encoder", {k: v}, f"{k} must .*, got {v}")
+            for k, v in [("encoder_width", 0), *OUT_OF_RANGE[:2]]
+        ),
         *(("denoising_autoencoder", {"levels": v}, f"levels must lie in 1..8, got {v}") for v in (0, 9)),
     ],
 )
@@ -59,9 +64,11 @@ def test_impossible_purifiers_are_refused(name, options, message):
     "make, factor",
     [
         (lambda: GatedUNet(4, fold=2), 8),
-        (lambda: FrozenGatedUNet(GatedUNet(4, fold=4).eval()), 16),
+        (lambda: GatedUNet(4, fold=4), 16),
         (lambda: DenoisingAutoencoder(4, levels=3), 8),
         (lambda: ResidualPurifier(4), 4),
+        (lambda: RobustEncoderPurifier(4), 8),
+        (lambda: RobustEncoderPurifier(4, stem_stride=2), 16),
         (lambda: DeepFillV2(4), 8),
     ],
 )
@@ -128,6 +135,7 @@ def test_every_purifier_is_built_by_name_and_comes_back_from_a_checkpoint(tmp_pa
         "gated_unet": {"width": 4, "blocks": 1, "fold": 2, "front_width": 2, "pixel_width": 2},
         "denoising_autoencoder": {"width": 4, "levels": 2},
         "residual": {"width": 4, "blocks": 1},
+        "robust_encoder": {"encoder_width": 2, "width": 4},
     }.items():
         model = build(name, **options).eval()
         assert isinstance(model, PURIFIERS[name])
@@ -137,49 +145,11 @@ def test_every_purifier_is_built_by_name_and_comes_back_from_a_checkpoint(tmp_pa
 
 
 @pytest.mark.parametrize(
-    "form", [torch.contiguous_format, torch.channels_last], ids=["nchw", "channels-last"]
-)
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"fold": 1, "blocks": 0},
-        {"fold": 2},
-        {"fold": 4, "pixel_width": 3},
-        {"fold": 2, "pixel_width": 2, "blocks": 1},
-    ],
-    ids=str,
-)
-def test_frozen_it_computes_the_same_and_the_same_gradients_to_the_visible_pixels(options, form):
-    torch.manual_seed(0)
-    # In double precision no rounding hides a difference.
-    model = GatedUNet(width=4, **options).double().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)  # biases too, and outputs on both sides of the range
-    given = given_for((2, 5, 48, 32)).double().contiguous(memory_format=form)
-    given[:, 4, 8:20, 4:16] = 1
-    first, second = given.clone().requires_grad_(), given.clone().requires_grad_()
-    expected, result = model(first), FrozenGatedUNet(model)(second)
-    assert (expected.abs() > 1).any() and (expected.abs() < 1).any()
-    torch.testing.assert_close(result, expected, atol=1e-10, rtol=1e-10)
-    weight = torch.rand_like(expected)
-    (expected * weight).sum().backward()
-    (result * weight).sum().backward()
-    torch.testing.assert_close(second.grad[:, :3], first.grad[:, :3], atol=1e-10, rtol=1e-10)
-
-
-@pytest.mark.parametrize("fold, planes", [(1, 3), (2, 3), (4, 1), (2, 5)])
-def test_folding_is_a_pixel_unshuffle_of_another_order_and_unfolding_undoes_it(fold, planes):
-    values = torch.rand(2, planes, 8, 16)
-    known = F.pixel_unshuffle(values, fold).unflatten(1, (planes, fold**2)).transpose(1, 2).flatten(1, 2)
-    assert torch.equal(folded(values, fold), known)
-    assert torch.equal(unfolded(folded(values, fold), fold), values)
-
-
-@pytest.mark.parametrize(
     "make, only_way",
     [
         (lambda: DenoisingAutoencoder(width=4, levels=2), "bottleneck.0"),
         (lambda: ResidualPurifier(width=4, blocks=1), "up"),
+        (lambda: RobustEncoderPurifier(4), "encoder.1.stem.0"),
     ],
 )
 def test_nothing_goes_around_a_bottleneck_nor_a_low_resolution(make, only_way):
@@ -191,9 +161,8 @@ def test_nothing_goes_around_a_bottleneck_nor_a_low_resolution(make, only_way):
 # The residual purifier
 
 
-@pytest.mark.parametrize("context", [True, False])
-def test_every_weight_of_a_residual_purifier_learns_and_its_gradient_is_the_true_one(context):
-    model = ResidualPurifier(width=4, blocks=1, fold=1, context=context).double()
+def test_every_weight_of_a_residual_purifier_learns_and_its_gradient_is_the_true_one():
+    model = ResidualPurifier(width=4, blocks=1, fold=1).double()
     for parameter in model.parameters():  # what starts at 0, too
         nn.init.normal_(parameter, std=0.5)
     given = given_for((1, 5, 4, 6)).double().requires_grad_()
@@ -202,3 +171,52 @@ def test_every_weight_of_a_residual_purifier_learns_and_its_gradient_is_the_true
     result.square().sum().backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
     assert torch.autograd.gradcheck(model, given, fast_mode=True)
+
+
+# The robust encoder
+
+
+AT = {"num_classes": 4, "mean": (0.5,) * 3, "std": (0.2,) * 3, "width": 3}
+
+
+def at_classifier(path=None, seed=0):
+    torch.manual_seed(seed)
+    network = classifiers.build("small_resnet", **AT)
+    network(torch.rand(8, 3, 16, 16))  # batch statistics unlike those of a fresh one
+    if path:
+        save(path, network, kind="classifier", architecture="small_resnet", options=AT)
+    return network.eval()
+
+
+def test_a_robust_encoder_sees_what_its_classifier_sees_and_only_the_decoder_learns():
+    classifier, purifier = at_classifier(), RobustEncoderPurifier(encoder_width=3, width=4)
+    purifier.take_encoder(freezing.freeze(classifier))
+    (normalize, encoder), x = purifier.encoder, torch.rand(4, 3, 16, 16)
+    logits = classifier[1].head(encoder.features(normalize(x))[-1].mean(dim=(2, 3)))
+    torch.testing.assert_close(logits, classifier(x), atol=1e-5, rtol=1e-4)
+    before = {name: weight.clone() for name, weight in purifier.state_dict().items()}
+    data = Split((255 * x).byte(), torch.zeros(4, dtype=torch.long))
+    fit(
+        lambda x, y, epoch: purifier(given_for((4, 5, 16, 16))).square().mean(),
+        purifier, data, epochs=2, batch_size=4, learning_rate=0.1, ema_decay=0.5,
+    )  # fmt: skip
+    moved = {name for name, weight in purifier.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved == {name for name in before if not name.startswith("encoder.")}
+    other = RobustEncoderPurifier(2), RobustEncoderPurifier(3, stem_stride=2), RobustEncoderPurifier(3)
+    for network, given in zip(other, [*2 * [freezing.freeze(classifier)], classifier], strict=True):
+        with pytest.raises(ValueError, match=r"must be a small_resnet of the width.*without its batch norm"):
+            network.take_encoder(given)
+
+
+def test_a_purifier_leaves_its_encoder_to_the_classifiers_file_and_notices_another_one(tmp_path):
+    at, file, options = tmp_path / "at", tmp_path / "purifier", {"encoder_width": 3, "width": 4}
+    purifier = RobustEncoderPurifier(**options).eval()
+    purifier.take_encoder(freezing.freeze(at_classifier(at)))
+    facts = {"encoder_file": "at", "encoder_sha256": read_header(at)["sha256"]}
+    save(file, purifier, kind="purifier", architecture="robust_encoder", options=options, **facts)
+    assert not any(name.startswith("encoder") for name in load_file(file))
+    again, _ = load(file, kind="purifier")
+    torch.testing.assert_close(again(given_for()), purifier(given_for()), atol=1e-6, rtol=1e-6)
+    at_classifier(at, seed=1)
+    with pytest.raises(CheckpointError, match="its encoder, at, is another one"):
+        load(file, kind="purifier")

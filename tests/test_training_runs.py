@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from atoplib import checkpoints, defences, figures
+from atoplib import checkpoints, defences, figures, freezing
 from atoplib.data import load_images
 from tests.training_cells import STAGES, execute
 
@@ -32,6 +32,24 @@ def test_notebooks_find_each_others_runs_and_load_them_however_they_are_named(tm
     assert header["metrics"]["classifier_flops"] == first.run.metrics["train_flops"] > 0
     manifest = json.loads((third.run.path / "manifest.json").read_text())
     assert manifest["status"] == "complete" and set(manifest["inputs"]) == {"classifier", "purifier"}
+
+
+def test_a_purifier_reads_the_features_of_the_run_that_it_is_given_and_its_cost_holds_theirs(tmp_path):
+    small = {
+        "purifier": "robust_encoder",
+        "purifier_options": {"encoder_width": 8, "stem_stride": 2, "width": 4},
+    }
+    _, at = execute(STAGES[0], tmp_path, adversarial=True, attack_steps=1)
+    _, first = execute(STAGES[1], tmp_path, classifier_run="pretrained", encoder_run="latest", **small)
+    assert first.p.encoder_run == at.run.path.name and first.inputs["encoder"].parent == at.run.path
+    expected, encoder = freezing.freeze(at.network).state_dict(), first.network.encoder.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in encoder.items())
+    assert first.metrics["start_flops"] == at.run.metrics["train_flops"] > 0
+    _, atop = execute(STAGES[2], tmp_path, classifier_run="pretrained")
+    assert (
+        atop.header["architecture"] == small["purifier"]
+        and atop.metrics["pretrain_flops"] == first.metrics["train_flops"] + first.metrics["start_flops"]
+    )
 
 
 @pytest.mark.parametrize(

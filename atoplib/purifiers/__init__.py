@@ -12,28 +12,34 @@ from typing import Any
 from torch import nn
 
 from atoplib.parameters import check_settings, one_of
-from atoplib.purifiers.autoencoders import DenoisingAutoencoder, ResidualPurifier
+from atoplib.purifiers.autoencoders import (
+    DenoisingAutoencoder,
+    ResidualPurifier,
+    RobustEncoderPurifier,
+    encoder_weights,
+)
 from atoplib.purifiers.deepfill import DeepFillV2, PatchDiscriminator
 from atoplib.purifiers.diffusion import DiffusionPurifier, load_diffusers
-from atoplib.purifiers.gated import FrozenGatedUNet, GatedUNet, freeze_purifier
+from atoplib.purifiers.gated import GatedUNet
 
 __all__ = [
     "PURIFIERS",
     "DeepFillV2",
     "DenoisingAutoencoder",
     "DiffusionPurifier",
-    "FrozenGatedUNet",
     "GatedUNet",
     "PatchDiscriminator",
     "ResidualPurifier",
+    "RobustEncoderPurifier",
     "build",
-    "freeze_purifier",
+    "encoder_weights",
     "load_diffusers",
 ]
 
 PURIFIERS: dict[str, Callable[..., nn.Module]] = {
     "gated_unet": GatedUNet,
     "residual": ResidualPurifier,
+    "robust_encoder": RobustEncoderPurifier,
     "deepfill_v2": DeepFillV2,
     "denoising_autoencoder": DenoisingAutoencoder,
     "diffusion": DiffusionPurifier,
