@@ -4,12 +4,12 @@
         parameters.json   what the notebook was called with; the name's hash is of these
         manifest.json     when, by which code, on what, from which other runs, and how it ended
         metrics.json      numbers
-        progress.txt      where it is now
-        purifier.safetensors, state.pt, figures/, pictures/, ...
+        purifier.safetensors, figures/, pictures/, ...
+        .state.pt, .pieces/, .progress.txt, .run.lock   what goes on from where it stopped, out of sight
         superseded-1/     what an earlier call left, made from other code, data or weights
 
 Two settings never share a directory and one setting always finds its own. A run that is going on holds
-``run.lock``, which the system frees when its process ends, however it ends. No torch is imported here before
+``.run.lock``, which the system frees when its process ends, however it ends. No torch is imported here before
 a run is opened."""
 
 import ast
@@ -150,8 +150,8 @@ def _lock(path: Path, timeout: float = 0.5) -> FileLock:
 def in_use(run_dir: Path) -> bool:
     """Whether another process works in a run's directory now."""
     try:
-        if (run_dir / "run.lock").is_file():
-            _lock(run_dir / "run.lock", timeout=0).release()
+        if (run_dir / ".run.lock").is_file():
+            _lock(run_dir / ".run.lock", timeout=0).release()
     except RunInUse:
         return True
     return False
@@ -176,7 +176,7 @@ class Run:
     @property
     def state_path(self) -> Path:
         """Where an unfinished training goes on."""
-        return self.path / "state.pt"
+        return self.path / ".state.pt"
 
     def figure_path(self, name: str) -> Path:
         """Where a plot is kept, which anybody may see."""
@@ -194,7 +194,7 @@ class Run:
     def progress(self, line: str) -> None:
         """Leave a line where someone who watches can read it; on a full disk the run goes on without."""
         with suppress(OSError):
-            write_text(self.path / "progress.txt", line + "\n")
+            write_text(self.path / ".progress.txt", line + "\n")
 
     def supersede(self, patterns: Iterable[str]) -> Path:
         """Move what an earlier call left, files and folders that match the patterns, into superseded-N/, and
@@ -212,7 +212,7 @@ class Run:
         keeps the time that they took and when they ended."""
         self.record(**metrics)
         made = [
-            path.stat().st_mtime for pattern in ("state.pt*", "pieces/*") for path in self.path.glob(pattern)
+            path.stat().st_mtime for pattern in (".state.pt*", ".pieces/*") for path in self.path.glob(pattern)
         ]
         loaded = self._before if made and max(made) < self.opened else {}
         seconds = round(self.manifest["seconds"] + time.monotonic() - self.started, 2)
@@ -253,7 +253,7 @@ def open_run(
     """
     p = resolve(p)
     path = experiment_dir(p) / run_name(stage, p.as_dict())
-    lock = _lock(path / "run.lock")
+    lock = _lock(path / ".run.lock")
     for left_over in path.rglob(".*.part"):  # of a process that was killed while it wrote
         left_over.unlink(missing_ok=True)
     before = read_json(path / "manifest.json") or {}
@@ -346,7 +346,7 @@ def difference(run_dir: Path, notebook: Path) -> str:
 def latest_line(run_dir: Path) -> str:
     """The run's line of progress, empty before there is one."""
     try:
-        return (run_dir / "progress.txt").read_text(encoding="utf-8").strip()
+        return (run_dir / ".progress.txt").read_text(encoding="utf-8").strip()
     except OSError:
         return ""
 

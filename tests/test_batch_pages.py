@@ -93,7 +93,7 @@ def test_results_hold_numbers_plots_and_notebooks_and_no_weights_pictures_or_fol
 def test_make_clean_runs_removes_what_was_replaced_or_left_half_written_an_hour_ago(tmp_path, complete):
     (job,) = complete(f"notebooks: {{{FIRST}: }}")
     before = {path.name for path in job.run_dir.iterdir()}
-    for name in ("superseded-1/state.pt", ".old.part", ".new.part"):
+    for name in ("superseded-1/.state.pt", ".old.part", ".new.part"):
         write_text(job.run_dir / name, "x")
     os.utime(job.run_dir / ".old.part", (0, 0))
     command = ["make", "-s", "-C", str(ROOT), "clean-runs", f"WORKSPACE={tmp_path / 'workspace'}"]

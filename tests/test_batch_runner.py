@@ -231,10 +231,10 @@ def test_so_many_run_at_once_as_asked_for_and_never_before_what_they_need(plan, 
 
 def test_what_a_notebook_tells_of_itself_is_told_where_no_terminal_is(plan, papermill, monkeypatch):
     monkeypatch.setattr(runner, "SAY_SECONDS", 0.0)
-    papermill(f'(run / "progress.txt").write_text("50 %, 3 s left\\n"); time.sleep(2); {WELL}')
+    papermill(f'(run / ".progress.txt").write_text("50 %, 3 s left\\n"); time.sleep(2); {WELL}')
     (job,) = plan()
     job.run_dir.mkdir(parents=True)
-    (job.run_dir / "progress.txt").write_text("of yesterday")
+    (job.run_dir / ".progress.txt").write_text("of yesterday")
     lines = run([job])[1].splitlines()
     assert lines[0] == f"[1/1] {FIRST}  started" and lines[-1].startswith(f"[1/1] {FIRST}  complete, ")
     assert any(line.endswith("50 %, 3 s left") for line in lines) and "yesterday" not in "".join(lines)

@@ -64,7 +64,7 @@ def test_an_interrupted_evaluation_goes_on_and_ends_the_same(
 
     with pytest.raises(KeyboardInterrupt):
         run(run_dir=tmp_path, progress=stop)
-    kept = len(list(tmp_path.glob("pieces/*.pt")))
+    kept = len(list(tmp_path.glob(".pieces/*.pt")))
     assert 0 < kept < 16
     calls, one = [], measure._measure
     monkeypatch.setattr(
@@ -83,7 +83,7 @@ def test_a_finished_evaluation_is_only_read_and_a_damaged_piece_measured_again(
         again = run(run_dir=directory, notify=said.append)
     assert again.frame.equals(result.frame)
     assert len(said) == 1 and said[0].startswith("Loaded, not measured again")
-    for path in sorted(directory.glob("pieces/*.pt"))[::3]:
+    for path in sorted(directory.glob(".pieces/*.pt"))[::3]:
         path.write_bytes(path.read_bytes()[:-20])
     assert_same(result, run(run_dir=directory, notify=lambda sentence: pytest.fail(sentence)))
 
@@ -110,12 +110,12 @@ def another(defences):
 )
 def test_what_changed_is_said_measured_anew_and_the_old_archived(directory, change, said, stay):
     before, notes = (directory / "frame.csv").read_bytes(), []
-    pieces = {path.name for path in directory.glob("pieces/*")}
+    pieces = {path.name for path in directory.glob(".pieces/*")}
     assert_same(run(run_dir=directory, notify=notes.append, **change), run(**change))
     assert len(notes) == 1
     assert (directory / "superseded-1/frame.csv").read_bytes() == before
-    archived = {path.name for path in directory.glob("superseded-1/pieces/*")}
-    assert archived | {path.name for path in directory.glob("pieces/*")} >= pieces
+    archived = {path.name for path in directory.glob("superseded-1/.pieces/*")}
+    assert archived | {path.name for path in directory.glob(".pieces/*")} >= pieces
     assert re.search(f"because it changed: {said}", notes[0]), notes[0]
     assert len(pieces - archived) >= stay
 

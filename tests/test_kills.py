@@ -70,7 +70,7 @@ def finish(folder):
 def saves(folder):
     """When the state was written last; 0 before there is one, or while it is renamed."""
     try:
-        return max((path.stat().st_mtime for path in folder.glob("runs/kills/*/state.pt")), default=0.0)
+        return max((path.stat().st_mtime for path in folder.glob("runs/kills/*/.state.pt")), default=0.0)
     except FileNotFoundError:
         return 0.0
 

@@ -82,12 +82,12 @@ def test_a_run_that_did_not_end_well_says_how_and_hands_the_error_on(p, error, s
 def test_earlier_results_survive_until_they_are_superseded_and_are_kept_then(p):
     first = made(p)
     first.record(accuracy=0.5)
-    (first.path / "state.pt").write_bytes(b"1")
+    (first.path / ".state.pt").write_bytes(b"1")
     first.figure_path("bars").parent.mkdir()
     again = open_run(p, STAGE)
     assert again.metrics == {"accuracy": 0.5} and again.age()
-    folder = again.supersede(("state.pt*", "metrics.json", "figures"))
-    assert {path.name for path in folder.iterdir()} == {"metrics.json", "state.pt", "figures"}
+    folder = again.supersede((".state.pt*", "metrics.json", "figures"))
+    assert {path.name for path in folder.iterdir()} == {"metrics.json", ".state.pt", "figures"}
     assert again.metrics == {} and (again.path / "manifest.json").is_file()
     os.replace(folder, folder.with_name("superseded-3"))  # others were deleted by hand
     assert again.supersede(("manifest.json",)).name == "superseded-4"

@@ -187,14 +187,14 @@ def trained(folder, network, step, split, **settings):
 def test_a_finished_training_is_only_loaded_and_says_so(kind, split, uninterrupted, tmp_path, monkeypatch):
     expected, first, said = uninterrupted(kind)[0], Training(kind, split, seed=1), []
     history = first.run(tmp_path, notify=said.append)
-    written = next(tmp_path.glob("runs/test/*/state.pt")).stat().st_mtime_ns
+    written = next(tmp_path.glob("runs/test/*/.state.pt")).stat().st_mtime_ns
     assert not said
     again = Training(kind, split, seed=1)
     monkeypatch.setattr(loop._Training, "advance", lambda *_: pytest.fail("it trained"))
     assert again.run(tmp_path, notify=said.append, progress=lambda *_: pytest.fail("it reported")) == history
     assert re.fullmatch(r"Loaded, not trained again: .*; trained \d+ s ago\.", said[0])
     assert same(again.weights, first.weights) and same(again.weights, expected)
-    assert next(tmp_path.glob("runs/test/*/state.pt")).stat().st_mtime_ns == written
+    assert next(tmp_path.glob("runs/test/*/.state.pt")).stat().st_mtime_ns == written
     assert not any(part.training for network in again.networks.values() for part in network.modules())
 
 
@@ -215,12 +215,12 @@ CHANGES = {
 def test_what_a_training_depends_on_decides_on_its_reuse_and_the_old_result_is_kept(split, tmp_path, changed):
     network, step = weighted(1.0)
     history, said, path = trained(tmp_path, network, step, split)
-    old = load_state(path / "state.pt")[0]["networks"]["network"]
+    old = load_state(path / ".state.pt")[0]["networks"]["network"]
     other, step, images, settings = CHANGES[changed]()
     now, said, path = trained(tmp_path, other, step, images, **settings)
     assert said[0].startswith(f"Trained anew, not loaded (changed: {changed}") and len(said) == 1
     assert without_times(now) != without_times(history)
-    assert same(load_state(path / "superseded-1" / "state.pt")[0]["networks"]["network"], old)
+    assert same(load_state(path / "superseded-1" / ".state.pt")[0]["networks"]["network"], old)
     _, said, _ = trained(tmp_path, other, step, images, **settings)
     assert said[0].startswith("Loaded")
 
@@ -251,10 +251,10 @@ def test_a_cell_that_is_executed_again_means_the_network_as_it_was_given(split, 
 def test_a_state_of_which_nobody_knows_the_origin_is_archived(split, tmp_path):
     network, step = weighted(1.0)
     path = trained(tmp_path, network, step, split)[2]
-    (path / "training.json").write_text("{")
+    (path / ".training.json").write_text("{")
     assert "not noted" in trained(tmp_path, *weighted(1.0), split)[1][0]
-    (path / "state.pt").write_bytes(b"garbage")
-    (path / "state.pt.previous").unlink(missing_ok=True)
+    (path / ".state.pt").write_bytes(b"garbage")
+    (path / ".state.pt.previous").unlink(missing_ok=True)
     with pytest.raises(CheckpointError, match=r"state\.pt cannot be read"):
         trained(tmp_path, *weighted(1.0), split)
 
@@ -262,7 +262,7 @@ def test_a_state_of_which_nobody_knows_the_origin_is_archived(split, tmp_path):
 def test_a_damaged_state_gives_way_to_the_one_before_and_a_person_is_told(split, uninterrupted, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         Training(KINDS[0], split, seed=1).run(tmp_path, save_every=-1, progress=interrupt_at(4))
-    next(tmp_path.glob("runs/test/*/state.pt")).write_bytes(b"")
+    next(tmp_path.glob("runs/test/*/.state.pt")).write_bytes(b"")
     again, told = Training(KINDS[0], split, seed=1), []
     again.run(tmp_path, notify=told.append)
     assert "went on from the state before it" in told[0] and told[1].startswith("Goes on after step")

@@ -67,7 +67,7 @@ def test_an_edit_of_a_step_an_attack_or_a_network_is_another_training(tmp_path, 
     assert any(sentence.startswith("Loaded") for sentence in said)
     said, second = execute(stage, tmp_path, [(old, new)])
     assert any(sentence.startswith("Trained anew, not loaded (changed:") for sentence in said)
-    assert second.run.path == first.run.path and (first.run.path / "superseded-1" / "state.pt").is_file()
+    assert second.run.path == first.run.path and (first.run.path / "superseded-1" / ".state.pt").is_file()
     said, third = execute(stage, tmp_path)  # the edit is taken back
     assert any("comes back" in sentence for sentence in said) and any("Loaded" in each for each in said)
     assert third.metrics["test_accuracy"] == first.metrics["test_accuracy"]

@@ -120,7 +120,7 @@ def a_run(folder):
 
 
 def state_of(folder):
-    return load_state(next(folder.glob("runs/test/*")) / "state.pt")[0]
+    return load_state(next(folder.glob("runs/test/*")) / ".state.pt")[0]
 
 
 def same(first, second):

@@ -76,7 +76,7 @@ def execute(
         time.sleep(POLL_SECONDS)
     before = files.read_json(manifest_path)
     files.write_json(folder / "parameters.json", dict(job.parameters))
-    for left_over in (part, job.run_dir / "progress.txt"):
+    for left_over in (part, job.run_dir / ".progress.txt"):
         left_over.unlink(missing_ok=True)
     with log.open("w") as file:
         code, in_time = _run_process(job, file, stop or threading.Event(), timeout, threads)

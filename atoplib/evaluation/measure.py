@@ -297,7 +297,7 @@ def _open(run_dir: Path, facts: Mapping[str, Any], wanted: set[Path], notify: Ca
     old, new = (pd.json_normalize(each, max_level=1).iloc[0].to_dict() for each in both)
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     if changed:
-        pieces = set(run_dir.glob("pieces/*.pt"))
+        pieces = set(run_dir.glob(".pieces/*.pt"))
         results = [run_dir / name for name in (*FILES, FACTS) if (run_dir / name).exists()]
         archive = supersede(run_dir, [*(pieces - wanted), *results])
         notify(

@@ -103,7 +103,7 @@ def file_of(piece: Piece, facts: Mapping[str, Any], images: Tensor, labels: Tens
         [piece.eps, piece.shown_to, piece.batch, tensor_hash(images), tensor_hash(labels)],
     ]
     words = re.sub(r"[\W_]+", "-", piece.title.lower())
-    return f"pieces/{words[:100]}-batch{piece.batch}-{json_hash(decides)}.pt"
+    return f".pieces/{words[:100]}-batch{piece.batch}-{json_hash(decides)}.pt"
 
 
 def effort(piece: Piece, votes: int) -> int:

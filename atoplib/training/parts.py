@@ -22,8 +22,8 @@ from atoplib.runs import Run
 SCHEDULES = ("one_cycle", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16")
 GUESSING = 1.2  # times the accuracy of guessing: a training that ends below has collapsed
-IDENTITY = "training.json"
-RESULTS = ("state.pt*", "*.safetensors", "metrics.json", "figures", "pictures", IDENTITY)
+IDENTITY = ".training.json"
+RESULTS = (".state.pt*", "*.safetensors", "metrics.json", "figures", "pictures", IDENTITY)
 PIXELS_AT_ONCE = 2**22  # a GPU of 24 GB holds a DeepFillV2 at 256 px on so many
 
 
@@ -202,7 +202,7 @@ def begin_run(
     }
     before = files.read_json(run.path / IDENTITY) or {}
     changed = [name for name in before | identity if before.get(name) != identity.get(name)]
-    if changed and any(run.path.glob("state.pt*")):
+    if changed and any(run.path.glob(".state.pt*")):
         earlier = [
             each for each in run.path.glob("superseded-*") if files.read_json(each / IDENTITY) == identity
         ]
