@@ -30,7 +30,7 @@ Its ℓ2 row and the ℓ1 of AP and undefended are those of `evaluate` on the sa
 and ℓ1 these are runs without smoothing, which finds no more on CIFAR-10
 ([experiments](experiments.md#gradients-in-noise-30-november-2026)); no run of these rows began near the best
 so far, as those of MNIST did. MNIST's ℓ2 row is that of `evaluate` on the same images by revision 0003d94,
-its flow by f276d24, the others by f49a38f.
+its flow by f276d24 (AP, AToP: b429fc9), the others by f49a38f.
 MNIST's times are of one thread of an AMD EPYC (AVX-512), CIFAR-10's of an Intel Xeon; both did much else.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
