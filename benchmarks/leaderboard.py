@@ -24,13 +24,13 @@ The order of the columns is that of the mean. *Worst case*: correct on the clean
 under all attacks, transfer included; *worst unseen*: under those that are not the ℓ∞ PGD of the training.
 
 Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`;
-CIFAR-10 was read from a folder of its image files here, so its 128 images are others than a download's.
-Its ℓ2 row and the ℓ1 of AP and undefended are those of `evaluate` on the same images by revision 11ba340, the
-ℓ1 of AT and AToP by d0c00ac (ten runs, from other images), rotation by 3c7b85f, the others by 37550d8. In ℓ2
-and ℓ1 these are runs without smoothing, which finds no more on CIFAR-10
-([experiments](experiments.md#gradients-in-noise-30-november-2026)); no run of these rows began near the best
-so far, as those of MNIST did. MNIST's ℓ2 row is that of `evaluate` on the same images by revision 0003d94,
-its flow by f276d24 (AP, AToP: b429fc9), the others by f49a38f.
+CIFAR-10 was read from a folder of its image files here, so its 128 images are others than a download's:
+AToP's column is that of `evaluate` by revision da7b041, the other three by a6d9ff7, whose attacks are the same
+but for the votes between the flow's runs (10, now 30). In ℓ2 these runs, smoothed and begun near the best so far,
+are the strongest on digits and not here: those of before (160 steps, without either) left AT 53.1 %, AP 28.1 and
+undefended 11.7 on the same images (AToP was not attacked by them). MNIST's ℓ2 row is that of `evaluate` on the same images by revision 0003d94,
+its flow by f276d24 (AP, AToP: b429fc9), the others by f49a38f. CIFAR-10's AToP contains AT: its purifier reads the
+features of that network, and its pre-training AT's.
 MNIST's times are of one thread of an AMD EPYC (AVX-512), CIFAR-10's of an Intel Xeon; both did much else.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
