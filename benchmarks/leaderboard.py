@@ -31,7 +31,7 @@ are the strongest on digits and not here: those of before (160 steps, without ei
 undefended 11.7 on the same images (AToP was not attacked by them). MNIST's ℓ2 row is that of `evaluate` on the same images by revision 0003d94,
 its flow by f276d24 (AP, AToP: b429fc9), the others by f49a38f. CIFAR-10's AToP contains AT: its purifier reads the
 features of that network, and its pre-training AT's.
-MNIST's times are of one thread of an AMD EPYC (AVX-512), CIFAR-10's of an Intel Xeon; both did much else.
+Times are of one thread of an AMD EPYC (AVX-512), MNIST's beside much else, CIFAR-10's beside one other.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
     make demo RECIPE=leaderboard \\
