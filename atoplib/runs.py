@@ -211,9 +211,7 @@ class Run:
         """Write how the run ended, and free its directory. One whose training or measurements were all loaded
         keeps the time that they took and when they ended."""
         self.record(**metrics)
-        made = [
-            path.stat().st_mtime for pattern in (".state.pt*", ".pieces/*") for path in self.path.glob(pattern)
-        ]
+        made = [path.stat().st_mtime for kept in (".state.pt*", ".pieces/*") for path in self.path.glob(kept)]
         loaded = self._before if made and max(made) < self.opened else {}
         seconds = round(self.manifest["seconds"] + time.monotonic() - self.started, 2)
         self.manifest |= {

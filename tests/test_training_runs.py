@@ -44,11 +44,12 @@ def test_a_purifier_reads_the_features_of_the_run_that_it_is_given_and_its_cost_
     assert first.inputs["encoder"].parent == at.run.path
     expected, encoder = freezing.freeze(at.network).state_dict(), first.network.encoder.state_dict()
     assert all(torch.equal(value, expected[name]) for name, value in encoder.items())
-    assert first.metrics["start_flops"] == at.run.metrics["train_flops"] > 0
+    with pytest.raises(ValueError, match="gated_unet reads no encoder_run: leave it empty"):
+        execute(STAGES[1], tmp_path, classifier_run="pretrained", encoder_run="pretrained")
     _, atop = execute(STAGES[2], tmp_path, classifier_run="pretrained")
     assert (
         atop.header["architecture"] == small["purifier"]
-        and atop.metrics["pretrain_flops"] == first.metrics["train_flops"] + first.metrics["start_flops"]
+        and atop.metrics["pretrain_flops"] == first.metrics["train_flops"] + at.run.metrics["train_flops"]
     )
 
 
