@@ -204,9 +204,12 @@ def _encoder_of(header: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
     """The weights of the encoder that a purifier's file leaves to a classifier's."""
     if "encoder_file" not in header:
         return {}
-    classifier, of_classifier = load(path.with_name(Path(header["encoder_file"]).name), kind="classifier")
-    if of_classifier["sha256"] != header["encoder_sha256"]:
-        raise CheckpointError(f"its encoder, {header['encoder_file']}, is another one than it was trained on")
+    beside = path.with_name(Path(header["encoder_file"]).name)
+    if not beside.is_file() or read_header(beside)["sha256"] != header["encoder_sha256"]:
+        raise CheckpointError(
+            f"its encoder, {beside.name}, is another one than it was trained on, or not in its folder"
+        )
+    classifier, _ = load(beside, kind="classifier")
     return {
         f"encoder.{name}": weight
         for name, weight in purifiers.encoder_weights(freezing.freeze(classifier)).items()

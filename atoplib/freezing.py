@@ -1,11 +1,9 @@
 """A trained network as attacks use it: copied, frozen, and faster where that is proved to be the same
 function."""
 
-from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -79,16 +77,10 @@ def copy_of(model: nn.Module) -> nn.Module:
         return model
 
 
-def same_answers(
-    first: nn.Module,
-    second: nn.Module,
-    probes: Iterable[Float[Tensor, "batch channels height width"]] | None = None,
-) -> bool:
-    """Whether two networks give the same answers, up to rounding, on the first of ``probes`` that both take.
-
-    Those are batches of images in [0, 1]; None: ``probe_images`` of usual sizes. False where they take none.
-    """
-    for images in (probe_images(4, 3, *size) for size in PROBE_SIZES) if probes is None else probes:
+def same_answers(first: nn.Module, second: nn.Module) -> bool:
+    """Whether two networks give the same answers, up to rounding, on probe images of the first usual size
+    that both take; False where they take none."""
+    for images in (probe_images(4, 3, *size) for size in PROBE_SIZES):
         try:
             expected, answer = (_answer(network, images) for network in (first, second))
         except Exception:  # not an image of a size that it takes

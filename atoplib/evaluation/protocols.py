@@ -60,7 +60,8 @@ class Row(NamedTuple):
         """Keyword arguments of the attack at radius eps; ``rule`` and ``votes`` where it decides itself."""
         known = ATTACKS[self.attack].options
         options = {name: known[name] for name in ("steps", "eot_samples", "restarts") if name in known}
-        options |= {"rule": rule, "votes": votes if random else 1, **self.options}
+        options |= {"rule": rule, **self.options}
+        options["votes"] = max(votes, options.get("votes", 1)) if random else 1  # a decision's at least
         smoothing = ENSEMBLES.get(self.norm, {}).get("smoothing", ()) if self.attack == "pgd_ensemble" else ()
         options["restarts"] = max(len(smoothing), options.get("restarts", 1))  # a run by each of them
         if self.step is not None:
@@ -255,7 +256,6 @@ def _bpda(steps: int, samples: int, votes: int | None = None) -> Row:
 
 
 def _flow(samples: int, restarts: int = 10) -> Row:
-    """Most images leave after a run or two; which of many runs is the strongest is told by more votes."""
     options = {"steps": 30, "eot_samples": samples, "restarts": restarts, "votes": 30}
     return Row("flow", "flow + EOT-{eot_samples}", "flow", options=options, equal_passes=True)
 
