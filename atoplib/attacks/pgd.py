@@ -22,13 +22,17 @@ from atoplib.parameters import above, at_least, between, check_counts, check_set
 LIKELY = "likely_targets"
 # The defaults of ``pgd_ensemble`` that are not those of ``pgd``.
 ENSEMBLE = {
-    "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", LIKELY),
+    "steps": 80, "eot_samples": 5, "restarts": 2, "loss": ("mean_softmax", "margin", *[LIKELY] * 8),
     "momentum": 0.75, "cycles": 3, "early_stop": 3,
 }  # fmt: skip
-# Where the ball shrinks meanwhile: one cycle, smoothed runs, for l1 less momentum. Runs that begin near the
-# best so far have one goal: of targets each finds another way.
-L2 = ENSEMBLE | {"cycles": 1, "smoothing": (0.5, 0.3, 0.1), "loss": "mean_softmax", "recombine": True}
-ENSEMBLES = {"linf": ENSEMBLE, "l2": L2, "l1": L2 | {"smoothing": (0.5, 0.0), "momentum": 0.25}}
+# Where the ball shrinks meanwhile: one cycle, smoothed runs that begin near the best so far. In l2 every
+# third is not smoothed and has a target: natural images need that one, digits the others.
+L2 = ENSEMBLE | {
+    "cycles": 1, "smoothing": (0.5, 0.0, 0.3), "loss": ("mean_softmax", LIKELY, "mean_softmax"),
+    "recombine": True,
+}  # fmt: skip
+L1 = L2 | {"smoothing": (0.5, 0.0), "loss": "mean_softmax", "momentum": 0.25}
+ENSEMBLES = {"linf": ENSEMBLE, "l2": L2, "l1": L1}
 # Of the default step size, in units of eps: the gradients of a random model are noisy, so that small steps
 # get lost in the noise; the projection makes up for steps that are too large.
 SMALLEST_STEP = 1 / 3
@@ -79,9 +83,8 @@ def pgd(
         eot_samples: samples of the model that each gradient is taken over.
         restarts: runs; each attacks the images that are not yet misclassified, from a random start of its
             own.
-        loss: what is raised, as in ``eot_gradient``; of several each restart takes the next, the last one
-            again and again, and ``likely_targets`` is the margin of the most likely other class, then of the
-            next.
+        loss: what is raised, as in ``eot_gradient``; of several each restart takes the next, in turn, and
+            ``likely_targets`` is the margin of the most likely other class, then of the next.
         start: of the first run: ``random`` (uniform in the ball), ``clean``, or images; every restart begins
             at random.
         momentum: share of the past direction in the next one: g <- momentum * g + gradient / its l1 norm, and
@@ -134,12 +137,12 @@ def pgd(
     sizes = step_sizes(eps, steps, alpha, cycles)
     noises = [smoothing] if isinstance(smoothing, float | int) else list(smoothing)
     check_settings(smoothing=(min(noises, default=-1), between(0, FINITE)))
-    goals = [(losses[min(number, len(losses) - 1)], None) for number in range(restarts)]
+    goals = [(losses[number % len(losses)], None) for number in range(restarts)]
     if targets is not None:
         goals = [(target_margin, targets)] * restarts
     elif (LIKELY, None) in goals:
         logits = sample_logits(model, images, num_samples=votes, max_batch=max_batch).mean(dim=0)
-        likely = cycle(likely_targets(logits, labels, restarts - goals.index((LIKELY, None))))
+        likely = cycle(likely_targets(logits, labels, goals.count((LIKELY, None))))
         goals = [(target_margin, next(likely)) if goal[0] == LIKELY else goal for goal in goals]
 
     def attempt(number: int, rows: Tensor, report: StepCallback | None) -> Tensor:

@@ -73,7 +73,7 @@ class Row(NamedTuple):
                 options["steps"] //= parts
                 options["restarts"] *= parts * samples
                 if self.attack == "pgd_ensemble" and not smoothing:  # targets find more than the margin
-                    options.setdefault("loss", ("mean_softmax", "likely_targets"))
+                    options.setdefault("loss", ("mean_softmax", *["likely_targets"] * 9))
         return {name: value for name, value in options.items() if name in known}
 
 
