@@ -1,6 +1,6 @@
 """Runs: every result in a directory of its own that tells how it was made.
 
-    WORKSPACE/runs/EXPERIMENT/03_finetune_atop-9c41ab02/
+    WORKSPACE/runs/EXPERIMENT/03_finetune_atop-seed1-9c41ab02/
         parameters.json   what the notebook was called with; the name's hash is of these
         manifest.json     when, by which code, on what, from which other runs, and how it ended
         metrics.json      numbers
@@ -15,6 +15,7 @@ a run is opened."""
 import ast
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -45,7 +46,9 @@ def experiment_dir(p: Parameters) -> Path:
 
 
 def run_name(stage: str, values: Mapping[str, Any]) -> str:
-    """STAGE-HASH: a directory's name, a function of the parameters but those in ``hashing.NO_IDENTITY``."""
+    """STAGE-TOLD-HASH: a directory's name, a function of the parameters but those in
+    ``hashing.NO_IDENTITY``, with what a reader looks for: adversarial, purifier, attack or protocol, seed.
+    """
     planned = os.environ.get(NAME_FROM_BATCH, "")
     if planned.startswith(f"{stage}-"):
         return planned
@@ -54,7 +57,14 @@ def run_name(stage: str, values: Mapping[str, Any]) -> str:
         name: "pretrained" if values[name] == "latest" else values[name]
         for name in {*values} - {*hashing.NO_IDENTITY}
     }
-    return f"{stage}-{hashing.json_hash(kept)[:8]}"
+    told = [
+        "adversarial" if values.get("adversarial") else "",
+        values.get("purifier"),
+        values.get("attack") or values.get("protocol"),
+        f"seed{values['seed']}" if values.get("seed") else "",
+    ]
+    parts = [stage, *filter(None, told), hashing.json_hash(kept)[:8]]
+    return "-".join(re.sub(r"[^\w-]+", "_", part)[:40] for part in parts)
 
 
 def resolve(p: Parameters) -> Parameters:

@@ -263,6 +263,7 @@ PURIFIER = TRAINING | {"purifier": "gated_unet", "purifier_options": {}, "transf
         ({}, ALONE | {"attack": "nope"}, "attack must be one of fgsm"),
         ({}, ALONE | {"attack": "square", "norm": "l1"}, "norm of square must be one of linf, l2"),
         ({}, ALONE | {"others": {"mine": {"purifier": "gone.pth"}}}, "there is no file gone.pth"),
+        ({}, ALONE | {"classifier_run": "pretrained:away"}, "no weights of 'undefended' for 'away'"),
         ({"classes": 3}, FOREIGN, ""),
         ({}, FOREIGN, "tells 3 classes apart, but .* has 2"),
         ({"size": (36, 36)}, PURIFIER, "8 x 8"),
@@ -290,6 +291,8 @@ def test_a_dry_run_says_what_would_be_run_and_what_is_there_checks_all_and_touch
     assert call(notebooks, text, "--dry-run") == 0
     printed = capsys.readouterr().out
     assert printed.count(": to run\n") == 4 and "cost      a second" in printed and "are checked" in printed
+    assert call(notebooks, text, "--dry-run", "-p", "dataset", "cifar10", "-p", "data_dir", "away") == 0
+    assert "cifar10 is not in away: its 170 MB would be downloaded" in capsys.readouterr().out
     assert call(notebooks, text, "--dry-run", "-p", "dataset", f"folder:{notebooks}/nowhere") == 1
     told = capsys.readouterr().err
     assert f"{FIRST}: " in told and "nowhere" in told and "Traceback" not in told

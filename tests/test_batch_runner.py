@@ -37,7 +37,7 @@ def notebook(*outputs):
     content = dict(cells=[cell], metadata={}, nbformat=4, nbformat_minor=5)
     (folder / "notebook.ipynb").write_text(json.dumps(content))
 def manifest(status, **more):
-    stage = run.name.rpartition("-")[0]
+    stage = run.name.partition("-")[0]
     content = dict(status=status, stage=stage, ended=str(time.time()), seconds=1, **more)
     (run / "manifest.json").write_text(json.dumps(content))
     (run / "parameters.json").write_text(json.dumps(values))

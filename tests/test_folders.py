@@ -51,7 +51,7 @@ def caches(tree: Path) -> list[Path]:
 class TestFolder:
     def test_reads_pixels_and_labels_by_class_name(self, tree, tmp_path):
         dataset = load(tree)
-        assert dataset.classes == ("cat", "dog") and dataset.name == f"folder:{tree}"
+        assert dataset.classes == ("cat", "dog") and dataset.name == tree.name
         assert dataset.train.labels.tolist() == [0, 0, 0, 1, 1, 1]
         assert np.array_equal(
             dataset.train.images[4].numpy(), np.asarray(smooth_image(11)).transpose(2, 0, 1)

@@ -43,9 +43,15 @@ def made(p, **changes):
 
 
 def test_the_name_depends_on_every_parameter_but_places_and_on_the_stage(p):
-    changes = ({}, {"epochs": 4}, {"seed": 8}, {"dataset": "mnist"})
-    names = {run_name(STAGE, p.as_dict() | change) for change in changes}
-    assert len(names | {run_name("02_pretrain_purifier", p.as_dict())}) == 5
+    names = [
+        run_name(STAGE, p.as_dict() | change)
+        for change in ({}, {"epochs": 4}, {"seed": 8}, {"dataset": "mnist"})
+    ]
+    assert len({*names, run_name("02_pretrain_purifier", p.as_dict())}) == 5
+    assert run_name(
+        STAGE,
+        {"adversarial": True, "purifier": "mine.nets:Net", "attack": None, "protocol": "demo", "seed": 3},
+    ).startswith(f"{STAGE}-adversarial-mine_nets_Net-demo-seed3-")
     for place in ("workspace", "data_dir", "device"):
         assert run_name(STAGE, p.as_dict() | {place: "elsewhere"}) == run_name(STAGE, p.as_dict())
 
@@ -56,16 +62,17 @@ def test_a_run_tells_how_it_was_made_and_how_it_ended(p, tmp_path):
         assert json.loads((run.path / "manifest.json").read_text())["status"] == "running"
         run.record(accuracy=0.5)
     manifest = json.loads((run.path / "manifest.json").read_text())
-    assert (manifest["status"], manifest["stage"], manifest["seed"]) == ("complete", STAGE, 7)
-    assert (
-        manifest["inputs"]["weights"]["sha256"]
-        == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    )
+    assert [
+        *(manifest[name] for name in ("status", "stage", "seed")),
+        manifest["inputs"]["weights"]["sha256"],
+    ] == ["complete", STAGE, 7, "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"]
     assert (
         {"torch", "python"} <= manifest["versions"].keys() and manifest["code"] and manifest["seconds"] >= 0
     )
-    assert json.loads((run.path / "parameters.json").read_text()) == p.as_dict()
-    assert run.path.parent == tmp_path / "runs" / "mnist"
+    assert (json.loads((run.path / "parameters.json").read_text()), run.path.parent) == (
+        p.as_dict(),
+        tmp_path / "runs" / "mnist",
+    )
 
 
 @pytest.mark.parametrize(

@@ -71,8 +71,7 @@ def run_recipe(options: argparse.Namespace) -> int:
     )
     if options.dry_run:
         tell_plan(jobs, source, reuse=options.reuse)
-        checking.result()
-        print("Parameters, data, sizes and device are checked.")
+        print(*checking.result(), "Parameters, data, sizes and device are checked.", sep="\n")
         return 0
     if local:
         at_once, threads = options.jobs or 1, options.threads
@@ -109,9 +108,9 @@ def tell_plan(jobs: Sequence[recipe.Job], source: Path, *, reuse: bool) -> None:
         *takewhile(lambda line: line.startswith("#"), source.read_text(encoding="utf-8").splitlines()),
         sep="\n",
     )
+    words = {"new": "to run", "unfinished": "to go on with", "done": "loaded: done before"}
     for number, job in enumerate(jobs, start=1):
         state, change = runner.job_state(job, reuse=reuse)
-        words = {"new": "to run", "unfinished": "to go on with", "done": "loaded: done before"}
         print(f"[{number}/{len(jobs)}] {job.label}: {words.get(state, f'to run again: {change}')}")
 
 

@@ -15,9 +15,9 @@ from atoplib.batch.recipe import Job, RecipeError
 from atoplib.parameters import WEIGHTS, Parameters, check_settings, one_of
 
 
-def begin_checks(jobs: Sequence[Job], *, here: bool) -> Future[None]:
+def begin_checks(jobs: Sequence[Job], *, here: bool) -> Future[list[str]]:
     """Check the parameters of jobs in a process of its own, as torch is imported for seconds; the future
-    raises RecipeError with the first problem.
+    tells what they would download, or raises RecipeError with the first problem.
 
     Args:
         here: whether they run on this machine, so that their device must be there.
@@ -34,12 +34,16 @@ def begin_checks(jobs: Sequence[Job], *, here: bool) -> Future[None]:
     return future
 
 
-def _check(labelled: Sequence[tuple[str, Mapping[str, Any]]], here: bool) -> None:
+def _check(labelled: Sequence[tuple[str, Mapping[str, Any]]], here: bool) -> list[str]:
+    from atoplib.data import download_of
+
     for label, parameters in labelled:
         try:
             check(parameters, here=here)
         except (ValueError, OSError) as error:
             raise RecipeError(f"{label}: {error}") from error
+    sets = {(p["dataset"], p["data_dir"]) for _, p in labelled if p.get("dataset")}
+    return sorted({download_of(*each) for each in sets} - {""})
 
 
 def _texts(value: Any) -> list[str]:
@@ -54,7 +58,7 @@ def check(p: Mapping[str, Any], *, here: bool = True) -> None:
     """
     import torch
 
-    from atoplib import classifiers, contract, data, decisions, defences, purifiers, transforms
+    from atoplib import classifiers, contract, data, decisions, defences, pretrained, purifiers, transforms
     from atoplib.attacks import ATTACKS
 
     if here:
@@ -63,6 +67,8 @@ def check(p: Mapping[str, Any], *, here: bool = True) -> None:
         for path in _texts(value) if name.endswith("_run") or isinstance(value, dict) else ():
             if path.endswith(WEIGHTS) and not Path(path).expanduser().is_file():
                 raise ValueError(f"{name} is {value}, but there is no file {path}")
+            if path.startswith("pretrained:"):
+                pretrained.pretrained_path(path.partition(":")[2], "undefended")
     if (attack := p.get("attack")) not in (None, "none"):
         check_settings(attack=(attack, one_of(*ATTACKS)))
         check_settings(**{f"norm of {attack}": (p["norm"], one_of(*ATTACKS[attack].norms))})
@@ -83,8 +89,8 @@ def check(p: Mapping[str, Any], *, here: bool = True) -> None:
         transforms.patch_size(*size, p["grid_size"])
     if str(p.get("classifier_run", "")).endswith(WEIGHTS):
         network = defences.load_classifier(Parameters({**p, "device": "cpu"}))
-        image, label = torch.zeros(1, 3, *size), torch.zeros(1, dtype=torch.int64)
-        classes = decisions.sample_logits(*contract.prepare(network, image, label)[:2]).shape[2]
+        one = contract.prepare(network, torch.zeros(1, 3, *size), torch.zeros(1, dtype=torch.int64))
+        classes = decisions.sample_logits(*one[:2]).shape[2]
         if classes != len(facts.classes):
             raise ValueError(
                 f"the network of classifier_run tells {classes} classes apart, but {p['dataset']} has "

@@ -67,7 +67,7 @@ def write_index(experiment_dir: Path) -> Path:
 
     name = html.escape(experiment_dir.name)
     parts = [f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"]
-    for stage in sorted({path.name.rpartition("-")[0] for path in runs.complete_runs(experiment_dir)}):
+    for stage in sorted({path.name.partition("-")[0] for path in runs.complete_runs(experiment_dir)}):
         paths = runs.complete_runs(experiment_dir, stage)[::-1]
         frame = tables.runs_frame(paths)
         texts = [

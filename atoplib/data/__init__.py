@@ -5,7 +5,7 @@ DATA_DIR/cache and memory-mapped from it. That folder can be deleted; what is mi
 """
 
 from atoplib.data.images import read_image
-from atoplib.data.sources import DATASETS, Facts, facts_of, load, load_images
+from atoplib.data.sources import DATASETS, Facts, download_of, facts_of, load, load_images
 from atoplib.data.splits import (
     Dataset,
     Split,
@@ -24,6 +24,7 @@ __all__ = [
     "Split",
     "augment",
     "channel_statistics",
+    "download_of",
     "epoch_batches",
     "facts_of",
     "fingerprint",

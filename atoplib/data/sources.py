@@ -27,18 +27,20 @@ IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
 SPLIT_SEED = 5000  # of the fixed 4,000 / 1,000 split of mnist5k
 DOWNLOAD_TIMEOUT_S = 30.0  # without one, a firewall that drops packets would hang a notebook for ever
 CIFAR = "-python.tar.gz (cs.toronto.edu/~kriz/cifar.html) into {0}"
-TORCHVISION = {  # name: torchvision's class, what it unpacks, what to put into data_dir where downloads fail
-    "mnist": ("MNIST", "MNIST", "the four files *-ubyte.gz of MNIST into {0}/MNIST/raw"),
+TORCHVISION = {  # name: torchvision's class, what it unpacks, MB, what to put into data_dir by hand
+    "mnist": ("MNIST", "MNIST", 12, "the four files *-ubyte.gz of MNIST into {0}/MNIST/raw"),
     "fashion_mnist": (
         "FashionMNIST",
         "FashionMNIST",
+        31,
         "the files *-ubyte.gz of Fashion-MNIST into {0}/FashionMNIST/raw",
     ),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", f"cifar-10{CIFAR}"),
-    "cifar100": ("CIFAR100", "cifar-100-python", f"cifar-100{CIFAR}"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", 170, f"cifar-10{CIFAR}"),
+    "cifar100": ("CIFAR100", "cifar-100-python", 169, f"cifar-100{CIFAR}"),
     "imagenette": (
         "Imagenette",
         "imagenette2*",
+        342,
         "imagenette2-320.tgz, or imagenette2.tgz above 320 px, (github.com/fastai/imagenette) into {0}",
     ),
 }
@@ -104,7 +106,7 @@ def load(
     numbers = {"image_size": image_size, "max_train": max_train, "max_test": max_test}
     check_settings(**{k: (v, at_least(1)) for k, v in numbers.items() if isinstance(v, int)})
     _check_name(dataset)
-    folder = Path(data_dir).expanduser() if str(data_dir) else files.workspace_dir() / "data"
+    folder = _folder(data_dir)
     limits, options = (max_train, max_test), (image_size, folder, progress)
     if dataset.startswith("folder:"):
         listings = images.folder_listings(dataset)
@@ -120,7 +122,7 @@ def load(
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         make = torch.tensor if small else torch.from_numpy
         train, test = (Split(*(make(array) for array in part)) for part in parts)
-    return Dataset(dataset, train, test, classes)
+    return Dataset(Path(dataset.removeprefix("folder:")).expanduser().resolve().name, train, test, classes)
 
 
 def load_images(
@@ -156,6 +158,18 @@ def facts_of(name: str) -> Facts:
     return Facts(
         train.classes, len(train.files), len(test.files), images.read_image(train.files[0]).shape[:2]
     )
+
+
+def download_of(name: str, data_dir: str | Path = "") -> str:
+    """What `load` would download, and where to, in words; "" where it is there or nothing is."""
+    folder = _folder(data_dir)
+    if name not in TORCHVISION or any(folder.glob(TORCHVISION[name][1])):
+        return ""
+    return f"{name} is not in {folder}: its {TORCHVISION[name][2]} MB would be downloaded"
+
+
+def _folder(data_dir: str | Path) -> Path:
+    return Path(data_dir).expanduser() if str(data_dir) else files.workspace_dir() / "data"
 
 
 def _check_name(name: str) -> None:
@@ -231,7 +245,7 @@ def _open_torchvision(name: str, data_dir: Path, download: bool, progress: Repor
     timeout."""
     import torchvision.datasets  # here, because mnist5k and folders do without its two seconds
 
-    kind, unpacked, by_hand = TORCHVISION[name]
+    kind, unpacked, _, by_hand = TORCHVISION[name]
     make = partial(getattr(torchvision.datasets, kind), str(data_dir), **options)
     try:
         return make()

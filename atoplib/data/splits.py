@@ -36,7 +36,8 @@ class Split:
 
 @dataclass(frozen=True)
 class Dataset:
-    """A training and a test split over the same classes; `classes[label]` is the name of a label."""
+    """A training and a test split over the same classes; `classes[label]` is the name of a label, `name` that
+    of the set, of a folder's without its path."""
 
     name: str
     train: Split

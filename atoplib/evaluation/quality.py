@@ -52,8 +52,13 @@ def purification_quality(
         "ssim": float(structural_similarity_index_measure(picture, clean, data_range=1.0)),
     }
     for name, predicted in answers.items():
-        numbers = percents(int((predicted == labels).sum()), len(labels))
-        metrics |= dict(zip((name, f"{name}_low", f"{name}_high"), numbers, strict=True))
+        metrics |= dict(
+            zip(
+                (name, f"{name}_low", f"{name}_high"),
+                percents(int((predicted == labels).sum()), len(labels)),
+                strict=True,
+            )
+        )
     return metrics
 
 
