@@ -54,7 +54,7 @@ class Progress:
             total,
             now - self.started,
             initial=self.first,
-            ncols=None,
+            bar_format="{l_bar}{bar:4}{r_bar}",  # the line fits a cell of JupyterLab at 1280 px
             unit=f" {unit}",
             prefix=self.title,
             postfix=numbers or None,
