@@ -5,17 +5,17 @@ from typing import Self
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from atoplib.attacks.eot import StepCallback
 from atoplib.attacks.norms import Ball
 from atoplib.attacks.pgd import ENSEMBLE, pgd
-from atoplib.decisions import Model
+from atoplib.decisions import Model, full_float32
 from atoplib.parameters import above, at_least, check_settings, one_of
 
-MOMENTUM = 0.6
-# Of eps. In front of MNIST's AT half of eps finds more than the whole or a quarter of it.
-FIRST_STEP = 0.5
+# The first step is in units of eps: in front of MNIST's AT half of it finds more than the whole or a quarter.
+# BLURRED is the blurred gradient's share in a direction: three runs leave 6 % of AT's digits, without it 17.
+MOMENTUM, FIRST_STEP, BLURRED = 0.6, 0.5, 0.7
 
 
 def flow(
@@ -102,7 +102,12 @@ class FlowBall(Ball):
         return self.images.new_zeros(len(self.images), 2, *sides)
 
     def direction(self, gradient: Tensor, points: Tensor | None = None) -> Tensor:
-        """The signs: the bound is along each axis by itself."""
+        """The signs, as the bound is along each axis by itself, of a gradient that is blurred over neighbours
+        where pixels move by themselves: what moves together changes more than what moves alone."""
+        if self.control is None:
+            gradient = torch.lerp(
+                gradient, nn.functional.avg_pool2d(gradient, 3, 1, 1, count_include_pad=False), BLURRED
+            )
         return gradient.sign()
 
     def project(self, points: Float[Tensor, "batch 2 rows columns"]) -> Float[Tensor, "batch 2 rows columns"]:
@@ -155,16 +160,14 @@ def warp(
     # the upper left of the four neighbours stays one short of the border, so that the lower right exists
     corner = torch.minimum(inside.floor().long(), (sides - 2).clamp_min(0))
     points = inside + (points - points.detach())
-    down, right = (points - corner).unbind(dim=1)
+    down, right = (points - corner).unsqueeze(2).unbind(dim=1)
     row, column = corner.unbind(dim=1)
     pixels = images.detach().flatten(2)
 
     def at(rows: Tensor, columns: Tensor) -> Tensor:
-        index = rows.clamp_max(height - 1) * width + columns.clamp_max(width - 1)
-        index = index.flatten(1)[:, None].expand(-1, pixels.shape[1], -1)
-        return pixels.gather(2, index).unflatten(2, (height, width))
+        index = (rows.clamp_max(height - 1) * width + columns.clamp_max(width - 1)).flatten(1)[:, None]
+        return pixels.gather(2, index.expand(-1, pixels.shape[1], -1)).unflatten(2, (height, width))
 
-    down, right = down[:, None], right[:, None]
     above = torch.lerp(at(row, column), at(row, column + 1), right)
     return torch.lerp(above, torch.lerp(at(row + 1, column), at(row + 1, column + 1), right), down)
 
@@ -183,4 +186,5 @@ def spread(
         place = torch.linspace(0, count - 1, pixels, device=points.device, dtype=points.dtype)
         return (1 - (place[:, None] - torch.arange(count, device=points.device)).abs()).clamp_min(0)
 
-    return weights(height, points.shape[2]) @ points @ weights(width, points.shape[3]).T
+    with full_float32(points.device):  # an attack's bfloat16 would round where pixels come from
+        return weights(height, points.shape[2]) @ points @ weights(width, points.shape[3]).T
