@@ -68,8 +68,8 @@ def test_smoothed_restarts_from_outside_find_what_a_run_within_does_not(defences
 
 
 def test_moving_pixels_break_most_digits_of_at(defences, digits):
-    """A smoothness term weighed against logits printed 37 to 41 % where 1 % is reachable. These runs leave 0 to
-    1 of the 64 digits, without a blurred gradient 4 to 11."""
+    """A smoothness term weighed against logits printed 37 to 41 % where 1 % is reachable. These runs leave
+    0 to 1 of the 64 digits, without a blurred gradient 4 to 11."""
     left = flow(defences["AT"], *digits, eot_samples=1, restarts=5)
     assert 64 * accuracy(defences["AT"], left, digits[1]) <= 3
 
