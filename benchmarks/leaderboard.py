@@ -28,8 +28,8 @@ CIFAR-10 was read from a folder of its image files here, so its 128 images are o
 AToP's column is that of `evaluate` by revision da7b041, the other three by a6d9ff7, whose attacks are the same
 but for the votes between the flow's runs (10, now 30). In ℓ2 these runs, smoothed and begun near the best so far,
 are the strongest on digits and not here: those of before (160 steps, without either) left AT 53.1 %, AP 28.1 and
-undefended 11.7 on the same images (AToP was not attacked by them). MNIST's ℓ2 row is that of `evaluate` on the same images by revision 0003d94,
-its flow by f276d24 (AP, AToP: b429fc9), the others by f49a38f. CIFAR-10's AToP contains AT: its purifier reads the
+undefended 11.7 on the same images (AToP was not attacked by them). MNIST's ℓ2 row is that of `evaluate` on the same
+images by revision ddf7c37, its flow by 921ff94, the others by f49a38f. CIFAR-10's AToP contains AT: its purifier reads the
 features of that network, and its pre-training AT's.
 Times are of one thread of an AMD EPYC (AVX-512), MNIST's beside much else, CIFAR-10's beside one other.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
