@@ -25,11 +25,11 @@ under all attacks, transfer included; *worst unseen*: under those that are not t
 
 Made by `make demo RECIPE=leaderboard && .venv/bin/python -m benchmarks.leaderboard > docs/leaderboard.md`;
 CIFAR-10 was read from a folder of its image files here, so its 128 images are others than a download's:
-AToP's column is that of `evaluate` by revision da7b041, the other three by a6d9ff7, all ℓ2 by ddf7c37, AToP's flow
-by 921ff94. MNIST's ℓ2 row is that of `evaluate` on the same images by ddf7c37, its flow by 921ff94, the others by
-f49a38f. CIFAR-10's AToP contains AT: its purifier reads the features of that network, and its pre-training AT's. AT
-of as many FLOPs as AToP is not in the table: it was attacked in ℓ∞ alone and keeps 39.8 % [31.8, 48.5]
-([results.md](results.md#cifar-10)).
+AToP's column is that of `evaluate` by revision da7b041, the other three by a6d9ff7, all ℓ2 by ddf7c37,
+AToP's flow by 921ff94. MNIST's ℓ2 row is that of `evaluate` on the same images by ddf7c37, its flow by
+921ff94, the others by f49a38f. CIFAR-10's AToP contains AT: its purifier reads the features of that network,
+and its pre-training AT's. AT of as many FLOPs as AToP is not in the table: it was attacked in ℓ∞ alone and
+keeps 39.8 % [31.8, 48.5] ([results.md](results.md#cifar-10)).
 Times are of one thread of an AMD EPYC (AVX-512), MNIST's beside much else, CIFAR-10's beside one other.
 **A line of your own** is one command, for any network that maps images in [0, 1] to logits:
 
