@@ -63,8 +63,8 @@ def run_name(stage: str, values: Mapping[str, Any]) -> str:
         values.get("attack") or values.get("protocol"),
         f"seed{values['seed']}" if values.get("seed") else "",
     ]
-    parts = [stage, *filter(None, told), hashing.json_hash(kept)[:8]]
-    return "-".join(re.sub(r"[^\w-]+", "_", part)[:40] for part in parts)
+    words = (re.sub(r"\W+", "_", word)[:40] for word in told if word)
+    return "-".join([stage, *words, hashing.json_hash(kept)[:8]])
 
 
 def resolve(p: Parameters) -> Parameters:

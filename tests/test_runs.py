@@ -49,9 +49,9 @@ def test_the_name_depends_on_every_parameter_but_places_and_on_the_stage(p):
     ]
     assert len({*names, run_name("02_pretrain_purifier", p.as_dict())}) == 5
     assert run_name(
-        STAGE,
+        "my own-2",
         {"adversarial": True, "purifier": "mine.nets:Net", "attack": None, "protocol": "demo", "seed": 3},
-    ).startswith(f"{STAGE}-adversarial-mine_nets_Net-demo-seed3-")
+    ).startswith("my own-2-adversarial-mine_nets_Net-demo-seed3-")
     for place in ("workspace", "data_dir", "device"):
         assert run_name(STAGE, p.as_dict() | {place: "elsewhere"}) == run_name(STAGE, p.as_dict())
 

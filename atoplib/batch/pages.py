@@ -65,9 +65,9 @@ def write_index(experiment_dir: Path) -> Path:
     """
     from atoplib.batch import tables  # here, as no run waits for pandas
 
-    name = html.escape(experiment_dir.name)
+    name, complete = html.escape(experiment_dir.name), runs.complete_runs(experiment_dir)
     parts = [f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1>"]
-    for stage in sorted({path.name.partition("-")[0] for path in runs.complete_runs(experiment_dir)}):
+    for stage in sorted({files.read_json(path / "manifest.json")["stage"] for path in complete}):
         paths = runs.complete_runs(experiment_dir, stage)[::-1]
         frame = tables.runs_frame(paths)
         texts = [

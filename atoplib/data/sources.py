@@ -27,20 +27,20 @@ IMAGENETTE_IMAGES = {"train": 9469, "val": 3925}
 SPLIT_SEED = 5000  # of the fixed 4,000 / 1,000 split of mnist5k
 DOWNLOAD_TIMEOUT_S = 30.0  # without one, a firewall that drops packets would hang a notebook for ever
 CIFAR = "-python.tar.gz (cs.toronto.edu/~kriz/cifar.html) into {0}"
-TORCHVISION = {  # name: torchvision's class, what it unpacks, MB, what to put into data_dir by hand
-    "mnist": ("MNIST", "MNIST", 12, "the four files *-ubyte.gz of MNIST into {0}/MNIST/raw"),
+TORCHVISION = {  # name: torchvision's class, what it unpacks, its size, what to put into data_dir by hand
+    "mnist": ("MNIST", "MNIST", "12 MB", "the four files *-ubyte.gz of MNIST into {0}/MNIST/raw"),
     "fashion_mnist": (
         "FashionMNIST",
         "FashionMNIST",
-        31,
+        "31 MB",
         "the files *-ubyte.gz of Fashion-MNIST into {0}/FashionMNIST/raw",
     ),
-    "cifar10": ("CIFAR10", "cifar-10-batches-py", 170, f"cifar-10{CIFAR}"),
-    "cifar100": ("CIFAR100", "cifar-100-python", 169, f"cifar-100{CIFAR}"),
+    "cifar10": ("CIFAR10", "cifar-10-batches-py", "170 MB", f"cifar-10{CIFAR}"),
+    "cifar100": ("CIFAR100", "cifar-100-python", "169 MB", f"cifar-100{CIFAR}"),
     "imagenette": (
         "Imagenette",
         "imagenette2*",
-        342,
+        "342 MB (above 320 px 1.5 GB)",
         "imagenette2-320.tgz, or imagenette2.tgz above 320 px, (github.com/fastai/imagenette) into {0}",
     ),
 }
@@ -165,7 +165,7 @@ def download_of(name: str, data_dir: str | Path = "") -> str:
     folder = _folder(data_dir)
     if name not in TORCHVISION or any(folder.glob(TORCHVISION[name][1])):
         return ""
-    return f"{name} is not in {folder}: its {TORCHVISION[name][2]} MB would be downloaded"
+    return f"{name} is not in {folder}: its {TORCHVISION[name][2]} would be downloaded"
 
 
 def _folder(data_dir: str | Path) -> Path:
