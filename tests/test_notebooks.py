@@ -12,6 +12,7 @@ from typing import Any
 
 import nbformat
 import pandas
+import papermill
 import pytest
 import yaml
 
@@ -81,36 +82,27 @@ def test_the_other_notebooks_pass_nbval_on_the_runs_of_the_demo(demo: Path, tmp_
     for stage in OTHERS:
         notebook = nbformat.read(ROOT / "notebooks" / f"{stage}.ipynb", as_version=4)
         first = next(i for i, cell in enumerate(notebook.cells) if is_parameters(cell))
-        given = {"smoke": True, "workspace": str(demo)}
         lines = [
             f"{name} = {value!r}"
-            for name, value in given.items()
+            for name, value in (("smoke", True), ("workspace", str(demo)))
             if f"\n{name}: " in notebook.cells[first].source
         ]
         notebook.cells.insert(first + 1, nbformat.v4.new_code_cell("\n".join(lines)))
         copies.append(tmp_path / f"{stage}.ipynb")
         nbformat.write(notebook, copies[-1])
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "--nbval-lax",
-        "-p",
-        "no:cacheprovider",
-        "-c",
-        os.devnull,
-        "--rootdir",
-    ]
     ended = subprocess.run(
-        [*command, str(tmp_path), *map(str, copies)],
+        [
+            *(sys.executable, "-m", "pytest", "--nbval-lax", "-p", "no:cacheprovider", "-c", os.devnull),
+            *("--rootdir", str(tmp_path), *map(str, copies)),
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=1200,
     )
     assert ended.returncode == 0, ended.stdout[-5000:]
-    count = sum(cell["cell_type"] == "code" for stage in OTHERS for cell in cells_of(stage))
-    assert f"{count + len(OTHERS)} passed" in ended.stdout
+    code = [cell for stage in OTHERS for cell in cells_of(stage) if cell["cell_type"] == "code"]
+    assert f"{len(code) + len(OTHERS)} passed" in ended.stdout
 
 
 # -------------------------------------------------------------------------------------- in this interpreter
@@ -181,9 +173,8 @@ def test_a_notebook_is_committed_without_outputs_its_cells_fit_a_screen_and_it_e
     stage: str,
 ) -> None:
     cells = cells_of(stage)
-    code = [cell for cell in cells if cell["cell_type"] == "code"]
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
-    for cell in code:
+    for cell in (cell for cell in cells if cell["cell_type"] == "code"):
+        assert cell["outputs"] == [] and cell["execution_count"] is None
         lines = [
             line
             for line in source(cell).splitlines()  # papermill reads no parameter of two lines
@@ -198,7 +189,9 @@ def test_a_notebook_is_committed_without_outputs_its_cells_fit_a_screen_and_it_e
         )
         of_images = re.search(r"picture_path|purification_grid|explore\(", text)
         assert not (shown and of_images) or "pictures" in cell["metadata"].get("tags", []), text
-    assert sum(map(is_parameters, cells)) == 1 and len({cell["id"] for cell in cells}) == len(cells)
+    names = [re.findall(r"^(\w+):", source(cell), re.M) for cell in cells if is_parameters(cell)]
+    assert [[*papermill.inspect_notebook(ROOT / f"notebooks/{stage}.ipynb")]] == names  # in one cell
+    assert len({cell["id"] for cell in cells}) == len(cells)
     assert [line[:2] for line in source(cells[-1]).splitlines() if re.match(r"\d\.", line)] == [
         "1.",
         "2.",
