@@ -221,6 +221,7 @@ def n_fgsm(
     labels: Int[Tensor, " batch"],
     *,
     eps: float,
+    norm: str = "linf",
     noise: float = 2.0,
     seed: int | torch.Generator | None = 0,
 ) -> Float[Tensor, "batch channels height width"]:
@@ -228,12 +229,12 @@ def n_fgsm(
     +-noise * eps (at most 1). They are not projected, so they lie up to (1 + noise) eps away: no attack to
     evaluate by.
 
-    Arguments and errors as ``pgd``; linf.
+    Arguments and errors as ``pgd``; there is no other norm than linf.
 
     Source: de Jorge et al. 2022, "Make Some Noise: Reliable and Efficient Single-Step Adversarial Training",
     algorithm 1.
     """
-    check_settings(noise=(noise, above(0, FINITE)))
+    check_settings(noise=(noise, above(0, FINITE)), norm=(norm, one_of("linf")))
     start = Ball(images, min(1.0, noise * eps), "linf").start(make_generator(seed, images.device))
     return fgsm(model, start, labels, eps=eps, seed=seed)
 
