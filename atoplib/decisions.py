@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from atoplib.contract import ContractError, adapt, check_labels
-from atoplib.parameters import at_least, between, check_counts, check_settings, one_of
+from atoplib.parameters import ParameterError, at_least, between, check_counts, check_settings, one_of
 
 # Images (B, C, H, W) in [0, 1] -> logits (B, classes); may be random.
 Model = Callable[[Tensor], Tensor]
@@ -73,13 +73,15 @@ _BLOCKS: dict[str, list] = {}  # device: how many blocks of ``full_float32`` are
 def full_float32(device: torch.device) -> Iterator[None]:
     """Within the block float32 is computed as float32: no autocast, no TF32, nor what
     ``torch.set_float32_matmul_precision`` allows, whose short mantissas may flip a close decision."""
-    backends = torch.backends
-    cuda, cpu = (backends.cudnn.conv, backends.cuda.matmul), (backends.mkldnn.conv, backends.mkldnn.matmul)
-    settings = cuda if device.type == "cuda" else cpu
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    on_cuda = device.type == "cuda"
+    settings = (cudnn.conv, cudnn.rnn, cuda.matmul) if on_cuda else (mkldnn.conv, mkldnn.matmul)
     with torch.autocast(device.type, enabled=False):
         with _SWITCH:  # the settings are those of all threads: the last block to end puts them back
             block = _BLOCKS.setdefault(device.type, [0, [setting.fp32_precision for setting in settings]])
             block[0] += 1
+            if on_cuda:  # the older switch, too: a model that reads it fails where the two contradict
+                cudnn.allow_tf32 = False
             for setting in settings:
                 setting.fp32_precision = "ieee"
         try:
@@ -88,7 +90,10 @@ def full_float32(device: torch.device) -> Iterator[None]:
             with _SWITCH:
                 block[0] -= 1
                 if block[0] == 0:
-                    for setting, precision in zip(settings, _BLOCKS.pop(device.type)[1], strict=True):
+                    before = _BLOCKS.pop(device.type)[1]
+                    if on_cuda:
+                        cudnn.allow_tf32 = before[:2] == ["tf32", "tf32"]
+                    for setting, precision in zip(settings, before, strict=True):
                         setting.fp32_precision = precision
 
 
@@ -156,6 +161,16 @@ def reseed(model: Any, seed: int) -> None:
         part.reseed(seed)
 
 
+@contextmanager
+def seeded(model: Any, seed: int, device: torch.device) -> Iterator[None]:
+    """Within the block a model's random numbers, and torch's global ones, start from ``seed``; the global
+    ones are afterwards as they were."""
+    reseed(model, seed)
+    with forked_rng(device):
+        torch.manual_seed(seed)
+        yield
+
+
 def supports_fixed_sample(model: Any) -> bool:
     """Whether a model's random numbers can be fixed: it or a part of it has a method ``fixed_sample``, as
     ``AToPPipeline``."""
@@ -207,7 +222,7 @@ def pick_device(name: str = "auto") -> torch.device:
     )
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
+        raise ParameterError(
             f"device {name!r} is not available here ({torch.cuda.device_count()} GPUs); use auto or cpu"
         )
     return device

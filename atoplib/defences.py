@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from atoplib import checkpoints, classifiers, decisions, freezing, hashing, pretrained, runs
+from atoplib import checkpoints, classifiers, data, decisions, freezing, hashing, pretrained, runs
 from atoplib.parameters import WEIGHTS, MissingFileError, Parameters, check_settings, each, one_of
 from atoplib.pipeline import load_pipeline
 
@@ -44,6 +44,7 @@ def resolve(p: Parameters, notify: Callable[[str], None] = lambda sentence: None
     experiment has none yet, ``pretrained`` if the kit has weights for the data set, which ``notify`` is
     told.
     """
+    data.facts_of(p.dataset)  # a name that does not exist is no missing run
     p = runs.resolve(p)
     absent = {}
     for name, rule in p.run_fields.items():
@@ -179,8 +180,8 @@ def load_defences(
             ``p.others``, where it has that.
 
     Raises:
-        FileNotFoundError, ValueError: for the undefended classifier or one of ``others``; what else there
-            is not is ``missing``.
+        FileNotFoundError, ValueError: for the undefended classifier, one of ``others``, or a run that was
+            named; of what else there is not ``missing`` tells.
     """
     values, loaded, classifier_at = p.as_dict(), Defences(), cache(partial(_classifier, p))
     options = {"device": decisions.pick_device(p.device), "seed": values.get("seed", 0)}
@@ -192,8 +193,11 @@ def load_defences(
         )
 
     for name in (name for name in names if FIELDS[name] in values):
+        which = values[FIELDS[name]]
+        if which not in ("latest", "pretrained"):  # what was named must be there
+            find_weights(p, which, name)
         try:
-            path = find_weights(p, values[FIELDS[name]], name)
+            path = find_weights(p, which, name)
             add(name, path, _classifier_path(p, path, name))
         except (FileNotFoundError, ValueError) as error:
             if name == "undefended":

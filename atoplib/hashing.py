@@ -118,10 +118,12 @@ def code_hash(module: str) -> str:
 def notebook_hash(notebook: Path) -> str:
     """16 hex digits of a notebook's code cells but its parameters, of all of atoplib that they import, and of
     modules of the user's own beside it or in the folder that we are in."""
+    from IPython.core.inputtransformer2 import TransformerManager
+
     cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     sources = ["".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", [])]
-    lines = [line for source in sources for line in source.splitlines()]
-    names = _imports("\n".join(line for line in lines if not line.lstrip().startswith(("%", "!"))))
+    to_python = TransformerManager().transform_cell  # magics and shell commands, as a kernel reads them
+    names = [name for source in sources for name in _imports(to_python(source))]
     imported = {name: path for name in names if (path := _source(name))}
     user_modules = {name: [path_hash(path) for path in _beside(name, notebook)] for name in names}
     # What a notebook imports itself counts even where it only shows.
@@ -167,8 +169,10 @@ def _text_when_imported(name: str, path: Path) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _imports(source: str) -> tuple[str, ...]:
-    names = []
-    for node in ast.walk(ast.parse(source)):
+    names, tree = [], ast.Module([], [])
+    with contextlib.suppress(SyntaxError):  # the kernel says so
+        tree = ast.parse(source)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

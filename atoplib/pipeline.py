@@ -70,8 +70,11 @@ class AToPPipeline(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, whose random numbers start from the seed (a generator cannot be copied), and whose parts
-        can be replaced by themselves."""
-        return {**self.__dict__, "_generators": {}, "_modules": dict(self._modules)}
+        and hooks are its own."""
+        state = {
+            name: copy(value) if isinstance(value, dict) else value for name, value in vars(self).items()
+        }
+        return {**state, "_generators": {}}
 
     def reseed(self, seed: int | None) -> None:
         """Start the pipeline's random numbers anew from ``seed``."""
@@ -157,9 +160,8 @@ class AToPPipeline(nn.Module):
     def freeze_for_attack(self) -> "AToPPipeline":
         """A copy to attack: the same function and gradients up to rounding, frozen, in less time.
 
-        The classifier takes up its batch normalisations, where it then gives the same answers to probe images
-        (``freezing.same_answers``), and known layers are channels-last. Its samples are those of a pipeline
-        that was just given the seed of this one.
+        A classifier of known layers takes up its batch normalisations, and known layers are channels-last.
+        Its samples are those of a pipeline that was just given the seed of this one.
 
         Raises:
             ValueError: in train mode.

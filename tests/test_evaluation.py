@@ -196,10 +196,13 @@ def test_the_worst_of_n_rests_on_as_many_samples_after_every_attack():
     assert max(of_n) - min(of_n) < 25 and max(of_n) < 90
 
 
-def test_bpda_is_attacked_and_the_defence_itself_decides():
+@pytest.mark.parametrize("hooked", [False, True])  # what makes an adapter of a pipeline necessary
+def test_bpda_is_attacked_and_the_defence_itself_decides(hooked):
     rounding = nn.Identity()
     rounding.forward = lambda given: (given[:, :3] * 64).round() / 64  # without a gradient
     defence = purifying(purifier=rounding, name="none")
+    if hooked:
+        defence.register_forward_hook(lambda *_: None)
     rows = tuple(Row("pgd", name, threat_model=name, options={"steps": 5}) for name in ("white-box", "bpda"))
     found = run({"rounded": defence, "f": linear()}, protocol=PROTOCOL._replace(rows=rows))
     assert accuracy(found, "rounded", "bpda") < 50 < accuracy(found, "rounded", "white-box")

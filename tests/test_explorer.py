@@ -182,7 +182,9 @@ def test_attacks_that_refuse_random_models_are_disabled_in_front_of_one() -> Non
         shown = controls.described({**VALUES, **CASES[case]}, scene)["attack"]
         allowed += [] if shown["random"] else [case]
     assert allowed == ["on the classifier", "no attack", "a bare classifier"]
-    assert [name for _, group in shown["entries"] for name, _, _, *why in group if any(why)] == ["ddn", "fmn"]
+    assert [name for _, group in shown["entries"] for name, _, _, *why in group if any(why)] == [
+        *("ddn", "fmn", "torchattacks:FAB")
+    ]
 
 
 # what is computed
@@ -301,15 +303,17 @@ def test_while_dragging_there_is_a_short_attack_unless_the_whole_one_is_known() 
 
 def test_a_random_module_of_another_kind_gets_its_votes_and_no_purifier() -> None:
     values = {**VALUES, "attack": attack.NO_ATTACK, "rows": ["noisy"], "votes": 8}
-    row = final(values, make_scene(noisy=Noisy().eval()))
-    assert row.logits.shape == (8, 1, CLASSES) and row.purified is None
+    row, again = (final(values, make_scene(noisy=Noisy().eval())) for _ in range(2))
+    assert row.logits.shape == (8, 1, CLASSES) and row.purified is None and row.logits.equal(again.logits)
 
 
 def test_the_curve_counts_what_is_correct_at_each_eps() -> None:
     values, classifier = {**VALUES, "rows": ["bare"], "image": 2}, make_classifier()
-    points = {point[0]: point[1:] for point in attack.robust_curve(make_scene(), values, "bare", print)}
+    points = {eps: found for eps, *found in attack.robust_curve(make_scene(), values, "bare", print)}
     images, labels = (part.roll(-2, 0) for part in make_images())
     for eps, shown in ((0, images), (0.1, attacks.pgd(classifier, images, labels, eps=0.1, steps=3))):
         share = float((classifier(shown).argmax(dim=1) == labels).double().mean())
-        low, high = decisions.wilson_interval(12 * share, 12)
-        assert points[eps] == pytest.approx([100 * share, 100 * low, 100 * high])
+        interval = decisions.wilson_interval(12 * share, 12)
+        assert points[eps] == pytest.approx([100 * share, *(100 * end for end in interval)])
+    values |= {"attack": "corruption", "norm": "corruption", "eps": 3}
+    assert [row[0] for row in attack.robust_curve(make_scene(), values, "bare", print)] == [*range(6)]

@@ -9,15 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from atoplib import classifiers, freezing
 from atoplib.checkpoints import CheckpointError, load, read_header, save
 from atoplib.data import Split
-from atoplib.purifiers import (
-    PURIFIERS,
-    DeepFillV2,
-    DenoisingAutoencoder,
-    GatedUNet,
-    ResidualPurifier,
-    RobustEncoderPurifier,
-    build,
-)
+from atoplib.purifiers import PURIFIERS, DeepFillV2, GatedUNet, ResidualPurifier, RobustEncoderPurifier, build
 from atoplib.training import fit
 from atoplib.transforms import Transform, corrupt, sample_transform
 
@@ -52,7 +44,6 @@ def test_an_image_of_32_px_costs_what_the_docstring_says(make, expected):
             ("robust_encoder", {k: v}, f"{k} must .*, got {v}")
             for k, v in [("encoder_width", 0), *OUT_OF_RANGE[:2]]
         ),
-        *(("denoising_autoencoder", {"levels": v}, f"levels must lie in 1..8, got {v}") for v in (0, 9)),
     ],
 )
 def test_impossible_purifiers_are_refused(name, options, message):
@@ -65,7 +56,6 @@ def test_impossible_purifiers_are_refused(name, options, message):
     [
         (lambda: GatedUNet(4, fold=2), 8),
         (lambda: GatedUNet(4, fold=4), 16),
-        (lambda: DenoisingAutoencoder(4, levels=3), 8),
         (lambda: ResidualPurifier(4), 4),
         (lambda: RobustEncoderPurifier(4), 8),
         (lambda: RobustEncoderPurifier(4, stem_stride=2), 16),
@@ -133,7 +123,6 @@ def test_trained_by_l1_on_sparse_digits_it_does_not_collapse_to_black(digits):
 def test_every_purifier_is_built_by_name_and_comes_back_from_a_checkpoint(tmp_path):
     for name, options in {
         "gated_unet": {"width": 4, "blocks": 1, "fold": 2, "front_width": 2, "pixel_width": 2},
-        "denoising_autoencoder": {"width": 4, "levels": 2},
         "residual": {"width": 4, "blocks": 1},
         "robust_encoder": {"encoder_width": 2, "width": 4},
     }.items():
@@ -147,7 +136,6 @@ def test_every_purifier_is_built_by_name_and_comes_back_from_a_checkpoint(tmp_pa
 @pytest.mark.parametrize(
     "make, only_way",
     [
-        (lambda: DenoisingAutoencoder(width=4, levels=2), "bottleneck.0"),
         (lambda: ResidualPurifier(width=4, blocks=1), "up"),
         (lambda: RobustEncoderPurifier(4), "encoder.1.stem.0"),
     ],

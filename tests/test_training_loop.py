@@ -113,11 +113,13 @@ def test_the_history_has_an_entry_an_epoch_and_progress_tells_images(split):
 
 def test_a_term_that_only_some_steps_report_is_averaged_over_these(split):
     network, late = tiny_classifier(), ({}, {"late": 1.0})
-    (entry,) = fit(
+    network.register_buffer("mask", torch.full((2, 2), -torch.inf))  # of an attention: no divergence
+    assert fit(
         lambda x, y, epoch: {"loss": F.cross_entropy(network(x), y), **late[epoch >= 0.5]},
         network, split, epochs=1, batch_size=8, learning_rate=0.01,
-    )  # fmt: skip
-    assert entry["late"] == 1
+    )[0]["late"] == 1  # fmt: skip
+    with pytest.raises(ValueError, match=r"must report numbers; 'each' has the shape \(8,\)"):
+        fit(lambda x, y, _: {"loss": network(x).sum(), "each": y.float()}, network, split, **SETTINGS)
 
 
 def test_fewer_steps_shorten_the_schedule_too(split, monkeypatch):

@@ -139,7 +139,7 @@ def _torchattacks(name: str) -> Attack:
     return Attack(
         f"torchattacks:{name}", f"{name} (torchattacks)", partial(third_party, name=name), known.norms,
         f"{name} as torchattacks has it, projected into our ball", takes=(*takes, "eot_samples"),
-        gradient=name not in ("Square", "SPSA"),
+        gradient=name not in ("Square", "SPSA"), stochastic=name != "FAB",  # it finds nothing there
     )  # fmt: skip
 
 

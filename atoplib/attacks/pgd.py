@@ -132,7 +132,7 @@ def pgd(
         start = images if start == "clean" else None
     else:
         check_settings(**{"shape of start": (start.shape, one_of(images.shape))})
-    max_batch = max_batch if checked else max(max_batch, len(images))
+    max_batch = max_batch if checked else max(max_batch, eot_samples * len(images))
     whole, generator = ball(images, eps, norm), make_generator(seed, images.device)
     sizes = step_sizes(eps, steps, alpha, cycles)
     noises = [smoothing] if isinstance(smoothing, float | int) else list(smoothing)
@@ -235,6 +235,7 @@ def n_fgsm(
     algorithm 1.
     """
     check_settings(noise=(noise, above(0, FINITE)), norm=(norm, one_of("linf")))
+    model, images, labels, _ = prepare_attack(model, images, labels)
     start = Ball(images, min(1.0, noise * eps), "linf").start(make_generator(seed, images.device))
     return fgsm(model, start, labels, eps=eps, seed=seed)
 

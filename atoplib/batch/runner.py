@@ -258,12 +258,13 @@ def run_jobs(
     by_folder = {job.run_dir: job for job in jobs}
     waiting, running = list(jobs), dict[Future[str], tuple[Job, float]]()
     missing, attempts = dict[Path, str](), {job.run_dir: 0 for job in jobs}
+    pages = list[tuple[Job, Future[None]]]()
 
     def settle(job: Job, shown: str, reason: str = "") -> None:
         missing[job.run_dir] = reason
         overview.say(job, shown)
         if not reason:
-            background.submit(write_page, job.executed)
+            pages.append((job, background.submit(write_page, job.executed)))
 
     with ThreadPoolExecutor(at_once) as pool, ThreadPoolExecutor(1) as background:
         try:
@@ -303,6 +304,9 @@ def run_jobs(
         finally:
             stop.set()
             overview.line.close()
+    for job, page in pages:
+        if error := page.exception():
+            overview.say(job, f"complete, but it has no page: {type(error).__name__}: {error}")
     return missing
 
 

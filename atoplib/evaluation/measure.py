@@ -2,8 +2,8 @@
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -17,16 +17,7 @@ from torch import Tensor, nn
 from atoplib.attacks import ATTACKS, PassCounter, bpda
 from atoplib.attacks.losses import LOSSES
 from atoplib.contract import prepare
-from atoplib.decisions import (
-    RULES,
-    correct,
-    fixed_sample,
-    forked_rng,
-    full_float32,
-    is_random,
-    reseed,
-    sample_logits,
-)
+from atoplib.decisions import RULES, correct, fixed_sample, full_float32, is_random, sample_logits, seeded
 from atoplib.evaluation.pieces import (
     SISTER,
     SURROGATE,
@@ -211,8 +202,11 @@ def _measure(
         for name in piece.shown_to:
             began = time.monotonic()
             votes = (row and row.votes or most) if random[name] and not known else 1
-            with _random_numbers(targets[name], later, images.device, known) as model:
-                logits = sample_logits(model, shown, num_samples=votes, max_batch=max_batch)
+            with (
+                seeded(targets[name], later, images.device),
+                fixed_sample(targets[name], 0) if known else nullcontext(),
+            ):
+                logits = sample_logits(targets[name], shown, num_samples=votes, max_batch=max_batch)
             counted = {rule: logits[: most if rule == "worst_of_n" else None] for rule in RULES}
             rows.append(
                 {
@@ -258,7 +252,11 @@ def _attack(
     # float32 is meant as such, as in decisions: TF32 would make an attack believe in other errors
     computing = full_float32(device) if dtype == torch.float32 else torch.autocast(device.type, dtype=dtype)
     result, rows = images, torch.arange(len(images), device=device)
-    with _random_numbers(model, seed, device, row.known_sample), computing:
+    with (
+        seeded(model, seed, device),
+        fixed_sample(model, 0) if row.known_sample else nullcontext(),
+        computing,
+    ):
         if smaller is not None and not row.known_sample:
             logits = sample_logits(counter, smaller, num_samples=votes, max_batch=max_batch)
             result, rows = smaller, correct(logits, labels, plan.rule).nonzero().squeeze(1)
@@ -276,19 +274,6 @@ def _attack(
 def _seed(purpose: str, seed: int, batch: int) -> int:
     """Of an attack, or of the decisions after it; of the first batch ``seed`` and ``seed + 1``."""
     return seed + (purpose == "decision") if batch == 0 else int(json_hash([purpose, seed, batch])[:15], 16)
-
-
-@contextmanager
-def _random_numbers(
-    model: nn.Module, seed: int, device: torch.device, known_sample: bool
-) -> Iterator[nn.Module]:
-    """Within the block a model's random numbers, and torch's global ones, start from ``seed``; with
-    ``known_sample`` they are one sample."""
-    reseed(model, seed)
-    with forked_rng(device):
-        torch.manual_seed(seed)
-        with fixed_sample(model, 0) if known_sample else nullcontext():
-            yield model
 
 
 def _open(run_dir: Path, facts: Mapping[str, Any], wanted: set[Path], notify: Callable[[str], Any]) -> None:

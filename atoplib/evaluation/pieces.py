@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atoplib.attacks import ATTACKS
+from atoplib.contract import Adapted
 from atoplib.decisions import forked_rng
 from atoplib.evaluation.protocols import COUNTS, Protocol, Row
 from atoplib.evaluation.results import CLEAN
@@ -44,9 +45,7 @@ class Piece(NamedTuple):
 
 def helpers(defences: Mapping[str, nn.Module], sisters: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     """What attacks use in place of a defence: one classifier for all, a pipeline's own other one, sisters."""
-    classifiers = {
-        name: model.classifier for name, model in defences.items() if isinstance(model, AToPPipeline)
-    }
+    classifiers = {name: model.classifier for name, model in defences.items() if _is_pipeline(model)}
     models = {f"{SISTER} {name}": model for name, model in sisters.items() if name in defences}
     shared = defences.get("undefended", next(iter(classifiers.values()), None))
     if shared is not None:
@@ -57,6 +56,28 @@ def helpers(defences: Mapping[str, nn.Module], sisters: Mapping[str, nn.Module])
     return models
 
 
+def _is_pipeline(model: nn.Module) -> bool:
+    """Also one whose type or hooks made an adapter of it necessary."""
+    return isinstance(model.network if isinstance(model, Adapted) else model, AToPPipeline)
+
+
+def _targets(
+    threat_model: str, targets: Mapping[str, nn.Module], defences: tuple[str, ...]
+) -> list[tuple[str, tuple[str, ...]]]:
+    """The models that are attacked, and the defences that the images are shown to. Of a mean of logits BPDA
+    has no image for the identity."""
+    alone = [(name, (name,)) for name in defences]
+    if threat_model == "bpda":
+        pipelines = {name: targets[name] for name in defences if _is_pipeline(targets[name])}
+        return [(n, (n,)) for n, each in pipelines.items() if each.copies == 1 or each.average == "images"]
+    if threat_model == "sister":
+        alone = [(f"{SISTER} {name}", shown_to) for name, shown_to in alone]
+    if threat_model == "transfer":
+        sharing = tuple(name for name in defences if f"{SURROGATE} of {name}" not in targets)
+        alone = [(SURROGATE, sharing), *((f"{SURROGATE} of {name}", shown_to) for name, shown_to in alone)]
+    return [(target, shown_to) for target, shown_to in alone if target in targets and shown_to]
+
+
 def all_pieces(
     plan: Protocol,
     targets: Mapping[str, nn.Module],
@@ -65,27 +86,14 @@ def all_pieces(
     sizes: Mapping[str, Any],
     count: int,
 ) -> list[Piece]:
-    """The pieces of work, in order. Of a mean of logits BPDA has no image for the identity."""
-    pipelines = [name for name in defences if isinstance(targets[name], AToPPipeline)]
-    purifying = [n for n in pipelines if targets[n].copies == 1 or targets[n].average == "images"]
-    sharing = tuple(n for n in defences if f"{SURROGATE} of {n}" not in targets)
-    each = {name: (name,) for name in defences}
-    work = {
-        "": {"": defences},
-        "white-box": each,
-        "bpda": {name: (name,) for name in purifying},
-        "transfer": {SURROGATE: sharing} | {f"{SURROGATE} of {n}": shown for n, shown in each.items()},
-        "sister": {f"{SISTER} {name}": shown for name, shown in each.items()},
-    }  # by threat model: targets, and whom the images are shown
-    pieces = []
-    for row in (None, *plan.rows):
-        eps = sizes.get(row.norm, ()) if row else (0.0,)
-        for target, shown_to in work[row.threat_model if row else ""].items():
-            available = target in targets and (random[target] or not row.random_only) if row else True
-            for first in range(0, count, PIECE) if eps and shown_to and available else ():
-                batch = first // PIECE, slice(first, min(first + PIECE, count))
-                pieces.append(Piece(row, eps, target, shown_to, *batch))
-    return pieces
+    """The pieces of work, in order, the clean images first."""
+    work = [(None, (0.0,), "", defences)]
+    for row in plan.rows:
+        for target, shown_to in _targets(row.threat_model, targets, defences):
+            if sizes.get(row.norm) and (random[target] or not row.random_only):
+                work.append((row, sizes[row.norm], target, shown_to))
+    batches = [slice(first, min(first + PIECE, count)) for first in range(0, count, PIECE)]
+    return [Piece(*each, batch, images) for each in work for batch, images in enumerate(batches)]
 
 
 def plain(value: Any) -> Any:

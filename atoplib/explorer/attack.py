@@ -35,6 +35,7 @@ MAX_PATH = 64  # steps of an attack that are kept; of a longer one every second,
 KEPT_PATHS = 64  # attacks that need not run again
 PIXELS_A_BATCH = 2**18  # 256 copies at 32 px, 4 at 256 px: little memory, and work can be stopped in between
 CURVE_FACTORS = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)  # of eps, on the curve of robust accuracy
+WHOLE_SIZES = {"occlusion": range(3), "corruption": range(6)}  # on it where eps is a number of something
 CURVE_IMAGES = 32
 
 
@@ -137,8 +138,7 @@ def run_attack(
     if attack.targeted and values["target"] >= 0:
         options["targets"] = torch.full_like(labels, values["target"])
     grey = values["grey"] and images.shape[1] == 3 and torch.equal(images[:, :1].expand_as(images), images)
-    decisions.reseed(model, values["seed"])
-    with decisions.full_float32(images.device):
+    with decisions.seeded(model, values["seed"], images.device), decisions.full_float32(images.device):
         result = attack.function(
             Grey(model).eval() if grey else model,
             images[:, :1] if grey else images,
@@ -196,14 +196,15 @@ def robust_curve(scene: Scene, values: Values, name: str, report: Report) -> lis
     defence, source, points = scene.defence(name, values), attacked_defence(values, name), []
     order = (torch.arange(scene.num_initial) + values["image"]) % scene.num_initial
     order = order[scene.labels[order] != values["target"]][:CURVE_IMAGES]  # none has its own class as target
-    count, top = len(order), 1.0 if values["norm"] == "linf" else inf
+    count, top = len(order), {"linf": 1.0, "rotation": 180.0}.get(values["norm"], inf)
+    sizes = WHOLE_SIZES.get(values["norm"]) or [min(factor * values["eps"], top) for factor in CURVE_FACTORS]
     images, labels = (part[order].to(device_of(defence)) for part in (scene.images, scene.labels))
-    for eps in dict.fromkeys(min(factor * values["eps"], top) for factor in CURVE_FACTORS):
+    for eps in dict.fromkeys(sizes):
         adversarial = run_attack(
             scene, {**values, "eps": eps}, source, images, labels,
             partial(report, f"Accuracy of {name} at {eps:.3g}"),
         )  # fmt: skip
-        decisions.reseed(defence, values["seed"] + 1)
-        logits = decisions.sample_logits(defence, adversarial, max_batch=max_batch(images))[0]
+        with decisions.seeded(defence, values["seed"] + 1, images.device):
+            logits = decisions.sample_logits(defence, adversarial, max_batch=max_batch(images))[0]
         points.append((eps, *percents(int((logits.argmax(dim=1) == labels).sum()), count)))
     return points

@@ -85,8 +85,8 @@ def make_row(scene: Scene, values: Values, name: str, report: Report, *, complet
     seed, size, logits = values["seed"] + 1 + turn, max_batch(images), []
     for number, image in enumerate(images):
         report("Decision", number, len(images))
-        decisions.reseed(defence, seed)
-        logits.append(decisions.sample_logits(defence, image[None], num_samples=votes, max_batch=size))
+        with decisions.seeded(defence, seed, image.device):
+            logits.append(decisions.sample_logits(defence, image[None], num_samples=votes, max_batch=size))
     row = Row(name, max(path), steps, images.cpu(), torch.cat(logits, dim=1).cpu())
     if not isinstance(defence, AToPPipeline):
         return row

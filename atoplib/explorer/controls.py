@@ -40,7 +40,6 @@ UNITS = {  # of a radius: name, highest and step of the slider
     "rotation": ("degrees", 90, 1),
     "corruption": ("severity", 5, 1),
 }
-SMALL = 0.1  # an linf radius below is shown in 1/255
 KEEP_STEP = {"shown_step", "sample", "votes", "rows", *TRANSFORM}  # other changes show the attack's end
 MARK = "# explorer: "  # the line of a YAML text that only the explorer reads; to papermill it is a comment
 
@@ -161,7 +160,8 @@ def check(values: Values, scene: Scene) -> dict[str, Any]:
 
 def changed(values: Values, changes: Mapping[str, Any], scene: Scene, start: Values) -> dict[str, Any]:
     """The values after some changes, and what follows from them: another attack has other norms and options,
-    another norm another radius; whatever changes the attack shows its end.
+    another norm another radius; no image has its own class as target; whatever changes the attack shows its
+    end.
 
     Raises:
         ValueError: as ``check``, or for a value of a wrong type.
@@ -178,7 +178,8 @@ def changed(values: Values, changes: Mapping[str, Any], scene: Scene, start: Val
         new["shown_step"] = new["shown_step"] if "shown_step" in changes else None
     if {"image", "attack"}.intersection(changes):
         new["sample"] = changes.get("sample", 0)
-    return check(new, scene)
+    new = check(new, scene)
+    return new | {"target": -1} if new["target"] == int(scene.labels[new["image"]]) else new
 
 
 def converted(name: str, value: Any) -> Any:
@@ -233,11 +234,12 @@ def described(values: Values, scene: Scene) -> dict[str, dict[str, Any]]:
         scene.is_random(attacked_defence(values, name), values) for name in values["rows"]
     )
     unit, high, step = UNITS.get(values["norm"], (values["norm"], 1.0, 0.01))
-    if values["norm"] == "linf" and values["eps"] < SMALL:
+    if values["norm"] == "linf" and scene.usual["linf"] < 0.1:  # whatever eps is now
         shown["eps"] |= {"unit": 255}
         high, step = 32 / 255, 0.5 / 255
     shown["eps"] |= {"high": high, "step": step, "label": f"{unit} {CONTROLS['eps'].label}"}
     shown["image"]["high"] = len(scene.labels) - 1
+    shown["target"]["entries"][1][1][int(scene.labels[values["image"]])].append("the image's own class")
     options = ATTACKS[values["attack"]].options if values["attack"] in ATTACKS else {}
     shown["options"]["entries"] = [
         [name, values["options"].get(name, default)]

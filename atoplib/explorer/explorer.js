@@ -165,7 +165,7 @@ function render({ model, el }) {
         known = JSON.stringify([now.entries, now.random]);
         entries = now.entries.flatMap(([, list]) => list);
         field.replaceChildren(...now.entries.flatMap(([group, list]) => {
-          const options = list.map(([, title, about, why]) => (now.random && why
+          const options = list.map(([, title, about, why]) => (why && now.random !== false
             ? make("option", { title: why, disabled: true }, `${title}: ${why}`) : make("option", { title: about }, title)));
           return group ? [make("optgroup", { label: group }, ...options)] : options;
         }));
@@ -307,11 +307,13 @@ function render({ model, el }) {
   // ---- top: defences and presets; status
   const rows = () => layout.defences.filter((_, n) => chips[n].firstChild.checked);
   const chips = layout.defences.map((name) => make("label", { className: "atop-chip" },
-    make("input", { type: "checkbox", ariaLabel: `show ${name}`, onchange: () => set({ rows: rows() }) }), name));
+    make("input", { type: "checkbox", ariaLabel: `show ${name}`, onchange: (event) => {
+      if (rows().length) set({ rows: rows() }); else event.target.checked = true;  // one is always shown
+    } }), name));
   const { image: _image, rows: _rows, ...startValues } = layout.start;  // which stay as they are
   const preset = (name, help, values) => button(name, help, () => set({ ...startValues, ...values, shown_step: null }));
   const presets = Object.entries(layout.presets).map(([name, [help, values]]) => preset(name, help, values));
-  const top = bar(faint("show"), ...chips, space(), faint("presets"), ...presets, preset("Reset", "as at the start", {}));
+  const top = bar(faint("show"), ...chips, space(), faint("presets"), ...presets, preset("Reset", "all but the image as at the start", {}));
   const status = make("span", { role: "status", ariaLive: "polite" }), links = make("span"), hover = faint();
   const progress = make("progress", { ariaLabel: "progress" });
   const cancel = button("Cancel", "stop what is being computed", () => send({ do: "cancel" }));

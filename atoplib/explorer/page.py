@@ -58,7 +58,7 @@ def pictures(view: View, row: Row) -> dict[str, tuple[UInt8[np.ndarray, "height 
     mask = f"mask 1 of {view.values['num_masks']}" if view.values["transform"] == "rt3" else ""
     return columns | {
         "transformed": (to_pixels(row.transformed[place]), mask),
-        "purified": (to_pixels(row.purified[place]), f"mean error {distance:.3g}"),
+        "purified": (to_pixels(row.purified[place]), f"error {distance:.2g}"),
     }
 
 

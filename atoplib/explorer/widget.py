@@ -166,6 +166,8 @@ class Explorer(anywidget.AnyWidget):
             ValueError: for a value that is not allowed; nothing is changed then.
         """
         self.values = controls.changed(self.values, values, self.scene, self.start)
+        if not {"eps", "shown_step", "sample"}.issuperset(values):  # what the curves over eps depend on
+            self.curves = []
         view, step = self.view, {"shown_step": self.values["shown_step"]}
         if view is not None and view.complete and view.values | step == self.values:
             self.worker.cancel()
@@ -175,7 +177,6 @@ class Explorer(anywidget.AnyWidget):
 
     def refresh(self, *, preview: bool = False) -> None:
         """Ask the worker for what the values show, in place of everything asked for before."""
-        self.curves = []
         self._start(lambda ticket: self._compute(ticket, preview))
 
     def cancel(self) -> None:
@@ -210,6 +211,7 @@ class Explorer(anywidget.AnyWidget):
     def relabel(self, label: int) -> None:
         """Say which class one's own image is of."""
         self.scene.labels[self.values["image"]] = label
+        self.curves = []
         self.refresh()
 
     def save(self, kinds: Iterable[str] = ("png", "pdf", "yaml")) -> None:
@@ -225,6 +227,7 @@ class Explorer(anywidget.AnyWidget):
             raise ValueError("there is no finished picture yet")
         text = controls.to_yaml(view.values, self.notebook)
         name = view.values["attack"].replace(":", "-")
+        self._say(text=f"Writing into {self.folder} \N{HORIZONTAL ELLIPSIS}", busy=True)
         for kind in kinds:
             steps = self.shown["steps"] if kind == "gif" else [view.values["shown_step"]]
             frames = [page.sheet(view._replace(values=view.values | {"shown_step": step})) for step in steps]
@@ -232,7 +235,7 @@ class Explorer(anywidget.AnyWidget):
             path = self.folder / f"image{view.values['image']}-{name}-{hashing.json_hash(text)[:8]}.{kind}"
             files.write_atomically(path, lambda part, content=content: part.write_bytes(content))
             links.append({"name": path.name, "href": f"data:;base64,{base64.b64encode(content).decode()}"})
-        self._say(text=f"Saved in {self.folder}:", links=links)
+        self._say(text=f"Saved in {self.folder}:", links=links, busy=False)
 
     def _others(self, label: int) -> list[int]:
         """The other images of a class (-1: of any), from the one after this on and round to the one before;

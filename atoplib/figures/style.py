@@ -24,7 +24,7 @@ MINUS = "\N{MINUS SIGN}"
 DIVERGING = "RdBu_r"  # white at 0, blue below, red above: apart for colour-blind eyes, too
 SEQUENTIAL = "cividis"  # which eyes of every kind see as one ramp of lightness
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")  # Okabe and Ito
-DEFENCE_COLOURS = {"undefended": "#666666", "AT": "#e69f00", "AP": "#56b4e9", "AToP": "#0072b2"}
+DEFENCE_COLOURS = {"undefended": "#7a7a7a", "AT": "#e69f00", "AP": "#56b4e9", "AToP": "#0072b2"}
 WIDEST = 8.8  # inches: a page of JupyterLab, where a figure is shown in its own size (96 pixels an inch)
 ACCURACY = "accuracy (%), 95 % interval"
 

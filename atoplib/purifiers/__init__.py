@@ -12,12 +12,7 @@ from typing import Any
 from torch import nn
 
 from atoplib.parameters import check_settings, one_of
-from atoplib.purifiers.autoencoders import (
-    DenoisingAutoencoder,
-    ResidualPurifier,
-    RobustEncoderPurifier,
-    encoder_weights,
-)
+from atoplib.purifiers.autoencoders import ResidualPurifier, RobustEncoderPurifier, encoder_weights
 from atoplib.purifiers.deepfill import DeepFillV2, PatchDiscriminator
 from atoplib.purifiers.diffusion import DiffusionPurifier, load_diffusers
 from atoplib.purifiers.gated import GatedUNet
@@ -25,7 +20,6 @@ from atoplib.purifiers.gated import GatedUNet
 __all__ = [
     "PURIFIERS",
     "DeepFillV2",
-    "DenoisingAutoencoder",
     "DiffusionPurifier",
     "GatedUNet",
     "PatchDiscriminator",
@@ -41,7 +35,6 @@ PURIFIERS: dict[str, Callable[..., nn.Module]] = {
     "residual": ResidualPurifier,
     "robust_encoder": RobustEncoderPurifier,
     "deepfill_v2": DeepFillV2,
-    "denoising_autoencoder": DenoisingAutoencoder,
     "diffusion": DiffusionPurifier,
 }
 

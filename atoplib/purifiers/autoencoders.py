@@ -1,8 +1,5 @@
-"""Three purifiers without gates: the decoder that redraws colour photographs from the features of a robust
-classifier, the normalised residual encoder and decoder that learns all by itself, and the plain denoising
-autoencoder, to hold the others against."""
-
-from itertools import pairwise
+"""Two purifiers without gates: the decoder that redraws colour photographs from the features of a robust
+classifier, and the normalised residual encoder and decoder that learns all by itself."""
 
 import torch
 from jaxtyping import Float
@@ -11,7 +8,7 @@ from torch.nn import functional as F
 
 from atoplib.classifiers import Normalize, SmallResNet
 from atoplib.parameters import at_least, between, check_settings
-from atoplib.purifiers.gated import check_size, soft_clip
+from atoplib.purifiers.gated import check_size
 
 GROUP_SIZE = 16  # channels that share mean and variance
 
@@ -163,49 +160,3 @@ def _zeroed(layer: nn.Module) -> nn.Module:
     for weight in layer.parameters():
         nn.init.zeros_(weight)
     return layer
-
-
-class DenoisingAutoencoder(nn.Module):
-    """A convolutional autoencoder that learns to undo noise: encoder, bottleneck, decoder, and no way around
-    them.
-
-    Every level halves the image and doubles the channels; the decoder mirrors it with nearest upsampling.
-    Unlike a U-Net it has no long skips and adds nothing to its input, so all of the output went through the
-    bottleneck, which has width * 2**(levels - 1) channels at 1/2**levels of the edges.
-
-    It goes with any transform; noise alone, as in the source, is ``rt2`` with missing_rate 0. The output is
-    the identity within [-1, 1] and has slope 0.1 outside, as GatedUNet's.
-
-    Args:
-        width: channels after the first halving.
-        levels: how often the image is halved.
-
-    Raises:
-        ValueError: for a width below 1 or levels outside 1..8.
-
-    Source: Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders"; in
-    front of a classifier: Gu & Rigazio 2014, Meng & Chen 2017 (MagNet).
-    """
-
-    def __init__(self, width: int = 24, levels: int = 2) -> None:
-        super().__init__()
-        # 8 levels take images of 256 px at least
-        check_settings(width=(width, at_least(1)), levels=(levels, between(1, 8)))
-        self.levels, widths = levels, [width * 2**level for level in range(levels)]
-        down = [_convolved(before, after, stride=2) for before, after in pairwise([5, *widths])]
-        up = [_convolved(before, after) for before, after in pairwise([*widths[::-1], width])]
-        self.encoder, self.bottleneck = nn.Sequential(*down), _convolved(widths[-1], widths[-1])
-        self.decoder = nn.Sequential(*(nn.Sequential(nn.Upsample(scale_factor=2.0), layer) for layer in up))
-        self.to_rgb = nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, inputs: Float[Tensor, "batch 5 height width"]) -> Float[Tensor, "batch 3 height width"]:
-        """Rebuild an image: masked RGB in [-1, 1], a plane of ones and the mask -> RGB in [-1, 1].
-
-        Raises ValueError unless height and width are divisible by 2**levels.
-        """
-        check_size(inputs, 2**self.levels)
-        return soft_clip(self.to_rgb(self.decoder(self.bottleneck(self.encoder(inputs)))))
-
-
-def _convolved(before: int, after: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(before, after, 3, stride, padding=1), nn.ELU())

@@ -198,6 +198,11 @@ class _Training:
             freezing.to_channels_last(network).train()
             if state:
                 checkpoints.load_weights(network, state["networks"][name], run.state_path)
+        tensors = (
+            each for network in networks.values() for each in (*network.parameters(), *network.buffers())
+        )
+        # an attention mask is a buffer of infinities, and stays one
+        self.must_be_finite = [each for each in tensors if each.requires_grad or bool(each.isfinite().all())]
         self.result, decay = networks[self.name], settings["ema_decay"]
         self.average = parts.moving_average(self.result, decay) if decay else None
         if self.average and state:
@@ -271,6 +276,8 @@ class _Training:
             self.average.update_parameters(self.result)
         for name, value in reported.items():
             value = torch.as_tensor(value, device=self.device).detach().float()
+            if value.ndim:
+                raise ValueError(f"the step must report numbers; {name!r} has the shape {tuple(value.shape)}")
             self.sums[name] = self.sums.get(name, 0) + torch.stack([value, torch.ones_like(value)])
         self.last_loss = reported["loss"].detach()
         self.step += 1
@@ -335,8 +342,7 @@ class _Training:
     def save(self) -> None:
         """Keep all that is needed to go on, if there is a run; TrainingDiverged unless every weight and
         statistic is finite."""
-        for network in self.networks.values():
-            self.require_finite(*network.parameters(), *network.buffers())
+        self.require_finite(*self.must_be_finite)
         if self.run is not None:
             state = {name: getattr(self, name) for name in ("step", "history", "flops", "sums", "seconds")}
             state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}

@@ -184,7 +184,10 @@ def begin_run(
         if left and hashing.model_hash(network) == left:
             network.load_state_dict(initial)
         else:
-            by_run[run.path] = deepcopy(network.state_dict()), ""
+            given = network.state_dict()
+            for name, value in given.items():  # on the CPU, where there is room for one a run
+                given[name] = value.to("cpu", copy=True) if isinstance(value, Tensor) else deepcopy(value)
+            by_run[run.path] = given, ""
         network.train()  # as it will be, so that the modes of whatever else a step refers to can count
     device = next(next(iter(networks.values())).parameters()).device
     identity = {
@@ -210,9 +213,9 @@ def begin_run(
         # A step refers to its networks: another network is not another step.
         reasons = [name for name in changed if name.endswith("given")] or changed
         reason = f"changed: {', '.join(reasons)}" if before else "it is not noted on what it depended"
-        for path in earlier and earlier[-1].iterdir():
-            path.replace(run.path / path.name)
         what = f"What {earlier[-1]} kept comes back" if earlier else "Trained anew, not loaded"
+        for path in earlier[-1].iterdir() if earlier else ():
+            path.replace(run.path / path.name)
         notify(f"{what} ({reason}). What was there is kept in {folder}.")
     files.write_json(run.path / IDENTITY, identity)
     state, note = checkpoints.load_state(run.state_path)
