@@ -34,6 +34,7 @@ class Progress:
     def __init__(self, title: str, listener: Callable[[str], Any] = str, *, every: float = 0.5) -> None:
         self.title, self.listener, self.every = title, listener, every
         self.first: int | None = None  # what was done before: a resumed training has not done it now
+        self.running = ""  # the part that the rate is of: others may have been faster
         self.started = self.last_shown = 0.0
         self.displayed = False
 
@@ -42,8 +43,9 @@ class Progress:
     ) -> None:
         """Report that ``done`` of ``total`` units are finished."""
         now = time.monotonic()
-        if self.first is None:
-            self.first, self.started = done, now
+        running = numbers.partition(":")[0] if isinstance(numbers, str) else ""
+        if self.first is None or running != self.running:
+            self.first, self.started, self.running = done, now, running
         if done < total and self.last_shown and now - self.last_shown < self.every:
             return
         self.last_shown = now

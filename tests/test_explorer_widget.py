@@ -71,11 +71,11 @@ def opened(address: str) -> np.ndarray:
 # the worker
 
 
-def late_picture(ticket) -> None:
-    ticket.publish(lambda: pytest.fail("shown after a later request"))
+def late_picture(worker: Worker, number: int) -> None:
+    worker.publish(number, lambda: pytest.fail("shown after a later request"))
 
 
-def late_error(_ticket) -> None:
+def late_error(_worker: Worker, _number: int) -> None:
     raise RuntimeError("reported after a later request")
 
 
@@ -83,10 +83,10 @@ def late_error(_ticket) -> None:
 def test_the_last_request_wins_the_ones_between_never_run_and_its_error_is_reported(first: Callable) -> None:
     errors, shown, go, entered = [], [], threading.Event(), threading.Event()
     worker = Worker(errors.append, lambda: shown.append("idle"))
-    worker.submit(lambda ticket: (entered.set(), go.wait(10), first(ticket)))
+    worker.submit(lambda number: (entered.set(), go.wait(10), first(worker, number)))
     assert entered.wait(10)
-    for number in range(10):
-        worker.submit(lambda ticket, number=number: ticket.publish(lambda: shown.append(number)) or [][0])
+    for each in range(10):
+        worker.submit(lambda number, each=each: worker.publish(number, lambda: shown.append(each)) or [][0])
     go.set()
     assert worker.wait(60) and shown == [9, "idle"]
     assert [str(error) for error in errors] == ["list index out of range"]
@@ -95,11 +95,11 @@ def test_the_last_request_wins_the_ones_between_never_run_and_its_error_is_repor
 def test_a_cancelled_job_stops_at_its_next_check() -> None:
     worker, entered = Worker(print, lambda: None), threading.Event()
 
-    def endless(ticket) -> None:
+    def endless(number: int) -> None:
         while True:
             entered.set()
             time.sleep(0.001)
-            ticket.check()
+            worker.check(number)
 
     worker.submit(endless)
     assert entered.wait(10) and not worker.wait(0) and worker.cancel()

@@ -139,7 +139,7 @@ def evaluate(
     if folder:
         _open(folder, facts, {folder / piece.file for piece in pieces}, notify or (lambda sentence: None))
     efforts = [effort(piece, plan.num_votes) for piece in pieces]
-    frames, adversarial = [], defaultdict(list)
+    frames, adversarial, counts = [], defaultdict(list), defaultdict(list)
     for number, piece in enumerate(pieces):
 
         def report(step: int, of: int, *_: Tensor, message: str = piece.title, number: int = number) -> None:
@@ -156,9 +156,11 @@ def evaluate(
             if folder:
                 write_atomically(folder / piece.file, partial(torch.save, result))
         frames += map(pd.DataFrame, result["rows"])
-        right = result["rows"][-len(piece.shown_to)]["single"]  # of the first defence, at the largest radius
+        # of the first defence, at the largest radius
+        counts[piece.title] += result["rows"][-len(piece.shown_to)]["single"]
         for name, (eps, shown) in product(piece.shown_to, result["images"].items()):
             adversarial[name, piece.attack, eps].append(shown)
+        right = counts[piece.title]  # in this batch of images and those before
         report(1, 1, message=f"{piece.title}: {sum(right)} of {len(right)} correct")
     evaluation = Evaluation(
         with_worst_cases(pd.concat(frames, ignore_index=True)),
@@ -190,12 +192,13 @@ def _measure(
     find more errors whatever the attack."""
     row, most, smaller, rows, kept = piece.row, plan.num_votes, None, [], {}
     known, later = bool(row and row.known_sample), _seed("decision", seed, piece.batch)
-    for eps in piece.eps:
+    for place, eps in enumerate(piece.eps):
         started, shown, passes = time.monotonic(), images, 0
         if row:
             smaller, passes = _attack(
                 piece, eps, images, labels, smaller, plan, targets[piece.target], random[piece.target],
-                report, seed=_seed("attack", seed, piece.batch), max_batch=max_batch, dtype=dtype,
+                lambda step, of, *_, place=place: report(place * of + step, len(piece.eps) * of),
+                seed=_seed("attack", seed, piece.batch), max_batch=max_batch, dtype=dtype,
             )  # fmt: skip
             shown = smaller
         attacked = time.monotonic() - started

@@ -14,7 +14,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 import anywidget
 import torch
@@ -33,28 +33,9 @@ class Superseded(Exception):
     """Raised inside a job that is no longer wanted."""
 
 
-class Ticket(NamedTuple):
-    """A job's right to go on and to show what it found."""
-
-    worker: "Worker"
-    number: int
-
-    def check(self) -> None:
-        """Raise Superseded if a later request, or a cancellation, has come."""
-        if self.number != self.worker.latest:
-            raise Superseded
-
-    def publish(self, show: Callable[[], None]) -> None:
-        """Call ``show`` unless a later request has come, and raise Superseded if so; none can come in
-        between."""
-        with self.worker.lock:
-            self.check()
-            show()
-
-
 class Worker:
     """Runs jobs one at a time, each in a thread that ends with it; a new one takes the place of all that were
-    asked for before.
+    asked for before. A job is called with its number, by which it asks whether it is still wanted.
 
     Args:
         on_error: called with whatever a job raised, unless the job had been superseded.
@@ -67,12 +48,24 @@ class Worker:
         self._turn = threading.Lock()
         self._on_error, self._on_idle = on_error, on_idle
 
-    def submit(self, job: Callable[[Ticket], None]) -> None:
-        """Run ``job(ticket)`` next; the job that runs now is told to stop, those that wait never start."""
+    def submit(self, job: Callable[[int], None]) -> None:
+        """Run ``job(number)`` next; the job that runs now is told to stop, those that wait never start."""
         with self.lock:
             self.cancel()
             self.unfinished += 1
-            threading.Thread(target=self._work, args=(Ticket(self, self.latest), job), daemon=True).start()
+            threading.Thread(target=self._work, args=(self.latest, job), daemon=True).start()
+
+    def check(self, number: int) -> None:
+        """Raise Superseded if a later request than this job, or a cancellation, has come."""
+        if number != self.latest:
+            raise Superseded
+
+    def publish(self, number: int, show: Callable[[], None]) -> None:
+        """Call ``show`` for a job that is still wanted, else raise Superseded; no request can come in
+        between."""
+        with self.lock:
+            self.check(number)
+            show()
 
     def cancel(self) -> bool:
         """Stop what runs and forget what waits; whether there was anything."""
@@ -85,14 +78,14 @@ class Worker:
         with self.lock:
             return self.lock.wait_for(lambda: not self.unfinished, timeout)
 
-    def _work(self, ticket: Ticket, job: Callable[[Ticket], None]) -> None:
+    def _work(self, number: int, job: Callable[[int], None]) -> None:
         try:
             with suppress(Superseded), self._turn:
-                ticket.check()
-                job(ticket)
+                self.check(number)
+                job(number)
         except Exception as error:  # whatever a model or an attack raises: a person reads it as a sentence
             with suppress(Superseded):
-                ticket.publish(partial(self._on_error, error))
+                self.publish(number, partial(self._on_error, error))
         finally:
             with self.lock:
                 self.unfinished -= 1
@@ -177,7 +170,7 @@ class Explorer(anywidget.AnyWidget):
 
     def refresh(self, *, preview: bool = False) -> None:
         """Ask the worker for what the values show, in place of everything asked for before."""
-        self._start(lambda ticket: self._compute(ticket, preview))
+        self._start(lambda number: self._compute(number, preview))
 
     def cancel(self) -> None:
         """Stop what is being computed."""
@@ -246,26 +239,26 @@ class Explorer(anywidget.AnyWidget):
 
     # the worker's thread
 
-    def _start(self, job: Callable[[Ticket], None]) -> None:
+    def _start(self, job: Callable[[int], None]) -> None:
         self._mirror()
         self._say(busy=True)
         self.worker.submit(job)
 
-    def _compute(self, ticket: Ticket, preview: bool) -> None:
-        for view in compute.views(self.scene, self.values, partial(self._report, ticket), preview=preview):
-            ticket.publish(partial(self._show, view))
+    def _compute(self, number: int, preview: bool) -> None:
+        for view in compute.views(self.scene, self.values, partial(self._report, number), preview=preview):
+            self.worker.publish(number, partial(self._show, view))
 
-    def _compute_curves(self, ticket: Ticket) -> None:
+    def _compute_curves(self, number: int) -> None:
         for name in self.values["rows"]:
-            curve = attack.robust_curve(self.scene, self.values, name, partial(self._report, ticket))
-            ticket.publish(partial(self._add_curve, [[name, *point] for point in curve]))
+            curve = attack.robust_curve(self.scene, self.values, name, partial(self._report, number))
+            self.worker.publish(number, partial(self._add_curve, [[name, *point] for point in curve]))
 
-    def _report(self, ticket: Ticket, what: str, done: int, total: int, *_: Any) -> None:
-        ticket.check()
+    def _report(self, number: int, what: str, done: int, total: int, *_: Any) -> None:
+        self.worker.check(number)
         if monotonic() - self._reported > PROGRESS_SECONDS:
             self._reported = monotonic()
             line = f"{what}: {done} of {total} \N{HORIZONTAL ELLIPSIS}" if total else what
-            ticket.publish(lambda: self._say(text=line, done=done, total=total))
+            self.worker.publish(number, lambda: self._say(text=line, done=done, total=total))
 
     # the page
 
