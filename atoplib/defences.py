@@ -24,7 +24,7 @@ STAGES: dict[str, tuple[str, dict[str, Any]]] = {
     "AToP": ("03_finetune_atop", {}),
 }
 # The parameter that names each defence.
-FIELDS = {"undefended": "classifier_run", "AP": "ap_run", "AToP": "atop_run", "AT": "at_run"}
+FIELDS = {"undefended": "classifier_run", "AT": "at_run", "AP": "ap_run", "AToP": "atop_run"}
 
 
 class Defences(dict[str, nn.Module]):

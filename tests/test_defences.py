@@ -67,15 +67,19 @@ def test_a_run_comes_before_the_kit_and_of_the_kind_that_is_meant(tmp_path):
     assert (p.classifier_run, p.at_run, p.ap_run) == (plain.name, robust.name, "pretrained")
     assert defences.find_weights(p, p.at_run, "AT").parent == robust
     assert defences.find_weights(p, str(plain / "classifier.safetensors")).parent == plain
-    with pytest.raises(FileNotFoundError, match="there is no file weights.pth"):
-        defences.find_weights(p, "weights.pth")
-    with pytest.raises(ValueError, match="no weights of 'undefended' for 'imagenette' come with the kit"):
-        defences.find_weights(p, "pretrained:imagenette")
+    for error, message, call in (
+        (FileNotFoundError, "there is no file weights.pth", lambda: defences.find_weights(p, "weights.pth")),
+        (ValueError, "'imagenette' come with", lambda: defences.find_weights(p, "pretrained:imagenette")),
+        (FileNotFoundError, "'mistyped'", lambda: defences.load_defences(p.replace(atop_run="mistyped"))),
+        (ValueError, "no data set 'mnits'", lambda: defences.resolve(p.replace(dataset="mnits"))),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 def test_the_kits_defences_are_loaded_as_pretrained_gives_them(tmp_path, digits):
     found = defences.load_defences(defences.resolve(parameters(tmp_path)))
-    assert list(found) == ["undefended", "AP", "AToP", "AT"] and not found.missing
+    assert list(found) == ["undefended", "AT", "AP", "AToP"] and not found.missing
     for name, defence in found.items():
         images, expected = digits[0][:4], load_pretrained("mnist", name)
         for model in (defence, expected):

@@ -70,12 +70,9 @@ def write_index(experiment_dir: Path) -> Path:
     for stage in sorted({files.read_json(path / "manifest.json")["stage"] for path in complete}):
         paths = runs.complete_runs(experiment_dir, stage)[::-1]
         frame = tables.runs_frame(paths)
-        texts = [
-            {name: html.escape(str(value)) for name, value in tables.identity_parameters(path).items()}
-            for path in paths
-        ]
         shown = (
-            tables.pandas.DataFrame(texts)
+            tables.pandas.DataFrame(map(tables.identity_parameters, paths))
+            .map(lambda value: html.escape(str(value)))
             .loc[:, lambda every: every.nunique() > 1]
             .assign(
                 result=[html.escape(tables.headline(path)) for path in paths],
@@ -96,10 +93,9 @@ def _links(run_dir: Path, folder: Path) -> str:
         html.escape(file.relative_to(folder).as_posix())
         for file in _files(run_dir, "notebook.html", "pictures/*.png", "figures/*.png", *TABLES)
     ]
-    images = [f"<img alt='' src='{href}'><br>" for href in hrefs if href.endswith(".png")]
     return "".join(
         [
-            *images[:1],
+            *[f"<img alt='' src='{href}'><br>" for href in hrefs if href.endswith(".png")][:1],
             " · ".join(f"<a href='{href}'>{href.rpartition('/')[2]}</a>" for href in hrefs),
             f"<br><small>{run_dir.name}</small>",
         ]

@@ -26,7 +26,7 @@ from atoplib.transforms import Transform
 
 def explore(
     model_or_defences: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]] | None = None,
-    images: Float[Tensor, "count channels height width"] | None = None,
+    images: Float[Tensor, "count channels height width"] | str | None = None,
     labels: Int[Tensor, " count"] | None = None,
     **options: Any,
 ) -> None:
@@ -39,7 +39,8 @@ def explore(
         model_or_defences: modules in eval mode, images in [0, 1] -> logits, by name (or a single one), or
             functions that load one when it is first shown. An ``AToPPipeline`` gets the transform's controls;
             it is not changed itself. None: the kit's defences for MNIST, on its test digits.
-        images, labels: in [0, 1], and their classes; labels None: what the first defence says.
+        images, labels: in [0, 1], and their classes; labels None: what the first defence says. Or the name
+            of a data set, of whose test images 200 are shown.
         **options: classes: their names; numbers for those that have none.
             eps, norm: radius at the start; None: the usual one for grey digits or for colour images.
             notebook: parameters of the notebook that explores, handed on to ``04_attack`` in the YAML.
@@ -62,7 +63,7 @@ def explore(
 
 def make_explorer(
     model_or_defences: nn.Module | Mapping[str, nn.Module | Callable[[], nn.Module]] | None = None,
-    images: Float[Tensor, "count channels height width"] | None = None,
+    images: Float[Tensor, "count channels height width"] | str | None = None,
     labels: Int[Tensor, " count"] | None = None,
     *,
     classes: tuple[str, ...] | list[str] = (),
@@ -78,8 +79,10 @@ def make_explorer(
         defences = {
             name: pretrained.load_pretrained("mnist", name) for name in ("undefended", "AT", "AP", "AToP")
         }
-        notebook = {"dataset": "mnist5k", **(notebook or {})}
-        images, labels = data.load_images("mnist5k", 200) if images is None else (images, labels)
+        images = "mnist5k" if images is None else images
+    if isinstance(images, str):
+        notebook = {"dataset": images, **(notebook or {})}
+        images, labels = data.load_images(images, 200)
     if not isinstance(defences, Mapping):
         defences = {"model": defences}
     if not defences or images is None or not len(images):
