@@ -306,7 +306,7 @@ def run_jobs(
             overview.line.close()
     for job, page in pages:
         if error := page.exception():
-            overview.say(job, f"complete, but it has no page: {type(error).__name__}: {error}")
+            overview.say(job, f"complete, but without a page: {error!r:.150}")
     return missing
 
 
