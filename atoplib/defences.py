@@ -180,8 +180,8 @@ def load_defences(
             ``p.others``, where it has that.
 
     Raises:
-        FileNotFoundError, ValueError: for the undefended classifier, one of ``others``, or a run that was
-            named; of what else there is not ``missing`` tells.
+        FileNotFoundError, ValueError: for the undefended classifier, one of ``others``, or a named run that
+            is not there; of what else there is not ``missing`` tells.
     """
     values, loaded, classifier_at = p.as_dict(), Defences(), cache(partial(_classifier, p))
     options = {"device": decisions.pick_device(p.device), "seed": values.get("seed", 0)}

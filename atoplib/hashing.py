@@ -122,8 +122,10 @@ def notebook_hash(notebook: Path) -> str:
 
     cells = [c for c in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
     sources = ["".join(c["source"]) for c in cells if "parameters" not in c["metadata"].get("tags", [])]
-    to_python = TransformerManager().transform_cell  # magics and shell commands, as a kernel reads them
-    names = [name for source in sources for name in _imports(to_python(source))]
+    to_python, names = TransformerManager().transform_cell, []  # magics, shell commands
+    for source in sources:
+        with contextlib.suppress(SyntaxError):  # the kernel says so
+            names += _imports(to_python(source.partition("\n")[2] if source[:2] == "%%" else source))
     imported = {name: path for name in names if (path := _source(name))}
     user_modules = {name: [path_hash(path) for path in _beside(name, notebook)] for name in names}
     # What a notebook imports itself counts even where it only shows.
@@ -169,10 +171,8 @@ def _text_when_imported(name: str, path: Path) -> str:
 
 @functools.lru_cache(maxsize=512)
 def _imports(source: str) -> tuple[str, ...]:
-    names, tree = [], ast.Module([], [])
-    with contextlib.suppress(SyntaxError):  # the kernel says so
-        tree = ast.parse(source)
-    for node in ast.walk(tree):
+    names = []
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):

@@ -253,7 +253,7 @@ def test_a_notebooks_code_is_its_cells_but_the_parameters_and_what_they_import(t
         (path := tmp_path / "n.ipynb").write_text(json.dumps({"cells": cells}))
         return notebook_hash(path)
 
-    code = "%matplotlib inline\nfiles = !ls\nfiles?\nx = (5\n    % 3)\nfrom atoplib import middle"
+    code = "%%time\n%matplotlib inline\nfiles = !ls\nfiles?\nx = (5\n    % 3)\nfrom atoplib import middle"
     first = written("a = 1", code)
     assert written("a = 2", code) == first != written("a = 1", code + "\nb = 1")
     (package / "alone.py").write_text("x = 3")

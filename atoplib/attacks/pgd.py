@@ -235,7 +235,7 @@ def n_fgsm(
     algorithm 1.
     """
     check_settings(noise=(noise, above(0, FINITE)), norm=(norm, one_of("linf")))
-    model, images, labels, _ = prepare_attack(model, images, labels)
+    _, images, labels, _ = prepare_attack(model, images, labels)
     start = Ball(images, min(1.0, noise * eps), "linf").start(make_generator(seed, images.device))
     return fgsm(model, start, labels, eps=eps, seed=seed)
 

@@ -71,8 +71,10 @@ def write_index(experiment_dir: Path) -> Path:
         paths = runs.complete_runs(experiment_dir, stage)[::-1]
         frame = tables.runs_frame(paths)
         shown = (
-            tables.pandas.DataFrame(map(tables.identity_parameters, paths))
-            .map(lambda value: html.escape(str(value)))
+            tables.pandas.DataFrame(
+                {name: html.escape(str(value)) for name, value in tables.identity_parameters(path).items()}
+                for path in paths
+            )
             .loc[:, lambda every: every.nunique() > 1]
             .assign(
                 result=[html.escape(tables.headline(path)) for path in paths],

@@ -160,7 +160,7 @@ def evaluate(
         counts[piece.title] += result["rows"][-len(piece.shown_to)]["single"]
         for name, (eps, shown) in product(piece.shown_to, result["images"].items()):
             adversarial[name, piece.attack, eps].append(shown)
-        right = counts[piece.title]  # in this batch of images and those before
+        right = counts[piece.title]
         report(1, 1, message=f"{piece.title}: {sum(right)} of {len(right)} correct")
     evaluation = Evaluation(
         with_worst_cases(pd.concat(frames, ignore_index=True)),

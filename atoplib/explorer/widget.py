@@ -203,8 +203,8 @@ class Explorer(anywidget.AnyWidget):
 
     def relabel(self, label: int) -> None:
         """Say which class one's own image is of."""
-        self.scene.labels[self.values["image"]] = label
-        self.curves = []
+        self.scene.labels[self.values["image"]], self.curves = label, []
+        self.values = controls.changed(self.values, {}, self.scene, self.start)
         self.refresh()
 
     def save(self, kinds: Iterable[str] = ("png", "pdf", "yaml")) -> None:
@@ -220,7 +220,7 @@ class Explorer(anywidget.AnyWidget):
             raise ValueError("there is no finished picture yet")
         text = controls.to_yaml(view.values, self.notebook)
         name = view.values["attack"].replace(":", "-")
-        self._say(text=f"Writing into {self.folder} \N{HORIZONTAL ELLIPSIS}", busy=True)
+        self._say(text=f"Writing into {self.folder} \N{HORIZONTAL ELLIPSIS}")
         for kind in kinds:
             steps = self.shown["steps"] if kind == "gif" else [view.values["shown_step"]]
             frames = [page.sheet(view._replace(values=view.values | {"shown_step": step})) for step in steps]
@@ -228,7 +228,7 @@ class Explorer(anywidget.AnyWidget):
             path = self.folder / f"image{view.values['image']}-{name}-{hashing.json_hash(text)[:8]}.{kind}"
             files.write_atomically(path, lambda part, content=content: part.write_bytes(content))
             links.append({"name": path.name, "href": f"data:;base64,{base64.b64encode(content).decode()}"})
-        self._say(text=f"Saved in {self.folder}:", links=links, busy=False)
+        self._say(text=f"Saved in {self.folder}:", links=links)
 
     def _others(self, label: int) -> list[int]:
         """The other images of a class (-1: of any), from the one after this on and round to the one before;
@@ -249,9 +249,12 @@ class Explorer(anywidget.AnyWidget):
             self.worker.publish(number, partial(self._show, view))
 
     def _compute_curves(self, number: int) -> None:
-        for name in self.values["rows"]:
-            curve = attack.robust_curve(self.scene, self.values, name, partial(self._report, number))
-            self.worker.publish(number, partial(self._add_curve, [[name, *point] for point in curve]))
+        points = [
+            [name, *point]
+            for name in self.values["rows"]
+            for point in attack.robust_curve(self.scene, self.values, name, partial(self._report, number))
+        ]
+        self.worker.publish(number, partial(self._show_curves, points))
 
     def _report(self, number: int, what: str, done: int, total: int, *_: Any) -> None:
         self.worker.check(number)
@@ -271,8 +274,8 @@ class Explorer(anywidget.AnyWidget):
         self._mirror()
         self._say(text=f"{'Preview: ' if view.preview else ''}{page.caption(view)}; {view.seconds:.2f} s")
 
-    def _add_curve(self, points: list[list]) -> None:
-        self.curves += points
+    def _show_curves(self, points: list[list]) -> None:
+        self.curves = points
         self.shown = self.shown | {"curve": page.curve_chart(self.curves, self.values)}
         self._say(text="Accuracy over \N{GREEK SMALL LETTER EPSILON}: choose a point to see it.")
 

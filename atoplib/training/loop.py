@@ -198,11 +198,12 @@ class _Training:
             freezing.to_channels_last(network).train()
             if state:
                 checkpoints.load_weights(network, state["networks"][name], run.state_path)
-        tensors = (
-            each for network in networks.values() for each in (*network.parameters(), *network.buffers())
-        )
         # an attention mask is a buffer of infinities, and stays one
-        self.must_be_finite = [each for each in tensors if each.requires_grad or bool(each.isfinite().all())]
+        self.infinite = {
+            place
+            for place, each in self.tensors().items()
+            if not each.requires_grad and not each.isfinite().all()
+        }
         self.result, decay = networks[self.name], settings["ema_decay"]
         self.average = parts.moving_average(self.result, decay) if decay else None
         if self.average and state:
@@ -327,6 +328,14 @@ class _Training:
         self.result.train()
         self.history, self.sums = [*self.history, {"epoch": self.step / self.steps_per_epoch, **numbers}], {}
 
+    def tensors(self) -> dict[tuple[str, str], Tensor]:
+        """The weights and buffers of all networks by their places."""
+        return {
+            (name, key): each
+            for name, network in self.networks.items()
+            for key, each in (*network.named_parameters(), *network.named_buffers())
+        }
+
     def require_finite(self, *tensors: Tensor) -> None:
         """Raise TrainingDiverged unless every number is finite."""
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
@@ -342,7 +351,7 @@ class _Training:
     def save(self) -> None:
         """Keep all that is needed to go on, if there is a run; TrainingDiverged unless every weight and
         statistic is finite."""
-        self.require_finite(*self.must_be_finite)
+        self.require_finite(*(each for place, each in self.tensors().items() if place not in self.infinite))
         if self.run is not None:
             state = {name: getattr(self, name) for name in ("step", "history", "flops", "sums", "seconds")}
             state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
