@@ -59,10 +59,11 @@ clean-runs:
 	@find "$(WORKSPACE)/runs" \( -name 'superseded-*' -o -name '.*.part' -mmin +60 \) -prune -print -exec rm -r {} +
 
 # On copies, so that running a notebook changes nothing that is tracked; a copy that is there stays as it was left.
+# Without the question about Jupyter's news, which covers the first picture.
 lab: $(STAMP)
 	@mkdir -p lab && for notebook in notebooks/*.ipynb; do [ -e "lab/$${notebook##*/}" ] || cp "$$notebook" lab; done
-	@mkdir -p "$(VENV)/etc/jupyter/labconfig" && \
-	    echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' > "$(VENV)/etc/jupyter/labconfig/page_config.json"
+	@[ -e "$(VENV)/etc/jupyter/labconfig/page_config.json" ] || { mkdir -p "$(VENV)/etc/jupyter/labconfig" && \
+	    echo '{"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": true}}' > "$(VENV)/etc/jupyter/labconfig/page_config.json"; }
 	@$(RUN) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/lab/00_start.ipynb --LabApp.news_url=None $(ARGS)
 
 ifneq ($(DONE),$(CURDIR))

@@ -159,7 +159,7 @@ class Explorer(anywidget.AnyWidget):
             ValueError: for a value that is not allowed; nothing is changed then.
         """
         self.values = controls.changed(self.values, values, self.scene, self.start)
-        if not {"eps", "shown_step", "sample"}.issuperset(values):  # what the curves over eps depend on
+        if not {"eps", "shown_step", "sample"}.issuperset(values):  # on these no curve over eps depends
             self.curves = []
         view, step = self.view, {"shown_step": self.values["shown_step"]}
         if view is not None and view.complete and view.values | step == self.values:

@@ -198,11 +198,9 @@ class _Training:
             freezing.to_channels_last(network).train()
             if state:
                 checkpoints.load_weights(network, state["networks"][name], run.state_path)
-        # an attention mask is a buffer of infinities, and stays one
+        # an attention mask is a buffer of infinities, and stays one; NaN is nowhere right
         self.infinite = {
-            place
-            for place, each in self.tensors().items()
-            if not each.requires_grad and not each.isfinite().all()
+            place for place, each in self.tensors().items() if not each.requires_grad and each.isinf().any()
         }
         self.result, decay = networks[self.name], settings["ema_decay"]
         self.average = parts.moving_average(self.result, decay) if decay else None
@@ -351,7 +349,12 @@ class _Training:
     def save(self) -> None:
         """Keep all that is needed to go on, if there is a run; TrainingDiverged unless every weight and
         statistic is finite."""
-        self.require_finite(*(each for place, each in self.tensors().items() if place not in self.infinite))
+        self.require_finite(
+            *(
+                each[~each.isinf()] if place in self.infinite else each
+                for place, each in self.tensors().items()
+            )
+        )
         if self.run is not None:
             state = {name: getattr(self, name) for name in ("step", "history", "flops", "sums", "seconds")}
             state["networks"] = {name: network.state_dict() for name, network in self.networks.items()}
